@@ -21,6 +21,8 @@ class Command:
     reads_words: bool = False
     """The function takes the words after the name, help flags included; else they are parsed by its
     signature."""
+    continues: bool = False
+    """The same command goes on after Ctrl-C: it stores parts of its work."""
 
     @functools.cached_property
     def call(self) -> Callable[..., int]:
@@ -58,12 +60,26 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("export", "export:export", "Write the encoder for timm, Hugging Face, ONNX, ..."),
     ),
     "Evaluate": (
-        Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),
-        Command("eval linear", "linear:eval_linear", "Linear classifier on a frozen encoder."),
+        Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder.", continues=True),
+        Command(
+            "eval linear",
+            "linear:eval_linear",
+            "Linear classifier on a frozen encoder.",
+            continues=True,
+        ),
         Command("eval finetune", "finetune:eval_finetune", "Train on with labels; its accuracy."),
-        Command("eval embed", "embed:embed", "Write the features of images to a file."),
-        Command("eval neighbours", "embed:neighbours", "The nearest images of each image."),
-        Command("eval outliers", "embed:outliers", "Images that are like no others."),
+        Command(
+            "eval embed", "embed:embed", "Write the features of images to a file.", continues=True
+        ),
+        Command(
+            "eval neighbours",
+            "embed:neighbours",
+            "The nearest images of each image.",
+            continues=True,
+        ),
+        Command(
+            "eval outliers", "embed:outliers", "Images that are like no others.", continues=True
+        ),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),

@@ -8,7 +8,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.errors import EXIT_REFUSED, one_line, say
+from fastmoco.cli.opening import say_first
+from fastmoco.errors import EXIT_REFUSED, one_line
 from fastmoco_pipelines.text import redact
 
 
@@ -41,7 +42,7 @@ def eval_knn(
         heads: Attention heads, for a file of a ViT that does not show them.
         out: A file for the JSON too.
     """
-    say(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
+    say_first(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
         from fastmoco.cli.knn import eval_knn as measure
 

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.opening import say_first
 from fastmoco.cli.output import training_beside_result
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
 from fastmoco.launched import read_launcher
@@ -76,7 +77,7 @@ def eval_finetune(
     """
     given = locals()
     options = FineTuning(**{field.name: given[field.name] for field in fields(FineTuning)})
-    say(f"fine-tuning of {run}: importing torch")
+    say_first(f"fine-tuning of {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         with collection_paused():
             from fastmoco.cli.train import train as train_run

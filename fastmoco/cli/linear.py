@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.embed import progress_on
 from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.opening import say_first
 from fastmoco.cli.output import training_beside_result
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
@@ -76,7 +77,7 @@ def eval_linear(
             command continues.
         json: Print JSON instead of text.
     """
-    say(f"linear classifier on {run}: importing torch")
+    say_first(f"linear classifier on {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         if fast:
             found = _fast(

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return EXIT_UNREAD
                 raise
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
-                say("interrupted")
+                again = "; to continue: the same command again" if command.continues else ""
+                say(f"interrupted{again}")
                 return EXIT_INTERRUPTED
             except SystemExit as stop:
                 # From the parser and `one_line`; return the code to the caller.

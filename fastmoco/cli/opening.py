@@ -17,15 +17,21 @@ LOOKED_AT = 64
 
 
 def announce(config: Config) -> None:
-    """Print which images a run opens, at once: the imports take seconds. Rank 0 alone prints, and
-    no worker of `--gpus`, whose launcher has printed it."""
-    variables = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
-    rank = next(filter(None, map(os.environ.get, variables)), "0")
-    if LAUNCHER in os.environ or rank.strip() != "0":  # one that is no number is refused later
+    """Print which images a run opens, at once: the imports take seconds. No worker of `--gpus`
+    prints it: its launcher has."""
+    if LAUNCHER in os.environ:
         return
     data = config.data
     what = "synthetic images" if data.synthetic else redact(data.images or data.shards or "no data")
-    say(f"{config.recipe}: importing torch, then opening {what}")
+    say_first(f"{config.recipe}: importing torch, then opening {what}")
+
+
+def say_first(text: str) -> None:
+    """Print a line on standard error, of rank 0 alone, before the processes know each other."""
+    variables = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
+    rank = next(filter(None, map(os.environ.get, variables)), "0")
+    if rank.strip() == "0":  # one that is no number is refused later
+        say(text)
 
 
 def suggestion(args: Sequence[str]) -> str | None:

@@ -5,6 +5,7 @@ config.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -130,7 +131,9 @@ def no_recipe(
     lines = _usage(f"{verb} RECIPE", required, list(described.options))
     lines += ["", *_wrapped(described.about), *_wrapped(RECIPE)]
     column = max(map(len, recipes)) + 4
-    lines += ["", heading("Recipes"), *_rows(list(recipes.items()), column)]
+    # Names have epochs and batch: what they are for is enough to choose by.
+    rows = [(name, re.split("[,:]", line)[0].rstrip(".")) for name, line in recipes.items()]
+    lines += ["", heading("Recipes (more of each: fastmoco recipes)"), *_rows(rows, column)]
     if required:
         lines += ["", heading("Required"), *_required_rows(described, required)]
     first = {option.name for option in required} | _second(required)
@@ -285,7 +288,7 @@ def _option_rows(options: Sequence[Option], *, whole: bool = False) -> list[str]
 
 def _option_row(option: Option, whole: bool) -> Row:
     text = option.help if whole else first_sentence(option.help)
-    value = option.value
+    value = option.value.removeprefix("{None}|") if option.default is None else option.value
     if len(value) > LONG:
         value = "NAME"
         text += f" One of {', '.join(choices(option.hint))}." if whole else ""

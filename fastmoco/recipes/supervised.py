@@ -242,6 +242,15 @@ def fine_tuning(
         ValueError: if an option does not suit the encoder.
     """
     vit = model.family == "vit"
+    for name, value, neutral in (
+        ("layer_decay", options.layer_decay, 1),
+        ("drop_path", options.drop_path, 0),
+    ):
+        if not vit and value not in (None, neutral):
+            raise ValueError(
+                f"{name}={value}: needs the blocks of a ViT, and {model.architecture} has none; "
+                "leave it out"
+            )
     view = replace(plain_view(image.size), mean=image.mean, std=image.std)
     if before is not None and image.size <= SMALL_SIDE:
         own = before.data.view1

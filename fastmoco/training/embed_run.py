@@ -317,8 +317,8 @@ def _token_function(
     all_tokens: Callable[[Tensor], Tensor] | None = getattr(encoder, "token_features", None)
     if all_tokens is None:
         raise CheckpointError(
-            f"{source.facts['source']}: tokens={tokens!r}: a {type(encoder).__name__} has no patch "
-            "tokens, as only vision transformers have; take tokens=class, its feature"
+            f"--tokens {tokens}: {source.facts['source']} is a {type(encoder).__name__}, and only "
+            "vision transformers have patch tokens; take --tokens class, its feature"
         )
     if tokens == "patch":
         return all_tokens

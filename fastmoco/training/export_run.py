@@ -102,6 +102,11 @@ def export_encoder(
     assert description is not None  # of every source that is loaded
     if reason := refusal(to, description):
         raise CheckpointError(f"{source}: {reason}")
+    if to == "moco-v3" and found.config is not None and found.config.objective.kind != "moco_v3":
+        raise CheckpointError(
+            f"{source}: --to moco-v3 needs a run of MoCo v3, this one is of "
+            f"{found.config.objective.kind}; export the encoder alone: --to timm, torchvision or hf"
+        )
     if to in NAMES_ALONE and (found.image.mean, found.image.std) != (IMAGENET_MEAN, IMAGENET_STD):
         report(
             f"--to {to} has no place for how images are normalised, and its readers take mean and "

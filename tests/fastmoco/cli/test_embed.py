@@ -135,7 +135,7 @@ def test_a_resnet_has_no_patch_tokens(digits, tmp_path, capsys):
     save_file(size(image_size=8).state_dict(), file, description.to_metadata())
     options = ["--shards", digits[1], "--limit", "5", "--out", str(tmp_path / "x.npz")]
     assert main(["eval", "embed", str(file), *options, "--tokens", "mean"]) == 2
-    assert "a ResNet has no patch tokens" in capsys.readouterr().err
+    assert "is a ResNet, and only vision transformers have patch tokens" in capsys.readouterr().err
     assert main(["eval", "embed", str(file), *options]) == 0
     assert "wrote features 5 x 128 of step 0" in capsys.readouterr().out
 

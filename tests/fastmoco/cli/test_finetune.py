@@ -124,8 +124,9 @@ def test_defaults_are_those_of_mae_and_of_the_encoder() -> None:
     of_resnet = made(resnet, FineTuning())
     assert isinstance(of_resnet.objective, SupervisedConfig)
     assert (of_resnet.objective.layer_decay, of_resnet.model.drop_path) == (1.0, 0.0)
-    with pytest.raises(ValueError, match=r"drop_path=0\.1"):
-        made(resnet, FineTuning(drop_path=0.1))
+    for name in ("drop_path", "layer_decay"):
+        with pytest.raises(ValueError, match=rf"{name}=0\.1: needs the blocks of a ViT"):
+            made(resnet, FineTuning(**{name: 0.1}))
 
 
 @pytest.mark.parametrize("of_run", [True, False])

@@ -167,6 +167,19 @@ def test_an_interrupt_outside_training_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "fastmoco: interrupted\n"
 
 
+def test_after_an_interrupt_the_line_says_whether_the_command_continues(monkeypatch, capsys):
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    from fastmoco.cli import delayed
+
+    def interrupted(_text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(delayed, "say_first", interrupted)
+    assert main(["eval", "knn", "run", "--train", "a.tar", "--test", "b.tar"]) == 130
+    told = "fastmoco: interrupted; to continue: the same command again\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_number_out_of_range_is_refused_in_one_line(tmp_path, capsys):
     assert main(["data", "stats", str(tmp_path), "--cache-size-gb", "-1"]) == 2
     assert capsys.readouterr().err == "fastmoco: --cache-size-gb -1: a size in GB is above 0\n"

@@ -183,3 +183,10 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
     assert "no place for how images are normalised" in capsys.readouterr().err
     assert main(["export", str(out), "--to", "moco-v3", "--out", str(tmp_path / "x")]) == 2
     assert "needs a run or a checkpoint of moco-v3" in capsys.readouterr().err
+
+
+def test_a_run_of_another_method_is_refused_for_moco_v3(run: Path, tmp_path, monkeypatch) -> None:
+    found = replace(load_source(run), config=get_recipe("simclr_digits"))
+    monkeypatch.setattr("fastmoco.training.export_run.load_source", lambda *_, **__: found)
+    with pytest.raises(CheckpointError, match="needs a run of MoCo v3, this one is of simclr"):
+        export_encoder(run, "moco-v3", tmp_path / "x")
