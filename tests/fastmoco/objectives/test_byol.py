@@ -32,7 +32,7 @@ from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
 from tests.golden_objective import ConvTrunk
 
-FILE = Path(__file__).parents[2] / "golden" / "byol.npz"
+FILE = Path(__file__).parents[2] / "golden" / "siblings" / "byol.npz"
 
 
 @pytest.fixture(scope="module")

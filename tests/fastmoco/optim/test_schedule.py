@@ -69,7 +69,7 @@ def test_cosine_steps_matches_simclr(golden: Golden, case: int) -> None:
 
 
 def test_cosine_steps_matches_byol(golden: Golden) -> None:
-    data = golden("byol")
+    data = golden("siblings/byol")
     for case in range(int(data["num_schedules"])):
         base, batch, warmup, total, _ = data[f"s{case}_cfg"].tolist()
         peak = base * batch / 256
