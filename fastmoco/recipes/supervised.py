@@ -127,7 +127,7 @@ def supervised_vit_s16() -> Config:
     )
 )
 def supervised_vit_b16() -> Config:
-    """ViT-B/16 on ImageNet with labels, 300 epochs, batch 4096, numbers of MAE's ViT-B."""
+    """ViT-B/16 on ImageNet with labels, 300 epochs, batch 4096, numbers of MAE."""
     base = supervised_vit_s16()
     return replace(
         base,
