@@ -122,8 +122,8 @@ def supervised_vit_s16() -> Config:
         linear=None,
         source="MAE's ViT-B from scratch",
         measure="Top-1 of this encoder",
-        note=f"That ViT-B has 82.3 % ({PAPER}), with augmentation and an average of the weights "
-        "that fastmoco does not have.",
+        note=f"That ViT-B has 82.3 % ({PAPER}), with augmentation and averaged weights that "
+        "fastmoco lacks.",
     )
 )
 def supervised_vit_b16() -> Config:
