@@ -104,8 +104,7 @@ def plain_view(size: int = 224) -> ViewSpec:
     )
 )
 def supervised_vit_s16() -> Config:
-    """ViT-S/16 on ImageNet with labels, 300 epochs, batch 1024, with the numbers of DeiT as far as
-    the views can express them."""
+    """ViT-S/16 on ImageNet with labels, 300 epochs, batch 1024, numbers of DeiT."""
     return Config(
         recipe="supervised_vit_s16",
         epochs=300,
@@ -123,13 +122,12 @@ def supervised_vit_s16() -> Config:
         linear=None,
         source="MAE's ViT-B from scratch",
         measure="Top-1 of this encoder",
-        note=f"That ViT-B has 82.3 % ({PAPER}), with augmentation and an average of the weights "
-        "that fastmoco does not have.",
+        note=f"That ViT-B has 82.3 % ({PAPER}), with augmentation and averaged weights that "
+        "fastmoco lacks.",
     )
 )
 def supervised_vit_b16() -> Config:
-    """ViT-B/16 on ImageNet with labels, 300 epochs, batch 4096, with the numbers of MAE's ViT-B
-    from scratch as far as the views can express them."""
+    """ViT-B/16 on ImageNet with labels, 300 epochs, batch 4096, numbers of MAE."""
     base = supervised_vit_s16()
     return replace(
         base,
