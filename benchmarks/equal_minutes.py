@@ -168,7 +168,7 @@ def measure(
         tuned = ("--out", str(folder), "--epochs", f"{epochs:g}", *SMALL_IMAGES)
         own = ("--seed", str(seed), "--accuracy.test-shards", runs.test)
         for what, done, key in (
-            ("linear probe on features", runs.evaluate("linear", run, "--fast"), "top1"),
+            ("linear probe on features", runs.evaluate("linear", run, "--fast", "--json"), "top1"),
             ("fine-tuning", runs.evaluate("finetune", run, *tuned), "top1"),
             (
                 "trained with labels",
