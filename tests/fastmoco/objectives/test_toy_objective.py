@@ -290,7 +290,11 @@ def test_no_file_of_ours_knows_it_and_few_know_byol() -> None:
         path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")
     }
     assert not [path for path, text in texts.items() if "class Toy" in text or "ToyConfig" in text]
-    naming = {path for path, text in texts.items() if "BYOLConfig" in text or "import byol" in text}
+    naming = {
+        path
+        for path, text in texts.items()
+        if "BYOLConfig" in text or "recipes.byol import" in text
+    }
     assert naming == {
         "objectives/byol.py",
         "objectives/build.py",

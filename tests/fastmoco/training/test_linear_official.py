@@ -149,7 +149,7 @@ def test_each_epoch_ends_with_a_logged_step(steps: int, every: int) -> None:
         (["--out", "o", "--lr", "1", "2"], "several need --fast"),
         (["--out", "o", "--copies", "3"], "--copies 3: needs --fast"),
         (["--out", "o", "--precision", "bf16"], "needs --fast"),
-        (["--fast", "--heads", "3"], "heads=3 was given: leave out --heads"),
+        (["--fast", "--heads", "3"], "has 4 attention heads; leave out --heads 3"),
         (["--out", "o", "--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--fast", "--epochs", "0"], "--epochs 0: must be at least 1"),
     ],
