@@ -76,6 +76,7 @@ def test_a_finished_run_starts_nothing(config: Config, copy: Path) -> None:
     assert said == f"this run is finished already; its 5 steps are in {copy / 'checkpoints'}"
     assert json.loads(loaded) == [
         "fastmoco.training",
+        "fastmoco.training.classes",
         "fastmoco.training.resume",
         "fastmoco.training.start",
     ]
