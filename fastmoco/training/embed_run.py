@@ -250,7 +250,8 @@ def feature_key(source: EncoderSource, precision: str, world: World) -> dict[str
         "precision": precision,
         "device": world.device.type,
         "decoder": setup.data_device(config or Config(), world),
-        "versions": setup.versions(),
+        # An encoder that is evaluated has no layer of torchao, which another part may have imported.
+        "versions": {k: v for k, v in setup.versions().items() if k != "torchao"},
     }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -38,6 +41,15 @@ def test_features_by_another_number_of_heads_have_another_key(tmp_path: Path) ->
     keys = [feature_key(load_source(path, heads=heads), "fp32", World()) for heads in (2, 4, 4)]
     assert keys[0] != keys[1] == keys[2]
     assert keys[0]["encoder"] == keys[1]["encoder"]
+
+
+def test_what_else_the_process_has_imported_is_not_in_the_key(tmp_path: Path) -> None:
+    source = load_source(weights(tmp_path / "w.safetensors", own=True))
+    with mock.patch.dict(sys.modules):
+        sys.modules.pop("torchao", None)
+        before = feature_key(source, "fp32", World())
+        sys.modules["torchao"] = ModuleType("torchao")
+        assert feature_key(source, "fp32", World()) == before
 
 
 def test_heads_that_the_source_contradicts_are_refused(tmp_path: Path) -> None:
