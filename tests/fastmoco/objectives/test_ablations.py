@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.cli.recipe_commands import ConfigArguments, parse_config
 from fastmoco.config import Config, resolve
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco.models.blocks import ConvStem, TokenBatchNorm
@@ -33,6 +32,9 @@ AT = Progress(50, 100, 10)
 
 def config_of(words: str) -> Config:
     """The recipe with these options, as the command line reads them."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    from fastmoco.cli.recipe_commands import ConfigArguments, parse_config
+
     parsed = parse_config(ConfigArguments, "print-config", [RECIPE, *words.split()])
     assert parsed is not None
     return parsed.config

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fastmoco.checkpoint import CheckpointError
-from fastmoco.cli.main import main
 from fastmoco.distributed.mesh import World
 from fastmoco.models.encoder_file import EncoderDescription, ResNetDescription
 from fastmoco.models.weights import judging
@@ -173,6 +172,9 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(field, value, r
 
 
 def test_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    from fastmoco.cli.main import main
+
     out = tmp_path / "e.safetensors"
     assert main(["export", str(run), "--to", "safetensors", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
