@@ -16,9 +16,12 @@ if not torch.cuda.is_available():
         "1"  # before any kernel is imported: Triton reads it where a kernel is defined
     )
 
+# Under nohup, and in the background of a script, processes would inherit that these are ignored, and
+# what they do at them could not be tested.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # Under nohup processes would inherit that, and what they do at SIGHUP could not be tested.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 
