@@ -104,16 +104,8 @@ class SimCLR(Objective):
         Raises:
             ValueError: if the views differ in shape, or are not two.
         """
-        views = two_views(inputs)
-        if self.coupling is not Coupling.TRUNK:
-            tokens = self.encoder.patch_tokens(torch.cat(views))
-            rows = self.encoder.encode(tokens, *inputs.paths_of(0, 1))
-        elif self.joint:
-            rows = self.encoder(torch.cat(views), *inputs.paths_of(0, 1))
-        else:
-            alone = [self.encoder(v, *inputs.paths_of(i)) for i, v in enumerate(views)]
-            rows = torch.cat(alone)
-        return Features((rows.view(2, len(views[0]), -1).transpose(0, 1),))
+        together = self.joint or self.coupling is not Coupling.TRUNK
+        return Features((_encoded(self.encoder, inputs, together=together).transpose(0, 1),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector and loss of the whole batch; projections are gathered over ranks.
@@ -133,13 +125,8 @@ class SimCLR(Objective):
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing shared: each view passes the trunk alone where that makes no
         difference, and the logits of all ranks' rows are one matrix."""
-        views = two_views(inputs)
-        if self.coupling is Coupling.TRUNK and self.joint:
-            rows = self.encoder.plain(torch.cat(views), *inputs.paths_of(0, 1))
-        else:
-            alone = [self.encoder.plain(v, *inputs.paths_of(i)) for i, v in enumerate(views)]
-            rows = torch.cat(alone)
-        projections = self._project(rows.view(2, len(views[0]), -1))
+        together = self.joint and self.coupling is Coupling.TRUNK
+        projections = self._project(_encoded(self.encoder.plain, inputs, together=together))
         loss, hits = nt_xent_reference(
             projections, temperature=self.temperature, scale=self.loss_scale
         )
@@ -160,6 +147,16 @@ class SimCLR(Objective):
         shown = projections.detach()
         watch: Mapping[str, Tensor] = {"queries": shown, "keys": shown}
         return Output(loss, watch if hits is None else {**watch, "accuracy": hits})
+
+
+def _encoded(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:
+    """[2, b, E]: both views through a trunk, as one batch or each alone."""
+    views = two_views(inputs)
+    if together:
+        rows = encode(torch.cat(views), *inputs.paths_of(0, 1))
+    else:
+        rows = torch.cat([encode(view, *inputs.paths_of(i)) for i, view in enumerate(views)])
+    return rows.view(2, len(views[0]), -1)
 
 
 def nt_xent_loss(

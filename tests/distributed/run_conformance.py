@@ -30,6 +30,7 @@ from fastmoco.objectives.build import OBJECTIVES, build_objective
 from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
+from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco.training import state as training_state
@@ -62,6 +63,7 @@ VARIANTS = {
     "mean, all trained": Variant(
         MoCoV3Config, {"pooling": "mean", "positions": "learned", "freeze_patch_embed": False}
     ),
+    "patches that train": Variant(SimCLRConfig, {"freeze_patch_embed": False}),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
     "frozen trunk": Variant(
         SupervisedConfig,
