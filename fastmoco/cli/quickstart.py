@@ -21,7 +21,7 @@ from fastmoco.recipes import quickstart_digits
 from fastmoco.recipes.suggest import suggest
 from fastmoco.run.folder import RunFolder
 from fastmoco.training import setup
-from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader, pack_digits
+from fastmoco_pipelines import build_eval_loader, pack_digits
 from fastmoco_pipelines.inspecting.preview import save_view_grid
 from fastmoco_pipelines.text import escaped
 
@@ -92,9 +92,7 @@ def _raw_pixel_accuracy(config: Config) -> float:
 
     def read(shards: str) -> tuple[torch.Tensor, torch.Tensor]:
         threads = setup.share_cores(config)
-        spec = EvalLoaderSpec(
-            shards=shards, image=config.eval_spec(), batch_size=256, threads=threads
-        )
+        spec = config.eval_loader_spec(shards, device="cpu", threads=threads)
         with build_eval_loader(spec) as loader:
             return raw_pixels(loader)
 

@@ -17,7 +17,18 @@ from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco_pipelines.spec import Device, EvalSpec, LoaderOptions, LoaderSpec, Resume, require
+from fastmoco_pipelines.spec import (
+    Device,
+    EvalLoaderSpec,
+    EvalSpec,
+    LoaderOptions,
+    LoaderSpec,
+    Resume,
+    require,
+)
+
+EVAL_BATCH = 256
+"""Images that an evaluation passes through the encoder together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +220,36 @@ class Config:
             threads=threads,
             classes=self.objective.label_count or 0,
             **{option.name: getattr(data, option.name) for option in fields(LoaderOptions)},
+        )
+
+    def eval_loader_spec(
+        self,
+        shards: str,
+        *,
+        device: Device,
+        threads: int,
+        limit: int = 0,
+        image: EvalSpec | None = None,
+    ) -> EvalLoaderSpec:
+        """The spec of a loader of an evaluation.
+
+        Args:
+            shards: the set.
+            device: where DALI decodes.
+            threads: of DALI.
+            limit: images of the set, spread over it; 0: all.
+            image: how an image is shown; None: `eval_spec`.
+        """
+        return EvalLoaderSpec(
+            shards=shards,
+            image=image or self.eval_spec(),
+            batch_size=EVAL_BATCH,
+            device=device,
+            threads=threads,
+            limit=limit or None,
+            max_bad_share=self.data.max_bad_share,
+            cache_dir=self.data.cache_dir,
+            cache_size_gb=self.data.cache_size_gb,
         )
 
     def eval_spec(self) -> EvalSpec:

@@ -15,8 +15,9 @@ from fastmoco.distributed.agree import total
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import encoder_function, eval_mode
 from fastmoco.evaluation.interface import Monitor, Unmeasurable
-from fastmoco_pipelines import ShardSet, build_eval_loader
-from fastmoco_pipelines.spec import Device, EvalLoaderSpec
+from fastmoco.evaluation.monitor import evenly, part_of_rank
+from fastmoco_pipelines import ShardSet
+from fastmoco_pipelines.spec import Device
 from fastmoco_pipelines.text import redact
 
 
@@ -58,23 +59,16 @@ class AccuracyMonitor(Monitor):
         own = config.accuracy
         super().__init__(world, every_epochs=own.every_epochs, max_share=own.max_share)
         self.config = config
-        self.device = device
         self.precision = precision
         self.quarantine_list = quarantine_list
         self.classified = 0
-        data = config.data
-        self._spec = EvalLoaderSpec(
-            shards=own.test_shards or config.knn.test_shards,
-            image=config.eval_spec(),
-            batch_size=256,
+        self._spec = config.eval_loader_spec(
+            own.test_shards or config.knn.test_shards,
             device=device,
             threads=threads,
-            limit=own.max_images or None,
-            max_bad_share=data.max_bad_share,
-            cache_dir=data.cache_dir,
-            cache_size_gb=data.cache_size_gb,
+            limit=own.max_images,
         )
-        self._shards = ShardSet.open(self._spec.shards, cache=data)
+        self._shards = ShardSet.open(self._spec.shards, cache=config.data)
         try:
             self._require_comparable()
         except BaseException:
@@ -89,16 +83,7 @@ class AccuracyMonitor(Monitor):
 
     def evaluate(self, encoder: nn.Module) -> Mapping[str, float]:
         """Both accuracies of a module from images to logits."""
-        loader = build_eval_loader(
-            self._spec,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            device_id=self.world.device.index if self.device == "gpu" else None,
-            quarantine_list=self.quarantine_list,
-            shards=self._shards,
-        )
-        if self.report is not None:
-            loader.report = lambda text: self._report(f"warning: {text}")
+        loader = part_of_rank(self, self._spec, self._shards, self.quarantine_list)
         counts = torch.zeros(4, dtype=torch.int64, device=self.world.device)
         with loader, eval_mode(encoder), torch.no_grad():
             logits_of = encoder_function(encoder, self.world.device, self.precision)
@@ -124,7 +109,7 @@ class AccuracyMonitor(Monitor):
     @property
     def images(self) -> int:
         """Images of the set that are classified."""
-        return min(len(self._shards), self._spec.limit or len(self._shards))
+        return len(evenly(len(self._shards), self._spec.limit or 0))
 
     def close(self) -> None:
         """Close the files of the set."""
@@ -146,10 +131,9 @@ class AccuracyMonitor(Monitor):
 
     def _chance(self) -> dict[str, float]:
         """Accuracy of the most frequent class, and of the five most frequent ones."""
-        count = self.images
-        rows = np.arange(count, dtype=np.int64) * len(self._shards) // max(count, 1)
+        rows = evenly(len(self._shards), self._spec.limit or 0)
         found = np.sort(np.bincount(self._shards.labels_of(rows)))[::-1]
-        return {"top1": float(found[:1].sum() / count), "top5": float(found[:5].sum() / count)}
+        return {name: float(found[:n].sum() / len(rows)) for name, n in (("top1", 1), ("top5", 5))}
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:

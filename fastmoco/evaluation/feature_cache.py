@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fastmoco.config.run import EVAL_BATCH
 from fastmoco.distributed import agree
 from fastmoco.errors import RunError
 from fastmoco.evaluation.embed import LabelledRows
@@ -33,7 +34,7 @@ from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
 from fastmoco_pipelines.files import lock_path, write_file, write_json
 from fastmoco_pipelines.loading.batch import EvalBatch
 
-BATCH = 256
+BATCH = EVAL_BATCH
 """Images of a batch; a part has whole batches, but for the last one of a set."""
 MOST_BATCHES = 16
 """Of a part."""

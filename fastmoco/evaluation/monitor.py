@@ -18,7 +18,7 @@ from fastmoco.evaluation.embed import LabelledRows, embed_part, encoder_function
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.knn import shared_knn_accuracy
 from fastmoco.evaluation.meaning import Meaning, meaning
-from fastmoco_pipelines import ShardSet, build_eval_loader
+from fastmoco_pipelines import EvalLoader, ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import CacheSpec, Device, EvalLoaderSpec
 from fastmoco_pipelines.text import redact
 
@@ -124,32 +124,31 @@ class KnnMonitor(Monitor):
 
     def _embed(self, encoder: nn.Module, opened: OpenSet, limit: int) -> LabelledRows:
         """Features and labels of this rank's part of a set, in its order."""
-        data = self.config.data
-        spec = EvalLoaderSpec(
-            shards=opened.pattern,
-            image=self.config.eval_spec(),
-            batch_size=256,
-            device=self.device,
-            threads=self.threads,
-            limit=limit or None,
-            max_bad_share=data.max_bad_share,
-            cache_dir=data.cache_dir,
-            cache_size_gb=data.cache_size_gb,
+        spec = self.config.eval_loader_spec(
+            opened.pattern, device=self.device, threads=self.threads, limit=limit
         )
-        loader = build_eval_loader(
-            spec,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            device_id=self.world.device.index if self.device == "gpu" else None,
-            quarantine_list=self.quarantine_list,
-            shards=opened.shards,
-        )
-        if self.report is not None:
-            loader.report = lambda text: self._report(f"warning: {text}")
-        with loader:
+        with part_of_rank(self, spec, opened.shards, self.quarantine_list) as loader:
             encode = encoder_function(encoder, self.world.device, self.precision)
             limit_bytes = self.memory_bytes() if self.memory_bytes is not None else None
             return embed_part(encode, loader, memory_bytes=limit_bytes, folder=self.scratch)
+
+
+def part_of_rank(
+    monitor: Monitor, spec: EvalLoaderSpec, shards: ShardSet, quarantine_list: Path | None
+) -> EvalLoader:
+    """The loader of this rank's part of a set; what it leaves out is reported by the monitor."""
+    world = monitor.world
+    loader = build_eval_loader(
+        spec,
+        rank=world.rank,
+        world_size=world.world_size,
+        device_id=world.device.index if spec.device == "gpu" else None,
+        quarantine_list=quarantine_list,
+        shards=shards,
+    )
+    if (report := monitor.report) is not None:
+        loader.report = lambda text: report(f"warning: {text}")
+    return loader
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.embed import LabelledRows, encoder_function
 from fastmoco.evaluation.embeddings import Embeddings, ImageNames
 from fastmoco.evaluation.feature_cache import (
-    BATCH,
     FeatureCache,
     embed_missing,
     encoder_digest,
@@ -37,12 +36,12 @@ from fastmoco.evaluation.monitor import evenly
 from fastmoco.models.precision import choose_precision
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
+from fastmoco.training.images import max_side_for
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.files import user_cache
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.loading.eval_loader import Augmented
-from fastmoco_pipelines.making.folder_cache import max_side_of
-from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
+from fastmoco_pipelines.spec import EvalSpec
 from fastmoco_pipelines.text import redact
 
 Tokens = Literal["class", "mean", "patch"]
@@ -151,7 +150,7 @@ class Embedder:
     ) -> None:
         self.config = replace(source.config or Config(), device="auto")
         self.step = source.step
-        self.max_side = self.config.data.max_side or max_side_of(source.image.size)
+        self.max_side = max_side_for(source.image.size, source.config)
         self._image = source.image
         self._world = world
         self._report = report
@@ -283,17 +282,9 @@ def batches_of_set(
         report: called with each image that is left out, in a sentence.
         augmented: the view of each image, in place of `image`.
     """
-    data = config.data
     device = setup.data_device(config, world)
-    spec = EvalLoaderSpec(
-        shards=pattern,
-        image=image,
-        batch_size=BATCH,
-        device=device,
-        threads=data.threads or threads,
-        max_bad_share=data.max_bad_share,
-        cache_dir=data.cache_dir,
-        cache_size_gb=data.cache_size_gb,
+    spec = config.eval_loader_spec(
+        pattern, device=device, threads=config.data.threads or threads, image=image
     )
 
     def batches(sample_ids: NDArray[np.int64]) -> Iterable[EvalBatch]:

@@ -35,7 +35,7 @@ from fastmoco.models.weights.writing import (
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco_pipelines import ShardError, build_eval_loader
 from fastmoco_pipelines.files import folder_for, hash_file, whole_file, write_file
-from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalLoaderSpec, EvalSpec
+from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
 IMAGES = 32
 """Images whose features are compared."""
@@ -201,11 +201,8 @@ def _images(
 
 
 def _of_shards(shards: str, config: Config | None, image: EvalSpec) -> Tensor:
-    cache: dict[str, Any] = {}
-    if config is not None:
-        cache = {"cache_dir": config.data.cache_dir, "cache_size_gb": config.data.cache_size_gb}
-    spec = EvalLoaderSpec(
-        shards=shards, image=image, batch_size=IMAGES, limit=IMAGES, threads=1, **cache
+    spec = (config or Config()).eval_loader_spec(
+        shards, device="cpu", threads=1, limit=IMAGES, image=image
     )
     with closing(build_eval_loader(spec)) as loader:
         images = [batch.images.clone() for batch in loader]
