@@ -27,6 +27,8 @@ from fastmoco_pipelines.spec import (
     require,
 )
 
+SMALL_SIDE = 64
+"""Pixels up to which an image is small: it is not resized for an evaluation."""
 EVAL_BATCH = 256
 """Images that an evaluation passes through the encoder together."""
 
@@ -255,7 +257,7 @@ class Config:
     def eval_spec(self) -> EvalSpec:
         """How evaluation resizes, crops and normalises an image."""
         size = self.model.image_size
-        resize = self.knn.resize or (round(size * 256 / 224) if size > 64 else size)
+        resize = self.knn.resize or (round(size * 256 / 224) if size > SMALL_SIDE else size)
         return EvalSpec(
             size=size, resize=resize, mean=self.data.view1.mean, std=self.data.view1.std
         )

@@ -22,6 +22,7 @@ from fastmoco.config import (
     ObjectiveConfig,
     OptimConfig,
 )
+from fastmoco.config.labelled import labelled_batch, own_crops
 from fastmoco.recipes.expected import PAPER, Expected, expects
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import EvalSpec, LoaderOptions, Resume, ViewSpec, require
@@ -164,10 +165,6 @@ def supervised_nano7_e12_b256() -> Config:
     return _beside(vit_nano7_e12_b256(), "supervised_nano7_e12_b256", epochs=12, lr=3e-3)
 
 
-SMALL_SIDE = 64
-"""Pixels; images up to this have crops and flips of the recipe of their run."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
     """Options of a fine-tuning, with the numbers of MAE for ViT-B (He et al. 2022, appendix A.2).
@@ -200,15 +197,6 @@ class FineTuning:
     cutmix: float = 1.0
     crop_min: float | None = None
     seed: int = 0
-
-
-def fine_tuning_batch(images: int) -> int:
-    """The default batch for a training set: 1024, halved until an epoch has 16 steps, down to
-    32."""
-    batch = 1024
-    while batch > 32 and batch * 16 > images:
-        batch //= 2
-    return batch
 
 
 def fine_tuning(
@@ -250,14 +238,8 @@ def fine_tuning(
                 "leave it out"
             )
     view = replace(plain_view(image.size), mean=image.mean, std=image.std)
-    if before is not None and image.size <= SMALL_SIDE:
-        own = before.data.view1
-        view = replace(
-            view,
-            crop_scale=own.crop_scale,
-            flip_probability=own.flip_probability,
-            jitter_probability=0.0,
-        )
+    if (own := own_crops(image.size, before)) is not None:
+        view = replace(view, crop_scale=own[0], flip_probability=own[1], jitter_probability=0.0)
     if options.crop_min is not None:
         view = replace(view, crop_scale=(options.crop_min, 1.0))
     warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
@@ -270,7 +252,7 @@ def fine_tuning(
     return Config(
         recipe="finetune",
         epochs=options.epochs,
-        global_batch_size=options.batch or fine_tuning_batch(images),
+        global_batch_size=options.batch or labelled_batch(images),
         seed=options.seed,
         # Fused blocks have no stochastic depth.
         model=replace(model, drop_path=drop_path, blocks="modules" if drop_path else model.blocks),

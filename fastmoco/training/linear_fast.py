@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastmoco.config import Config
+from fastmoco.config.labelled import OFFICIAL_CROP, labelled_batch, own_crops
 from fastmoco.distributed.first_rank import first_rank_does
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
@@ -51,14 +52,6 @@ LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4)
 VIT_LR, RESNET_LR = 3.0, 0.1
 """Rates of the official release for a batch of 256 images; its weight decay is 0."""
-MOST_BATCH = 1024
-"""The batch of the official protocol."""
-LEAST_STEPS = 16
-"""Steps of an epoch below which the batch is halved."""
-LEAST_BATCH = 32
-OFFICIAL_CROP = 0.08
-SMALL_SIDE = 64
-"""Pixels up to which an image is small (`Config.eval_spec`)."""
 COPIES = 10
 """Augmented copies with which the official pair agrees with the official protocol (docs/LOG.md)."""
 SAVE_SECONDS = 60.0
@@ -73,7 +66,7 @@ class FastOptions:
         lrs: rates for a batch of 256 images.
         weight_decays: each is tried with each rate.
         epochs: passes over the training features.
-        batch_size: 0: `probe_batch`.
+        batch_size: 0: `labelled_batch`.
         copies: augmented copies of the training images whose features are cached; epoch e trains on
             copy e modulo this number. 0: the plain images.
         crop_min: smallest share of an image's area in an augmented copy; None: `probe_view`.
@@ -117,15 +110,6 @@ def official_lr(encoder: nn.Module) -> float:
     return RESNET_LR if isinstance(encoder, ResNet) else VIT_LR
 
 
-def probe_batch(images: int) -> int:
-    """The batch of a linear classifier on a training set: 1024, as the official protocol, halved
-    until an epoch has 16 steps, down to 32. Rates are scaled by the batch."""
-    batch = MOST_BATCH
-    while batch > LEAST_BATCH and batch * LEAST_STEPS > images:
-        batch //= 2
-    return batch
-
-
 def probe_view(
     image: EvalSpec, config: Config | None = None, crop_min: float | None = None
 ) -> ViewSpec:
@@ -140,9 +124,7 @@ def probe_view(
         config: of the run; None: the protocol's crops and flips for any size.
         crop_min: smallest share of an image's area, in place of either.
     """
-    scale, flip = (OFFICIAL_CROP, 1.0), 0.5
-    if config is not None and image.size <= SMALL_SIDE:
-        scale, flip = config.data.view1.crop_scale, config.data.view1.flip_probability
+    scale, flip = own_crops(image.size, config) or ((OFFICIAL_CROP, 1.0), 0.5)
     return ViewSpec(
         size=image.size,
         crop_scale=scale if crop_min is None else (crop_min, 1.0),
@@ -289,7 +271,7 @@ class _Job:
         # The sweep, on all but a share of the training images.
         settings = LinearSettings(
             epochs=options.epochs,
-            batch_size=options.batch_size or probe_batch(len(table)),
+            batch_size=options.batch_size or labelled_batch(len(table)),
             seed=options.seed,
         )
         chosen = linear.held_out(table.labels, options.holdout, options.seed)

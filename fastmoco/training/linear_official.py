@@ -16,13 +16,13 @@ from torch import nn
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
 from fastmoco.config import AccuracyConfig, Config, DataConfig
+from fastmoco.config.labelled import labelled_batch
 from fastmoco.config.serial import from_json
 from fastmoco.training import setup
 from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco.training.linear_fast import (
     official_lr,
-    probe_batch,
     probe_sets,
     probe_view,
 )
@@ -37,7 +37,7 @@ class OfficialOptions:
         lr: for a batch of 256 images; None: 3 for a ViT, 0.1 for a ResNet.
         weight_decay: 0 in the official protocol.
         epochs: passes over the training images.
-        batch_size: 0: `probe_batch`.
+        batch_size: 0: `labelled_batch`.
         crop_min: as of `probe_view`.
         seed: of the classifier, the order and the crops.
     """
@@ -96,7 +96,7 @@ def official_config(
         for note in sets.notes:
             tell(f"warning: {note}")
     lr = official_lr(source.encoder) if options.lr is None else options.lr
-    batch = options.batch_size or probe_batch(images)
+    batch = options.batch_size or labelled_batch(images)
     config = replace(
         recipe,
         epochs=options.epochs,

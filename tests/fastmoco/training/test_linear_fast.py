@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
+from fastmoco.config.labelled import labelled_batch
 from fastmoco.distributed import World
 from fastmoco.evaluation import linear
 from fastmoco.evaluation.confidence import wilson
@@ -26,7 +27,7 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training import embed_run, linear_fast
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import FastOptions, fast_linear, probe_batch, probe_view
+from fastmoco.training.linear_fast import FastOptions, fast_linear, probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
 from fastmoco_pipelines.spec import EvalSpec
 from tests.distributed.test_ranks import launch
@@ -269,7 +270,7 @@ def test_one_class_is_refused(digits, tmp_path) -> None:
     [(10, 32), (1437, 64), (6000, 256), (16_383, 512), (16_384, 1024), (1_281_167, 1024)],
 )
 def test_the_batch_falls_with_the_set(images: int, batch: int) -> None:
-    assert probe_batch(images) == batch
+    assert labelled_batch(images) == batch
 
 
 @pytest.mark.parametrize(
