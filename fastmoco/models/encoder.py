@@ -124,3 +124,8 @@ def family_of(encoder: Any) -> Family:
     """Kind of an encoder's trunk; one that names none counts as a ViT."""
     family: Family = getattr(encoder, "family", "vit")
     return family
+
+
+def trunk_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an encoder's state dict without its head."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}

@@ -18,6 +18,7 @@ Legend: B images, C channels, H and W positions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -52,7 +53,7 @@ class Convolution(nn.Conv2d):
         return F.conv2d(x, self.weight, stride=stride, padding=self.padding)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, ABC):
     """A block of a ResNet: ReLU of the sum of a branch and a shortcut.
 
     Args:
@@ -78,17 +79,17 @@ class ResidualBlock(nn.Module):
         if stride != 1 or before != after:
             self.downsample = nn.Sequential(Convolution(before, after, 1, stride), BatchNorm(after))
 
+    @abstractmethod
     def build_branch(self, before: int, width: int, stride: int) -> None:
         """Make the layers of the branch; its last norm starts at zero."""
-        raise NotImplementedError
 
+    @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
         """The branch, after its last norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def convolutions(self) -> list[Convolution]:
         """The convolutions of the branch, first to last."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, expansion * width, H / stride, W / stride]."""

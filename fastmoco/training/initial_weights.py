@@ -22,6 +22,7 @@ from fastmoco.distributed.agree import any_rank, of_first_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.models.blocks import Block
+from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.fitting import Fit, fit_encoder
@@ -181,7 +182,7 @@ def _of_run(path: Path) -> tuple[EncoderWeights, str]:
         source=str(checkpoint.path),
         format=f"run of fastmoco, {config.objective.kind}",
         family=description.family,
-        trunk={name: tensor for name, tensor in tensors.items() if not name.startswith("head.")},
+        trunk=trunk_of(tensors),
         beside={name: "projector" for name in tensors if name.startswith("head.")},
         heads=description.heads,
         image=description.image,

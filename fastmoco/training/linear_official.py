@@ -18,6 +18,7 @@ from fastmoco.checkpoint import CheckpointError, find_checkpoint
 from fastmoco.config import AccuracyConfig, Config, DataConfig
 from fastmoco.config.labelled import labelled_batch
 from fastmoco.config.serial import from_json
+from fastmoco.models.encoder import trunk_of
 from fastmoco.training import setup
 from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.encoder_source import EncoderSource
@@ -169,7 +170,7 @@ def require_unchanged(encoder: nn.Module, tensors: dict[str, Any], named: str) -
     """
     differ = [
         name
-        for name, value in _trunk(encoder).items()
+        for name, value in trunk_of(encoder.state_dict()).items()
         if not _equal(tensors.get(f"model.encoder.{name}"), value)
     ]
     if differ:
@@ -182,8 +183,3 @@ def require_unchanged(encoder: nn.Module, tensors: dict[str, Any], named: str) -
 
 def _equal(found: torch.Tensor | None, value: torch.Tensor) -> bool:
     return found is not None and torch.equal(found.cpu(), value.cpu().to(found.dtype))
-
-
-def _trunk(encoder: nn.Module) -> dict[str, torch.Tensor]:
-    state = encoder.state_dict()
-    return {name: value for name, value in state.items() if not name.startswith("head.")}

@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from fastmoco.config import Config, ModelConfig
 from fastmoco.errors import RunError
+from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files import write_file
@@ -99,11 +100,8 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
                 "--out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    trunk = {
-        name: value.cpu().contiguous()
-        for name, value in source.encoder.state_dict().items()
-        if not name.startswith("head.")
-    }
+    state = trunk_of(source.encoder.state_dict())
+    trunk = {name: value.cpu().contiguous() for name, value in state.items()}
     write_file(out / FACTS, json.dumps(facts).encode() + b"\n", mode=0o600)
     write_file(out / ENCODER, save(trunk, describe_run(config).to_metadata()), mode=0o600)
     return replace(config, model=replace(config.model, init=str(out / ENCODER)))

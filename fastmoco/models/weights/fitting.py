@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.encoder import trunk_of
 from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -105,9 +106,9 @@ def fit_encoder(
     Raises:
         CheckpointError: naming the file, what did not match, and the cure.
     """
-    trunk = {name: tensor for name, tensor in target.items() if not name.startswith("head.")}
+    trunk = trunk_of(target)
     fit = Fit(tensors={}, unused=dict(weights.beside))
-    fit.left.extend(name for name in target if name.startswith("head."))
+    fit.left.extend(name for name in target if name not in trunk)
     _require_heads(weights, heads, fit)
     wrong = []
 

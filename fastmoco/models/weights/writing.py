@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.checkpoint.whole_file import storable, write_whole
 from fastmoco.models.blocks import Block
-from fastmoco.models.encoder import Family
+from fastmoco.models.encoder import Family, trunk_of
 from fastmoco.models.encoder_file import Description, EncoderDescription, build_with
 from fastmoco.models.resnet import RESNETS, BasicBlock, ResNet
 from fastmoco.models.vit import VisionTransformer
@@ -155,8 +155,7 @@ def plain_encoder(
     compare features with."""
     trunk = {
         name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None)
-        for name, tensor in encoder.state_dict().items()
-        if not name.startswith("head.")
+        for name, tensor in trunk_of(encoder.state_dict()).items()
     }
     copy = build_with("the encoder", description, trunk)
     if isinstance(copy, VisionTransformer):
