@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
@@ -11,11 +10,10 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.images import of_options
+from fastmoco.cli.labelled_run import read_labelled, run_to_result
 from fastmoco.cli.opening import say_first
-from fastmoco.cli.output import training_beside_result
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
-from fastmoco.launched import read_launcher
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
 from fastmoco_pipelines.files import write_file
 
@@ -80,21 +78,12 @@ def eval_finetune(
     say_first(f"fine-tuning of {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         with collection_paused():
-            from fastmoco.cli.train import train as train_run
-            from fastmoco.training.encoder_source import load_source
             from fastmoco.training.finetune import finetune_result
-            from fastmoco.training.images import max_side_for
             from fastmoco.training.source_model import log_every, model_config, prepare
 
-        # The run has its own process group. Before it, every process reads the encoder and packs
-        # folders of images, in turn.
-        rank = read_launcher(os.environ).rank
-        source = load_source(run, "cpu", which=which, best=best, heads=heads)
-        if rank == 0:
-            for note in source.notes:
-                say(note)
-        side = max_side_for(source.image.size, source.config)
-        train, test = knn_sets(train, test, max_side=side, needed_by="fine-tuning")
+        source, train, test = read_labelled(
+            run, train, test, which=which, best=best, heads=heads, needed_by="fine-tuning"
+        )
         images = _images(train)
         config = fine_tuning(
             model_config(source),
@@ -108,9 +97,8 @@ def eval_finetune(
         every = log_every(images // config.global_batch_size)
         config = replace(config, log_every_steps=every)
         config = prepare(source, config, out)
-        with training_beside_result():
-            code = train_run(config, out, hints=False)
-        if code != EXIT_FINISHED or rank > 0:
+        code, reports = run_to_result(config, out)
+        if not reports:
             return code
         line = json.dumps(finetune_result(out))
         write_file(out / RESULT, f"{line}\n".encode())

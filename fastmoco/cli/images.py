@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from fastmoco.errors import RunError, say
 from fastmoco_pipelines.text import counted, spoken
 
 if TYPE_CHECKING:
+    from fastmoco.distributed.mesh import World
     from fastmoco_pipelines.making.folder_cache import FolderState, PackedFolder, PackOptions
 
 SHOWN = 5
@@ -98,6 +100,19 @@ def knn_sets(
     root = user_cache() / "packed"
     bank = set_of_folder(train, max_side=max_side, named="train")
     return bank, packed(Path(test), root, options, named="test", state=state).pattern
+
+
+def knn_sets_of_ranks(
+    world: World, train: str, test: str, *, max_side: int | None, needed_by: str = "kNN"
+) -> list[str]:
+    """`knn_sets` on several ranks: rank 0 packs folders of images, and all get the shards."""
+    from fastmoco.distributed.first_rank import first_rank_does
+
+    def pack() -> str:
+        return json.dumps(knn_sets(train, test, max_side=max_side, needed_by=needed_by))
+
+    found: list[str] = json.loads(first_rank_does(world, "packed", pack))
+    return found
 
 
 @contextmanager

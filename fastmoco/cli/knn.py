@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,7 @@ import torch
 
 from fastmoco.cli.data import progress_bar
 from fastmoco.cli.embed import progress_on
-from fastmoco.cli.images import knn_sets, of_options
-from fastmoco.distributed.first_rank import first_rank_does
+from fastmoco.cli.images import knn_sets_of_ranks, of_options
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World, start_world, stop_world
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
@@ -91,8 +89,7 @@ def _measure(
         tell(decoder)
 
     # The sets, and what an accuracy between them can mean.
-    packed = partial(knn_sets, *given, max_side=embedder.max_side)
-    patterns: list[str] = json.loads(first_rank_does(world, "packed", lambda: json.dumps(packed())))
+    patterns = knn_sets_of_ranks(world, *given, max_side=embedder.max_side)
     bank, queries = open_comparable(patterns[0], patterns[1], embedder.config.data)
     with ExitStack() as stack:
         for opened in (bank, queries):

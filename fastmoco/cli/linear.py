@@ -11,16 +11,16 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.embed import progress_on
-from fastmoco.cli.images import knn_sets, of_options
+from fastmoco.cli.images import knn_sets_of_ranks, of_options
+from fastmoco.cli.labelled_run import is_first, read_labelled, run_to_result
 from fastmoco.cli.opening import say_first
-from fastmoco.cli.output import training_beside_result
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
 Which = Literal["base", "momentum"]
+NEEDED_BY = "a linear classifier"
+"""As errors about classes name this evaluation."""
 
 if TYPE_CHECKING:
-    from fastmoco.distributed.mesh import World
-    from fastmoco.training.encoder_source import EncoderSource
     from fastmoco.training.linear_official import OfficialOptions
 
 
@@ -165,6 +165,7 @@ def _fast(
         from fastmoco.faults.first_cause import first_cause
         from fastmoco.training import linear_fast
         from fastmoco.training.encoder_source import load_source
+        from fastmoco.training.images import max_side_for
         from fastmoco_pipelines.files import user_cache
 
     options = linear_fast.FastOptions(
@@ -180,7 +181,8 @@ def _fast(
         if world.rank == 0:
             for note in source.notes:
                 say(note)
-        bank, queries = _sets(train, test, source, world)
+        side = max_side_for(source.image.size, source.config)
+        bank, queries = knn_sets_of_ranks(world, train, test, max_side=side, needed_by=NEEDED_BY)
         found = linear_fast.fast_linear(
             source, bank, queries, world, options, progress=partial(progress_on, world), tell=say
         )
@@ -200,56 +202,24 @@ def _official(
 ) -> tuple[int, dict[str, Any] | None]:
     """Exit code and result of the official protocol; without a result on ranks other than the
     first, and where the run was stopped."""
-    import os
-
-    from fastmoco.launched import read_launcher
-
     with collection_paused():
-        from fastmoco.cli.train import train as train_run
         from fastmoco.recipes.supervised import linear_probe
-        from fastmoco.training.encoder_source import load_source
-        from fastmoco.training.images import max_side_for
         from fastmoco.training.linear_official import official_config, official_result
 
-    # The run has its own process group. Before it, every process reads the encoder and packs
-    # folders of images, in turn.
-    rank = read_launcher(os.environ).rank
-    source = load_source(run, "cpu", which=which, best=best, heads=heads)
-    if rank == 0:
-        for note in source.notes:
-            say(note)
-    side = max_side_for(source.image.size, source.config)
-    bank, queries = knn_sets(train, test, max_side=side, needed_by="a linear classifier")
+    source, train, test = read_labelled(
+        run, train, test, which=which, best=best, heads=heads, needed_by=NEEDED_BY
+    )
     config = official_config(
         source,
-        bank,
-        queries,
+        train,
+        test,
         out,
         options,
         recipe=linear_probe(),
-        tell=say if rank == 0 else lambda text: None,
+        tell=say if is_first() else lambda text: None,
     )
-    with training_beside_result():
-        code = train_run(config, out, hints=False)
-    if code != EXIT_FINISHED or rank > 0:
-        return code, None
-    return code, official_result(source, out)
-
-
-def _sets(train: str, test: str, source: EncoderSource, world: World) -> list[str]:
-    """The shards of both sets; rank 0 packs folders of images."""
-    from fastmoco.distributed.first_rank import first_rank_does
-    from fastmoco.training.images import max_side_for
-
-    side = max_side_for(source.image.size, source.config)
-
-    def pack() -> str:
-        return json_module.dumps(
-            knn_sets(train, test, max_side=side, needed_by="a linear classifier")
-        )
-
-    found: list[str] = json_module.loads(first_rank_does(world, "packed", pack))
-    return found
+    code, reports = run_to_result(config, out)
+    return code, official_result(source, out) if reports else None
 
 
 def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:

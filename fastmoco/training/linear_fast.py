@@ -31,7 +31,6 @@ from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
 from fastmoco.evaluation.monitor import OpenSet, open_comparable, shared_images
 from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.models.resnet import ResNet
-from fastmoco.planning.free_memory import free_bytes
 from fastmoco.training import setup
 from fastmoco.training.accuracies import accuracies
 from fastmoco.training.embed_run import (
@@ -485,7 +484,7 @@ class FeatureTable:
         if not len(self.labels):
             raise ValueError("no image of the set decodes")
         total = self._plain.nbytes * (1 + len(copies))
-        free = _half_of(device)
+        free = setup.half_of_free_memory(device)
         self._keep_all = free is None or total <= free
         self._device = device if self._keep_all else torch.device("cpu")
         self._plain = self._plain.to(self._device)
@@ -541,11 +540,3 @@ def _loaded(cache: FeatureCache) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(found.rows, MemoryRows)
     assert found.sample_ids is not None
     return found.rows.tensor, found.labels, found.sample_ids
-
-
-def _half_of(device: torch.device) -> int | None:
-    """Bytes; None if the system does not report them."""
-    try:
-        return free_bytes(device) // 2
-    except ValueError:
-        return None

@@ -233,10 +233,11 @@ def _has_knn(config: Config) -> bool:
     return bool(config.knn.test_shards) and config.knn.every_epochs > 0
 
 
-def half_of_free_memory() -> int | None:
-    """Of this machine, for this process; None if the system does not report it."""
+def half_of_free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes of a device, None: of the host, for this process; None if the system does not report
+    it."""
     try:
-        return free_bytes(torch.device("cpu")) // 2
+        return free_bytes(device or torch.device("cpu")) // 2
     except ValueError:
         return None
 
