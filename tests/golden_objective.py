@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,36 @@ from fastmoco.distributed import BatchNorm
 from fastmoco.models import VisionTransformer
 from fastmoco.models.encoder import Coupling, Family, Parts
 from fastmoco.objectives import MoCoV3
+
+SIBLINGS = Path(__file__).parent / "golden" / "siblings"
+Data = dict[str, np.ndarray]
+
+
+def read_sibling(name: str) -> Data:
+    """The arrays of a golden file of another method."""
+    with np.load(SIBLINGS / f"{name}.npz", allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def sibling_vit(data: Data) -> Callable[[], VisionTransformer]:
+    """What builds the ViT of `vit/` of such a file."""
+    _, size, patch, width, depth, heads, _, _ = data["vit/cfg"].tolist()
+    return partial(
+        VisionTransformer,
+        image_size=size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+    )
+
+
+def error(ours: Tensor, expected: np.ndarray) -> float:
+    """Largest difference, relative to the largest number; absolute where all are rounding noise."""
+    largest = np.abs(expected).max()
+    return float(
+        np.abs(ours.double().numpy() - expected).max() / (largest if largest > 1e-12 else 1.0)
+    )
 
 
 class ConvTrunk(nn.Module):

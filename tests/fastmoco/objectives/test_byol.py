@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmoco.config.serial import from_json, may_change, to_json
 from fastmoco.distributed import World, parallelize
-from fastmoco.models import VisionTransformer
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.byol import BYOL, regression_loss
@@ -30,9 +29,7 @@ from fastmoco.recipes.byol import BYOLConfig, byol_digits, byol_vit_s16_e300_b40
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
-from tests.golden_objective import ConvTrunk
-
-FILE = Path(__file__).parents[2] / "golden" / "siblings" / "byol.npz"
+from tests.golden_objective import ConvTrunk, error, read_sibling, sibling_vit
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +38,7 @@ def data() -> dict[str, np.ndarray]:
 
 
 def read() -> dict[str, np.ndarray]:
-    with np.load(FILE, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    return read_sibling("byol")
 
 
 def our_name(golden_name: str) -> str:
@@ -97,15 +93,8 @@ def conv_case(data: dict[str, np.ndarray]) -> tuple[BYOL, AveragedOptimizer]:
 
 def vit_case(data: dict[str, np.ndarray]) -> tuple[BYOL, AveragedOptimizer]:
     """The objective and the optimizer of `vit/`."""
-    _, size, patch, width, depth, heads, hidden, out = data["vit/cfg"].tolist()
-    build = partial(
-        VisionTransformer,
-        image_size=size,
-        patch_size=patch,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-    )
+    hidden, out = data["vit/cfg"].tolist()[-2:]
+    build = sibling_vit(data)
     objective = load(BYOL(build, projection_dim=out, hidden_dim=hidden), data, "vit/")
     assert np.array_equal(objective.encoder.pos_embed.numpy(), data["vit/pos"])
     adamw = build_adamw(objective.named_parameters(), lr=0.0, weight_decay=float(data["vit/wd"]))
@@ -135,14 +124,6 @@ def run(data: dict[str, np.ndarray], prefix: str, world: World) -> tuple[BYOL, d
         found["losses"].append(loss.detach())
         found["states"].append({n: t.detach().clone() for n, t in objective.state_dict().items()})
     return objective, found
-
-
-def error(ours: Tensor, expected: np.ndarray) -> float:
-    """Largest difference, relative to the largest number; absolute where all are rounding noise."""
-    largest = np.abs(expected).max()
-    return float(
-        np.abs(ours.double().numpy() - expected).max() / (largest if largest > 1e-12 else 1.0)
-    )
 
 
 def check_trace(found: dict[str, Any], data: dict[str, np.ndarray], prefix: str) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastmoco.config.serial import from_json, may_change, to_json
 from fastmoco.distributed import World, parallelize
-from fastmoco.models import VisionTransformer
 from fastmoco.models.heads import FORMS
 from fastmoco.objectives import simclr
 from fastmoco.objectives.build import build_objective
@@ -32,11 +31,9 @@ from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
 from tests.command_line import main
 from tests.distributed.thread_ranks import ThreadRanks
-from tests.fastmoco.objectives.test_byol import ConvTrunk, error
+from tests.golden_objective import ConvTrunk, Data, error, read_sibling, sibling_vit
 
-FILE = Path(__file__).parents[2] / "golden" / "siblings" / "simclr.npz"
 OFFICIAL = {"loss_scale": 2.0, "projector": FORMS["simclr"]}
-Data = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +42,7 @@ def data() -> Data:
 
 
 def read() -> Data:
-    with np.load(FILE, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    return read_sibling("simclr")
 
 
 def double(data: Data, *names: str) -> list[Tensor]:
@@ -202,15 +198,8 @@ def conv_case(data: Data, **options: Any) -> tuple[SimCLR, torch.optim.Optimizer
 
 def vit_case(data: Data) -> tuple[SimCLR, torch.optim.Optimizer]:
     """The objective and the optimizer of `vit/`."""
-    _, size, patch, width, depth, heads, hidden, out = data["vit/cfg"].tolist()
-    build = partial(
-        VisionTransformer,
-        image_size=size,
-        patch_size=patch,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-    )
+    hidden, out = data["vit/cfg"].tolist()[-2:]
+    build = sibling_vit(data)
     temperature = float(data["vit/T"])
     objective = SimCLR(build, projection_dim=out, hidden_dim=hidden, temperature=temperature)
     load(objective, data, "vit/")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fastmoco.config import Config, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
-from fastmoco.models import VisionTransformer
 from fastmoco.models.heads import HeadForm, build_head
 from fastmoco.objectives import swav
 from fastmoco.objectives.build import build_objective
@@ -37,10 +36,7 @@ from fastmoco.training.trainer import Trainer
 from tests.distributed.run_trainer import CONFIG
 from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives import test_conformance as conformance
-from tests.fastmoco.objectives.test_byol import ConvTrunk, error
-
-FILE = Path(__file__).parents[2] / "golden" / "siblings" / "swav.npz"
-Data = dict[str, np.ndarray]
+from tests.golden_objective import ConvTrunk, Data, error, read_sibling, sibling_vit
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +45,7 @@ def data() -> Data:
 
 
 def read() -> Data:
-    with np.load(FILE, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    return read_sibling("swav")
 
 
 def our_name(golden_name: str) -> str:
@@ -80,15 +75,8 @@ def load(objective: SwAV, data: Data, prefix: str) -> SwAV:
 
 def vit_case(data: Data) -> tuple[SwAV, AveragedOptimizer]:
     """The objective and the optimizer of `vit/`."""
-    _, size, patch, width, depth, heads, hidden, out = data["vit/cfg"].tolist()
-    build = partial(
-        VisionTransformer,
-        image_size=size,
-        patch_size=patch,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-    )
+    hidden, out = data["vit/cfg"].tolist()[-2:]
+    build = sibling_vit(data)
     objective = SwAV(
         build,
         projection_dim=out,
