@@ -6,31 +6,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
 from fastmoco.config import Config
-from fastmoco.config.labelled import OFFICIAL_CROP, labelled_batch, own_crops
+from fastmoco.config.labelled import labelled_batch
 from fastmoco.distributed.first_rank import first_rank_does
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation import linear
-from fastmoco.evaluation.embed import LabelledRows, encoder_function, eval_mode
+from fastmoco.evaluation.embed import encoder_function, eval_mode
 from fastmoco.evaluation.feature_cache import FeatureCache, embed_missing
 from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
-from fastmoco.evaluation.monitor import OpenSet, open_comparable, shared_images
-from fastmoco.evaluation.rows import MemoryRows
-from fastmoco.models.resnet import ResNet
+from fastmoco.evaluation.monitor import OpenSet
 from fastmoco.training import setup
 from fastmoco.training.accuracies import accuracies
 from fastmoco.training.embed_run import (
@@ -41,16 +37,15 @@ from fastmoco.training.embed_run import (
     precision_of,
 )
 from fastmoco.training.encoder_source import EncoderSource
+from fastmoco.training.feature_table import FeatureTable, TablePart
+from fastmoco.training.probe import official_lr, probe_sets, probe_view
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
-from fastmoco_pipelines.spec import CacheSpec, EvalSpec, ViewSpec
-from fastmoco_pipelines.text import counted, redact
+from fastmoco_pipelines.text import counted
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Rates of the sweep, for a batch of 256 images; those of the official protocol are among them."""
 WEIGHT_DECAYS = (0.0, 1e-6, 1e-5, 1e-4)
-VIT_LR, RESNET_LR = 3.0, 0.1
-"""Rates of the official release for a batch of 256 images; its weight decay is 0."""
 COPIES = 10
 """Augmented copies with which the official pair agrees with the official protocol (docs/LOG.md)."""
 SAVE_SECONDS = 60.0
@@ -102,91 +97,6 @@ class FastOptions:
         """All pairs, each once."""
         every = [Pair(lr, decay) for lr in self.lrs for decay in self.weight_decays]
         return list(dict.fromkeys(every))
-
-
-def official_lr(encoder: nn.Module) -> float:
-    """The rate of the official release for a batch of 256 images."""
-    return RESNET_LR if isinstance(encoder, ResNet) else VIT_LR
-
-
-def probe_view(
-    image: EvalSpec, config: Config | None = None, crop_min: float | None = None
-) -> ViewSpec:
-    """The view of the official protocol: a random crop and a flip, without changes of color.
-
-    The crops of the protocol cover 8 % of a photograph or more. For images of at most 64 pixels,
-    which are not resized for the test either, crops and flips are those of the run's first view:
-    its recipe knows which of them keep the class of a small image.
-
-    Args:
-        image: how a test image is shown.
-        config: of the run; None: the protocol's crops and flips for any size.
-        crop_min: smallest share of an image's area, in place of either.
-    """
-    scale, flip = own_crops(image.size, config) or ((OFFICIAL_CROP, 1.0), 0.5)
-    return ViewSpec(
-        size=image.size,
-        crop_scale=scale if crop_min is None else (crop_min, 1.0),
-        flip_probability=flip,
-        jitter_probability=0.0,
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-        mean=image.mean,
-        std=image.std,
-    )
-
-
-class ProbeSets(NamedTuple):
-    """Labelled sets of a linear classifier, with the same classes."""
-
-    train: OpenSet
-    test: OpenSet
-    classes: int
-    notes: list[str]
-    """What a reader of the accuracy must know, in sentences."""
-
-
-@contextmanager
-def probe_sets(train: str, test: str, cache: CacheSpec) -> Iterator[ProbeSets]:
-    """Open both sets; afterwards they are closed.
-
-    Args:
-        train: pattern of labelled shards.
-        test: pattern of labelled shards.
-        cache: where shards of a server are kept.
-
-    Raises:
-        ValueError: if a set has no labels or no image, the classes of both differ, or the training
-            images have one class.
-        ShardError: if a set cannot be opened.
-    """
-    with ExitStack() as stack:
-        opened = open_comparable(train, test, cache, needed_by="a linear classifier")
-        for one in opened:
-            stack.enter_context(closing(one.shards))
-            if not len(one.shards):
-                raise ValueError(f"{redact(one.pattern)!r} has no image")
-        first, second = (one.shards for one in opened)
-        if len(np.unique(first.labels)) < 2:
-            raise ValueError(
-                f"{redact(train)!r}: all images have one class, so there is nothing to learn; pack "
-                "a folder for each class"
-            )
-        classes = max(first.class_count, second.class_count)
-        rows = [np.arange(len(one), dtype=np.int64) for one in (first, second)]
-        both = shared_images(first.checksums_of(rows[0]), second.checksums_of(rows[1]))
-        notes = []
-        if both:
-            notes.append(
-                f"{both} of {len(second)} test images ({both / len(second):.0%}) are among the "
-                "training images too, with the same bytes, so the accuracy says little about other "
-                "images"
-            )
-        yield ProbeSets(*opened, classes, notes)
 
 
 def fast_linear(
@@ -458,85 +368,3 @@ class _SavedState:
     def remove(self) -> None:
         """The classifiers are trained."""
         self._file.unlink(missing_ok=True)
-
-
-class FeatureTable:
-    """Cached features of a set, and of its augmented copies, for training.
-
-    Features that fit into half of the free memory of the device are kept there; of others one copy
-    is in the memory of the host at a time.
-
-    Args:
-        plain: of the images without augmentation.
-        copies: of the same set; epoch e shows copy e modulo their number.
-        device: of the computation.
-
-    Attributes:
-        labels: [n] int64.
-        key: identity of all features.
-    """
-
-    def __init__(
-        self, plain: FeatureCache, copies: Sequence[FeatureCache], device: torch.device
-    ) -> None:
-        self._copies = list(copies)
-        self._plain, self.labels, self._ids = _loaded(plain)
-        if not len(self.labels):
-            raise ValueError("no image of the set decodes")
-        total = self._plain.nbytes * (1 + len(copies))
-        free = setup.half_of_free_memory(device)
-        self._keep_all = free is None or total <= free
-        self._device = device if self._keep_all else torch.device("cpu")
-        self._plain = self._plain.to(self._device)
-        self._loaded: dict[int, Tensor] = {}
-        self.key = "+".join(cache.path.name for cache in (plain, *copies))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, index: Tensor, epoch: int | None = None) -> Tensor:
-        """Features [B, E] of images [B], as an epoch shows them; None: without augmentation."""
-        table = self._plain if epoch is None or not self._copies else self._copy(epoch)
-        return table[index.to(table.device)]
-
-    def part(self, chosen: Tensor) -> TablePart:
-        """Some of the images; bool [n]."""
-        return TablePart(self, chosen.nonzero()[:, 0])
-
-    def _copy(self, epoch: int) -> Tensor:
-        number = epoch % len(self._copies)
-        if number not in self._loaded:
-            if not self._keep_all:
-                self._loaded.clear()
-            features, _, ids = _loaded(self._copies[number])
-            if not torch.equal(ids, self._ids):  # an image that failed once shows itself plain
-                both = self._plain.cpu().clone()
-                known = torch.isin(ids, self._ids)
-                both[torch.searchsorted(self._ids, ids[known])] = features[known]
-                features = both
-            self._loaded[number] = features.to(self._device)
-        return self._loaded[number]
-
-
-class TablePart:
-    """Some of the images of a table."""
-
-    def __init__(self, table: FeatureTable, index: Tensor) -> None:
-        self._table = table
-        self._index = index
-        self.labels = table.labels[index]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, index: Tensor, epoch: int | None = None) -> Tensor:
-        """As of the table."""
-        return self._table.rows(self._index[index], epoch)
-
-
-def _loaded(cache: FeatureCache) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [n, E], labels [n] and numbers in the set [n] of the images that decode."""
-    found: LabelledRows = cache.rows()
-    assert isinstance(found.rows, MemoryRows)
-    assert found.sample_ids is not None
-    return found.rows.tensor, found.labels, found.sample_ids

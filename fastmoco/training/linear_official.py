@@ -22,11 +22,7 @@ from fastmoco.models.encoder import trunk_of
 from fastmoco.training import setup
 from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import (
-    official_lr,
-    probe_sets,
-    probe_view,
-)
+from fastmoco.training.probe import official_lr, probe_sets, probe_view
 from fastmoco.training.source_model import log_every, model_config, prepare
 
 

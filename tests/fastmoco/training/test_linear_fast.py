@@ -27,7 +27,8 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training import embed_run, linear_fast
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import FastOptions, fast_linear, probe_view
+from fastmoco.training.linear_fast import FastOptions, fast_linear
+from fastmoco.training.probe import probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
 from fastmoco_pipelines.spec import EvalSpec
 from tests.distributed.test_ranks import launch
