@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import Progress, shared_neighbours
+from fastmoco.evaluation.monitor import evenly
 from fastmoco.evaluation.rows import MemoryRows
 
 
@@ -57,8 +58,7 @@ class Embeddings(ImageNames):
 
     def spread(self, count: int) -> Embeddings:
         """So many images, spread evenly; all for 0, or if there are no more."""
-        count = min(count or len(self), len(self))
-        rows = np.arange(count, dtype=np.int64) * len(self) // count
+        rows = evenly(len(self), count)
         mine = (rows >= self.first) & (rows < self.first + len(self.features))
         return replace(
             self,

@@ -193,7 +193,7 @@ class Embedder:
                 cache = FeatureCache(
                     place,
                     {**self._key, "set": shards.digest},
-                    sample_ids=_chosen(shards, limit),
+                    sample_ids=evenly(len(shards), limit),
                     row_bytes=self._row_bytes,
                 )
                 if cache.path in caches:  # the same set again
@@ -315,12 +315,6 @@ def _token_function(
     if tokens == "patch":
         return all_tokens
     return lambda images: all_tokens(images).mean(1)
-
-
-def _chosen(shards: ShardSet, limit: int) -> NDArray[np.int64]:
-    """The images that are asked for, as the evaluation loader spreads them."""
-    chosen: NDArray[np.int64] = evenly(len(shards), limit)
-    return chosen
 
 
 def acquired(cache: FeatureCache) -> str:
