@@ -8,6 +8,7 @@ FLOPs. Two batch sizes separate the bytes per image from those that do not grow 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class StepCosts:
     """What a chunk keeps per image: the features of all encoders, copied once, and a gradient of
     the online ones."""
     key_bytes: float
-    """Keys of one image of another rank."""
+    """Keys of one image of another rank: both views, as received and as normalised."""
     graph: Line
     """Kept between forward and backward of the query trunk."""
     train: Line
@@ -130,6 +131,8 @@ class StepCosts:
     separate: bool = False
     """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
     twice (`Coupling.NONE`)."""
+    ring_above: float = math.inf
+    """Bytes of gathered keys above which the keys come in a ring (`fastmoco.planning.keys`)."""
 
 
 def measure_costs(
@@ -158,6 +161,8 @@ def measure_costs(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
         objective = build_model(config)
+        if objective.ring:
+            objective.ring = False  # one process is measured, and others' keys are a formula
         own = list(objective.parameters())
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -196,7 +201,7 @@ def measure_costs(
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
         + sum(2 * rows.nbytes for rows in features.target),
-        key_bytes=2 * 2 * config.model.projection_dim * element,
+        key_bytes=key_bytes(config, element),
         graph=Line(*sizes["graph"]),
         train=Line(*sizes["train"]),
         forward=Line(*sizes["forward"]),
@@ -210,6 +215,11 @@ def measure_costs(
         lean_train=Line(*lean["train"]) if lean else None,
         lean_flops=twice["train"][0] - flops["train"][0],
     )
+
+
+def key_bytes(config: Config, element: int) -> float:
+    """`StepCosts.key_bytes` of a config with `element` bytes a number."""
+    return 2 * 2 * config.model.projection_dim * element
 
 
 def _units(objective: Objective, size: int) -> Units:
