@@ -51,7 +51,7 @@ bench: $(READY)  ## list the benchmark cases
 
 # FASHION and PHOTOS are folders of the source files, if they are not where Debian's packages dataset-fashion-mnist and
 # plasma-workspace-wallpapers put them. What is missing is named.
-learning: $(READY)  ## fails if training learns less than the newest line of benchmarks/results/learning.jsonl, about 7 CPU-minutes
+learning: $(READY)  ## fails if training learns less than the newest line of benchmarks/results/learning.jsonl, about 5 CPU-minutes
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.learning $(if $(FASHION),--fashion "$(FASHION)") $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(FOLDER),--folder "$(FOLDER)")
 
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard kernels/fastmoco_kernels/cut_views/native/*)
