@@ -21,6 +21,7 @@ from fastmoco.objectives.interface import Features, Inputs, Objective, Output, P
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
+from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
 class MoCoV3(Objective):
@@ -125,23 +126,25 @@ class MoCoV3(Objective):
             accuracy: whether to count, in the pass of the loss, how the positives rank among all
                 keys.
         """
-        with torch.no_grad():
+        with torch.no_grad(), part(KEY_FORWARD):
             keys = self.momentum_encoder.head(by_view(features.target[0]))
             k1, k2 = keys.unbind()
             finish_gathering = start_gathering(torch.cat([k1, k2], dim=1))
-        queries = self.predictor(self.encoder.head(by_view(features.online[0])))
-        q1, q2 = queries.unbind()
-        keys1, keys2 = finish_gathering().chunk(2, dim=1)
-        offset = group_rank() * len(q1)
-        loss, top1, top5 = symmetric_info_nce_loss(
-            q1,
-            keys2,
-            q2,
-            keys1,
-            temperature=self.temperature,
-            positive_offset=offset,
-            accuracy=accuracy,
-        )
+        with part(QUERY_FORWARD):
+            queries = self.predictor(self.encoder.head(by_view(features.online[0])))
+        with part(LOSS):
+            q1, q2 = queries.unbind()
+            keys1, keys2 = finish_gathering().chunk(2, dim=1)
+            offset = group_rank() * len(q1)
+            loss, top1, top5 = symmetric_info_nce_loss(
+                q1,
+                keys2,
+                q2,
+                keys1,
+                temperature=self.temperature,
+                positive_offset=offset,
+                accuracy=accuracy,
+            )
         watch = {"queries": queries.detach(), "keys": keys}
         if top1 is not None and top5 is not None:
             watch["accuracy"] = torch.stack([top1, top5])
