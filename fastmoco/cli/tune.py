@@ -35,7 +35,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 class TuneArguments:
     """Measure settings that change only speed on this machine, and write a launch script with the
     fastest: threads, chunks, checkpointing, attention, compiled and fused blocks, the loader,
-    allocators. docs/tuning.md explains the search.
+    allocators. It needs --data.shards, or --data.synthetic; docs/tuning.md explains the search.
     """
 
     out: Path

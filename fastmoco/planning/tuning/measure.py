@@ -22,6 +22,7 @@ from typing import Any
 from fastmoco.config import Config
 from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
+from fastmoco_pipelines.openmp import SPINS
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""
@@ -133,8 +134,11 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def ignored_variables() -> list[str]:
-    """Variables of this process that measurements do not inherit."""
-    return sorted(name for name in os.environ if name.startswith(REMOVED))
+    """Variables of the caller that measurements do not inherit. fastmoco sets `GOMP_SPINCOUNT` in
+    every process by itself."""
+    own = os.environ.get("GOMP_SPINCOUNT") == SPINS
+    names = {name for name in os.environ if name.startswith(REMOVED)}
+    return sorted(names - ({"GOMP_SPINCOUNT"} if own else set()))
 
 
 def _run(

@@ -172,6 +172,8 @@ class Search:
         # Halve, then combine, then compare the winner with the defaults alone.
         self._halve(planned)
         winner = self._finals(planned)
+        if winner is not None:
+            winner.round = len(planned.rounds) + 2
         pairs, steps = self._pairs(winner)
         result = Result(
             criterion=self.criterion,
