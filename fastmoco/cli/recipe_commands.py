@@ -1,5 +1,6 @@
-"""The commands that take a recipe and overrides: `train`, `print-config`, `plan` and `tune`; and
-`recipes`."""
+"""The commands that take a recipe and overrides: `train`, `print-config`, `plan`, `profile` and
+`tune`; and `recipes`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from fastmoco.cli import plan as cli_plan
+from fastmoco.cli import profile as cli_profile
 from fastmoco.cli import tune as cli_tune
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
@@ -22,6 +24,7 @@ from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import Described, describe
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
+from fastmoco.cli.profile import ProfileArguments
 from fastmoco.cli.tune import TuneArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
@@ -63,7 +66,7 @@ class ConfigArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments, TuneArguments)
+P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments, ProfileArguments, TuneArguments)
 
 FOLLOWS = {
     f"data.{view}.{name}": "model.image_size"
@@ -213,6 +216,15 @@ def plan(args: list[str]) -> int:
         return EXIT_REFUSED
     with worded(wording(PlanArguments, parsed.config, args)):
         return cli_plan.plan(parsed)
+
+
+def profile(args: list[str]) -> int:
+    """Where the time of a recipe's steps goes on this machine."""
+    parsed = parse_config(ProfileArguments, "profile", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    with worded(wording(ProfileArguments, parsed.config, args)):
+        return cli_profile.profile(parsed)
 
 
 def tune(args: list[str]) -> int:
