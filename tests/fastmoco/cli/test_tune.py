@@ -53,7 +53,7 @@ def test_mistakes_are_reported_before_anything_is_measured(
     assert not (tmp_path / "new.sh").exists()
 
 
-def fake(settings, *, warm_up, steps, limit_s):  # type: ignore[no-untyped-def]
+def fake(settings, *, warm_up, steps, limit_s, at_rest=False):  # type: ignore[no-untyped-def]
     """A machine on which fused blocks are twice as fast, and chunks of 64 end in Ctrl-C."""
     if ("batch.chunk", 64) in settings.options:
         raise KeyboardInterrupt

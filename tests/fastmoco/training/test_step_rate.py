@@ -16,6 +16,7 @@ from fastmoco.training.step_rate import COMPARED, _busy_seconds, answer
 def asked(config: Config, *, steps: int = 2, shards: str | None = None) -> dict[str, object]:
     patterns = {"data.shards": config.data.shards if shards is None else shards}
     request = {"config": to_json(config), "patterns": patterns, "warm_up": 3, "steps": steps}
+    request["at_rest"] = steps > 2
     return answer(json.loads(json.dumps(request)))
 
 

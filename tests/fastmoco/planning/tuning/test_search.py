@@ -44,7 +44,13 @@ class Machine:
         return self.now
 
     def __call__(
-        self, settings: Settings, *, warm_up: int, steps: int, limit_s: float
+        self,
+        settings: Settings,
+        *,
+        warm_up: int,
+        steps: int,
+        limit_s: float,
+        at_rest: bool = False,
     ) -> Measurement | Failure:
         names = [name for name, _ in settings.options]
         if len(self.calls) == self.interrupt_at:
