@@ -16,6 +16,7 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 from fastmoco.cli.main import main
 from fastmoco.cli.tune import budget_seconds
 from fastmoco.planning.tuning import halving, search
+from fastmoco.planning.tuning.machine import Machine
 from fastmoco.planning.tuning.measure import Measurement
 from tests.fault_runs import environment
 
@@ -87,6 +88,27 @@ def test_a_search_writes_a_script_prints_its_table_and_json(
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["options"] == {"model.blocks": "fused"}
     assert found["script"] == str(out)
+
+
+def test_one_of_several_processes_is_measured_with_its_part_of_batch_and_cores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(
+        "fastmoco.cli.tune.FreshProcess", lambda config: measured.append(config) or fake
+    )
+    machine = Machine(cores=tuple(range(8)), one_per_core=tuple(range(8)))
+    monkeypatch.setattr("fastmoco.cli.tune.this_machine", lambda: machine)
+    words = ["tune", "quickstart_digits", "--only", "cores", "binding", "--data.synthetic"]
+    out = tmp_path / "x.sh"
+    assert main([*words, "--gpus", "2", "--out", str(out)]) == 0
+    assert (measured[0].global_batch_size, measured[0].threads) == (128, 4)
+    printed = capsys.readouterr().out
+    assert "| --threads 3 --data.threads 1 |" in printed
+    assert "| --threads 8" not in printed
+    assert "bound to the same cores" in printed
+    assert "    --gpus 2 \\\n" in out.read_text()
+    assert "# One process was measured, with 128 images a step" in out.read_text()
 
 
 def test_an_interrupt_writes_nothing_and_prints_the_best_so_far(

@@ -68,6 +68,9 @@ def test_a_large_machine_is_bound_and_has_other_allocators() -> None:
     assert "LD_PRELOAD=libtcmalloc_minimal.so.4" in names
     assert "--threads 24 --data.threads 8" in names
     assert "needs a C++ compiler" in skipped["compiled blocks"]
+    names, skipped = found(machine=LARGE, processes=2, only=("binding",))
+    assert names == []
+    assert "bound to the same cores" in skipped["OMP_PROC_BIND, taskset, numactl"]
 
 
 def test_a_gpu_has_graphs_kernels_and_its_own_allocator() -> None:
