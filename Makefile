@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults check kernels gpu rehearsal format bench learning clean
+.PHONY: quickstart test long faults check kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -48,6 +48,9 @@ format: $(READY)  ## rewrite the code as ruff wants it
 
 bench: $(READY)  ## list the benchmark cases
 	$(RUN)/python -m benchmarks list
+
+bench-quick: $(READY)  ## every benchmark case in its quick form; fails if a gate fails
+	$(RUN)/python -m benchmarks run --all --quick
 
 # FASHION and PHOTOS are folders of the source files, if they are not where Debian's packages dataset-fashion-mnist and
 # plasma-workspace-wallpapers put them. What is missing is named.

@@ -16,6 +16,7 @@ from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 
 NAME = "adamw_ema"
 DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 9}
+QUICK = {"width": 64, "depth": 4, "hidden": 256, "rounds": 5}
 
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.999), 1e-8
 LIMITS = {"param": 1e-6, "average": 1e-6}

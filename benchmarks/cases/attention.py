@@ -34,6 +34,7 @@ DEFAULTS = {
     "rounds": 7,
     "seed": 0,
 }
+QUICK = {"B": 2, "rounds": 5, "compile": 0}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SHAPES = {"cpu": (8, 4, 197, 197), "cuda": (1024, 12, 197, 197)}
 _LIMITS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}

@@ -25,6 +25,7 @@ from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "cut_views"
 DEFAULTS = {"images": 16, "height": 375, "width": 500, "size": 224, "rounds": 5, "threads": 1}
+QUICK = {"images": 4, "rounds": 3}
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastmoco_kernels.ema.op import bytes_moved, ema_update_
 
 NAME = "ema"
 DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 15}
+QUICK = {"width": 64, "depth": 4, "hidden": 256, "rounds": 5}
 
 LIMIT = 1e-6
 """Relative error: float32 rounds to 6e-8, the formula with two products a few times."""

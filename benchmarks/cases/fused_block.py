@@ -29,6 +29,7 @@ DEFAULTS = {
     "rounds": 9,
     "seed": 0,
 }
+QUICK = {"images": 1, "tokens": 50, "E": 192, "heads": 6, "compile": 0, "rounds": 5}
 _IMAGES = {"cpu": 2, "cuda": 128}
 _LIMIT = 2e-2
 """A few roundings to bf16 one after the other."""

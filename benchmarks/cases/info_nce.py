@@ -35,6 +35,7 @@ DEFAULTS = {
     "compile": 1,
     "directions": 1,
 }
+QUICK = {"rows": 1024, "compile": 0}
 CHECKED_ROWS = 1024
 """Queries whose gradient is compared with float64, because all would need
 float64 logits of rows x keys."""

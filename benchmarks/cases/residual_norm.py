@@ -29,6 +29,7 @@ DEFAULTS = {
     "rounds": 15,
     "seed": 0,
 }
+QUICK = {"rows": 394, "compile": 0, "rounds": 5}
 EPS = 1e-6
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROWS = {"cpu": 8 * 197, "cuda": 256 * 197}

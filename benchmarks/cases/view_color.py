@@ -31,6 +31,7 @@ from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "view_color"
 DEFAULTS = {"device": "auto", "images": 24, "size": 224, "rounds": 5, "threads": 1}
+QUICK = {"images": 3, "size": 96, "rounds": 3}
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import step_sides
 from benchmarks.cases import loader, view_color
 from benchmarks.gpu import end_to_end
-from benchmarks.gpu.rows import status_of
+from benchmarks.outcome import outcome
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_colours_are_measured_whatever_dali_does(monkeypatch, error):
     result = view_color.run({"device": "cpu", "images": 2, "size": 16, "rounds": 1, "threads": 1})
     assert result["view1"]["speedup"]
     assert result["pipeline"] == {"failed": {"DALI": f"{type(error).__name__}: {error}"}}
-    assert status_of(result) == ("failed", f"DALI: {type(error).__name__}: {error}")
+    assert outcome(result) == ("failed", f"DALI: {type(error).__name__}: {error}")
 
 
 def test_without_webdataset_nothing_that_packs_shards_is_begun(monkeypatch, capsys):
