@@ -18,6 +18,7 @@ from benchmarks import datasets
 from benchmarks.cases import learning
 from benchmarks.learning import __main__ as again
 from benchmarks.learning import curves, figure, side, tasks
+from benchmarks.outcome import SKIPPED, outcome
 from fastmoco_pipelines import ShardSet
 
 BASE = (0.70, 0.71, 0.73)
@@ -106,6 +107,7 @@ def test_a_missing_package_is_named(tmp_path, capsys):
     )
     assert "plasma-workspace-wallpapers, or give photos=" in result["skipped_because"]
     assert "skipped: patches:" in learning.table(result)
+    assert outcome(result)[0] == SKIPPED
 
     stored = tmp_path / "learning.jsonl"
     line = {"options": learning.DEFAULTS, "result": _result()}
