@@ -19,7 +19,7 @@ WAYS = {
     "a loader": "from fastmoco_pipelines import build_loader",
     "the kernels": "import fastmoco_kernels",
     "a module of the kernels": "import fastmoco_kernels.ema.op",
-    "the benchmarks": "import benchmarks.registry",
+    "the benchmarks": "import benchmarks.command",
     "the command": "import runpy, sys; sys.argv = ['fastmoco', '--version'];"
     "\ntry: runpy.run_module('fastmoco', run_name='__main__')\nexcept SystemExit: pass",
 }

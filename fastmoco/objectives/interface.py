@@ -133,6 +133,8 @@ class Objective(nn.Module, ABC):
         needs_labels: whether `Inputs.labels` must be given.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
+        ring: whether keys of other ranks come to the loss in blocks from the neighbour, else they
+            are gathered; a trainer sets it as its plan says. None: the objective has one way.
     """
 
     encoder: Any
@@ -143,6 +145,7 @@ class Objective(nn.Module, ABC):
     path_draws: PathDraws | None = None
     needs_labels: bool = False
     images_together: int = 1
+    ring: bool | None = None
 
     def inputs(
         self,

@@ -8,6 +8,7 @@ FLOPs. Two batch sizes separate the bytes per image from those that do not grow 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -102,7 +103,7 @@ class StepCosts:
     """What a chunk keeps per image: the features of all encoders, copied once, and a gradient of
     the online ones."""
     key_bytes: float
-    """Keys of one image of another rank."""
+    """Keys of one image of another rank: both views, as received and as normalised."""
     graph: Line
     """Kept between forward and backward of the query trunk."""
     train: Line
@@ -134,6 +135,8 @@ class StepCosts:
     separate: bool = False
     """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
     twice (`Coupling.NONE`)."""
+    ring_above: float = math.inf
+    """Bytes of gathered keys above which the keys come in a ring (`fastmoco.planning.keys`)."""
 
 
 def measure_costs(
@@ -162,6 +165,8 @@ def measure_costs(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
         objective = build_model(config)
+        if objective.ring:
+            objective.ring = False  # one process is measured, and others' keys are a formula
         own = list(objective.parameters())
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -200,7 +205,7 @@ def measure_costs(
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
         + sum(2 * rows.nbytes for rows in features.target),
-        key_bytes=2 * 2 * config.model.projection_dim * element,
+        key_bytes=key_bytes(config, element),
         graph=Line(*sizes["graph"]),
         train=Line(*sizes["train"]),
         forward=Line(*sizes["forward"]),
@@ -261,6 +266,11 @@ def part_flops(
     if images_twice:
         found[QUERY_FORWARD] = found.get(QUERY_FORWARD, 0.0) + again.flops[""]
     return found
+
+
+def key_bytes(config: Config, element: int) -> float:
+    """`StepCosts.key_bytes` of a config with `element` bytes a number."""
+    return 2 * 2 * config.model.projection_dim * element
 
 
 def _units(objective: Objective, size: int) -> Units:

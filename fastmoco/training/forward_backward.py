@@ -98,6 +98,8 @@ class ForwardBackward:
             levels=levels,
             reserved=reserved,
         )
+        if self.plan.keys:
+            objective.ring = self.plan.keys == "ring"
         self.prepare = view_preparation(
             each_view(config.data.views), precision, compiled=possible.compiled
         )
