@@ -128,9 +128,7 @@ def measure(options: dict[str, Any], world: World, meet: Callable[[], None]) -> 
             calls[name] = _collective(kind, int(size), world.world_size)
         for name in options["stacks"]:
             width, sharded, train = name.split("/")[1:]
-            calls[name] = _stack(
-                int(width), sharded=sharded == "sharded", train=train == "train"
-            )
+            calls[name] = _stack(int(width), sharded=sharded == "sharded", train=train == "train")
         for name in options["steps"]:
             calls[name] = _step(name, world, closing)
 
