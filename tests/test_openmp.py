@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fastmoco_pipelines.openmp import SPINS, limit_spinning
+from fastmoco_pipelines import OPENMP_SPINS as SPINS
+from fastmoco_pipelines import limit_spinning
 
 WAYS = {
     "the trainer": "import fastmoco",

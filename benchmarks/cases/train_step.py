@@ -1,7 +1,7 @@
 """A whole training step at a large batch, against a usual step: eager, mixed
 precision, nothing fused.
 
-The opponent follows the paper with torch's own parts: each view separately through every block,
+The opponent is the baseline (`benchmarks/baseline`): each view separately through every block,
 explicit attention, full logits and cross entropy, fp16 autocast with a gradient scaler on GPUs
 (float32 on CPUs), torch's AdamW, the momentum update tensor by tensor. It keeps all graphs, so if
 the batch does not fit it uses the largest half, quarter, ... of it that does. Loss and gradients of
