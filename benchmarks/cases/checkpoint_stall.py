@@ -39,6 +39,7 @@ DEFAULTS = {
     "rounds": 5,
     "folder": "",
 }
+QUICK = {"architecture": "vit_nano", "image_size": 32, "hidden_dim": 256, "steps": 2, "rounds": 2}
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

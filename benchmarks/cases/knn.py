@@ -40,6 +40,7 @@ DEFAULTS = {
     "file": 0,
     "folder": "",
 }
+QUICK = {"queries": 200, "bank": 2000, "dim": 64, "classes": 100, "rounds": 1}
 _BLOCK = 4096
 _PLAIN_QUERIES = 32
 _NOISE = 4.0

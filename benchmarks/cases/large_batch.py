@@ -40,6 +40,7 @@ DEFAULTS = {
     "epochs": 300.0,
     "warmup_epochs": 40.0,
 }
+QUICK = {"batch": 64, "chunk": 16, "steps": 2, "processes": 2}
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

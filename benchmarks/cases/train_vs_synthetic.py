@@ -24,6 +24,7 @@ from fastmoco_pipelines import pack_digits
 
 NAME = "train_vs_synthetic"
 DEFAULTS = {"recipe": "quickstart_digits", "shards": "", "rounds": 7, "steps": 40, "warm_steps": 5}
+QUICK = {"rounds": 2, "steps": 3, "warm_steps": 1}
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
+from fastmoco_pipelines.step_parts import EMA, part
 
 __all__ = [
     "START",
@@ -286,7 +287,8 @@ class Objective(nn.Module, ABC):
             for own, average in self.averages().items()
             if own.requires_grad or not torch.equal(own, average)
         ]
-        ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
+        with part(EMA):
+            ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """Numbers of this step that a log shows, by name: "ema_momentum", "teacher_temperature"."""

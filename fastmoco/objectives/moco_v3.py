@@ -23,6 +23,7 @@ from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco_kernels.info_nce.op import InfoNCEResult, symmetric_info_nce_loss
 from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
+from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
 class MoCoV3(Objective):
@@ -134,13 +135,15 @@ class MoCoV3(Objective):
                 keys.
         """
         # Keys leave before the queries are computed.
-        with torch.no_grad():
+        with torch.no_grad(), part(KEY_FORWARD):
             keys = self.momentum_encoder.head(by_view(features.target[0]))
             k1, k2 = keys.unbind()
             compared = self._start_comparing(torch.cat([k1, k2], dim=1), accuracy)
-        queries = self.predictor(self.encoder.head(by_view(features.online[0])))
-        q1, q2 = queries.unbind()
-        loss, top1, top5 = compared(q1, q2)
+        with part(QUERY_FORWARD):
+            queries = self.predictor(self.encoder.head(by_view(features.online[0])))
+        with part(LOSS):
+            q1, q2 = queries.unbind()
+            loss, top1, top5 = compared(q1, q2)
         watch = {"queries": queries.detach(), "keys": keys}
         if top1 is not None and top5 is not None:
             watch["accuracy"] = torch.stack([top1, top5])

@@ -1,0 +1,232 @@
+"""The collectives of one training step, with their bytes: those that the code really sends.
+
+A test counts the collectives of real steps on two ranks and compares kind, bytes and number.
+
+With n shards of a unit of P padded elements, e bytes per gathered element and w per reduced one,
+FSDP2 sends for every pass of a network through
+
+    forward:   all-gather of P e bytes for each unit
+    backward:  the same again, and one reduce-scatter of P w bytes for each unit of a trained network
+
+and HSDP also an all-reduce of P w / n bytes of every unit between the copies. DDP all-reduces the
+gradients once, in buckets. A batch norm of C channels and V separate batches sends
+
+    forward:   all-gather of ranks * (2 V C + 1) elements
+    backward:  all-reduce of 2 V C elements
+
+Gathered keys are ranks * B * 2 D elements; in a ring each of ranks - 1 exchanges sends B * 2 D.
+Bytes are those of the whole: the result of an
+all-gather, the input of a reduce-scatter, the tensor of an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fastmoco.config import Config
+from fastmoco.distributed.gradient_average import BUCKET_BYTES
+from fastmoco.planning.plan import StepPlan
+from fastmoco.planning.scale.layout import Layout, Network, Unit
+from fastmoco_pipelines.spec import each_view
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
+Group = Literal["all", "shard", "copies"]
+Phase = Literal["forward", "heads", "backward", "end"]
+DDP_BUCKETS = (2**20, 25 * 2**20)
+"""Bytes at which torch's DDP closes its first bucket and every further one."""
+
+
+class Message(NamedTuple):
+    """Equal collectives of one step."""
+
+    part: str
+    """weights, gradients, keys, batch norms or agreement."""
+    kind: Kind
+    bytes: float
+    count: float
+    group: Group
+    """Ranks: all, those that share a copy of the state, or those with the same shard."""
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """How processes share the state and a step.
+
+    `shards` processes share a copy: 1 under `ddp`, all of them under `fsdp`.
+    """
+
+    total: int
+    shards: int = 1
+    on_cpu: bool = False
+    ring: bool = False
+    """Whether keys come in a ring, block by block from the neighbour, instead of gathered."""
+
+    @property
+    def copies(self) -> int:
+        """Copies of the state."""
+        return self.total // self.shards
+
+
+def step_messages(
+    config: Config, layout: Layout, ranks: Ranks, plan: StepPlan, precision: str
+) -> list[Message]:
+    """All collectives of a step that is not logged.
+
+    Args:
+        config: of the run; its batch is that of all ranks.
+        layout: of its objective.
+        ranks: how it is distributed.
+        plan: chunks of a rank; its images are the batch divided by the ranks.
+        precision: "bf16", "fp32" or "fp64".
+    """
+    if ranks.total == 1:
+        return []
+    images = config.global_batch_size // ranks.total
+    sizes = _chunk_sizes(plan, images)
+    gathered = 2 if precision == "bf16" else layout.element
+    found: list[Message] = []
+    if ranks.shards > 1:
+        for network in layout.networks:
+            found += _fsdp(network, ranks, sizes, gathered, layout.element)
+    else:
+        found += _ddp(layout, chunked=bool(plan.chunk))
+    for network in layout.networks:
+        found += _batch_norms(config, network, ranks.total, layout.element)
+    found += _loss(config, ranks, images, gathered)
+    found += _agreement(layout, ranks)
+    return found
+
+
+def _chunk_sizes(plan: StepPlan, images: int) -> tuple[int, int]:
+    """Chunks whose graphs are kept, and the others."""
+    if not plan.chunk:
+        return 1, 0
+    kept = images if plan.lean else min(plan.kept_images, images)  # lean ones keep a graph, too
+    return -(-kept // plan.chunk), -(-(images - kept) // plan.chunk)
+
+
+def _fsdp(
+    network: Network, ranks: Ranks, sizes: tuple[int, int], gathered: int, state: int
+) -> Iterator[Message]:
+    """Gathers and reductions of one network."""
+    n = ranks.shards
+    reduced = max(4, state)
+
+    def gather(unit: Unit, count: int, phase: Phase) -> Iterator[Message]:
+        element = state if unit.wide else gathered
+        if count:
+            size = unit.elements(n) * element
+            yield Message("weights", "all_gather", size, count, "shard", phase)
+
+    def reduce(unit: Unit) -> Iterator[Message]:
+        size = unit.elements(n) * reduced
+        yield Message("gradients", "reduce_scatter", size, 1, "shard", "backward")
+        if ranks.copies > 1:
+            yield Message("gradients", "all_reduce", size / n, 1, "copies", "backward")
+
+    again = sizes[1]
+    passes = sum(sizes)
+
+    # Trunk: a forward for each chunk; of a trained one a backward for each, and a second forward
+    # for chunks without a graph.
+    rest = (network.rest,) if network.rest else ()
+    for unit in (*rest, *network.trunk):
+        yield from gather(unit, passes, "forward")
+        if network.trained:
+            yield from gather(unit, again, "backward")
+            yield from gather(unit, passes, "backward")
+            yield from reduce(unit)
+
+    # Heads: once, on the whole batch. After a chunk that is computed again FSDP2 prefetches the
+    # head of its network once more, because its record of the forwards still has it.
+    for unit in network.heads:
+        yield from gather(unit, 1, "heads")
+        if network.trained:
+            yield from gather(unit, 1 + (again > 0 and bool(network.trunk)), "backward")
+            yield from reduce(unit)
+
+
+def _ddp(layout: Layout, *, chunked: bool) -> Iterator[Message]:
+    """Gradients in buckets, in the order in which a backward completes them."""
+    sizes = [elements * layout.element for elements in layout.trained]
+    buckets = _greedy(sizes) if chunked else _closing(reversed(sizes))
+    phase: Phase = "end" if chunked else "backward"
+    for size in buckets:
+        yield Message("gradients", "all_reduce", size, 1, "all", phase)
+
+
+def _greedy(sizes: Iterable[int]) -> Iterator[int]:
+    """Buckets of `GradientAverage`: as many tensors as fit."""
+    held = 0
+    for size in sizes:
+        if held and held + size > BUCKET_BYTES:
+            yield held
+            held = 0
+        held += size
+    if held:
+        yield held
+
+
+def _closing(sizes: Iterable[int]) -> Iterator[int]:
+    """Buckets of DDP: a bucket is closed by the tensor with which it reaches its limit."""
+    limits = iter(DDP_BUCKETS)
+    limit = next(limits)
+    held = 0
+    for size in sizes:
+        held += size
+        if held >= limit:
+            yield held
+            held, limit = 0, next(limits, limit)
+    if held:
+        yield held
+
+
+def _batch_norms(config: Config, network: Network, ranks: int, element: int) -> Iterator[Message]:
+    views = len(each_view(config.data.views))
+    separate = views if config.objective.kind in ("moco_v3", "byol") else 1
+
+    def norm(channels: int, batches: int, count: int, forward: Phase) -> Iterator[Message]:
+        part = "batch norms"
+        size = ranks * (2 * batches * channels + 1) * element
+        yield Message(part, "all_gather", size, count, "all", forward)
+        if network.trained:
+            back = 2 * batches * channels * element
+            yield Message(part, "all_reduce", back, count, "all", "backward")
+
+    for channels in network.head_norms:
+        yield from norm(channels, separate, 1, "heads")
+    for channels in network.trunk_norms:  # views pass one after the other
+        yield from norm(channels, 1, views, "forward")
+
+
+def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[Message]:
+    """What the loss exchanges. A CPU also compares how many rows each rank has."""
+    objective: Any = config.objective
+
+    def gather(size: float) -> Iterator[Message]:
+        if ranks.on_cpu:
+            yield Message("keys", "all_gather", ranks.total * 8, 1, "all", "heads")
+        yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
+
+    if objective.kind == "moco_v3" and ranks.ring:
+        size = images * 2 * config.model.projection_dim * element
+        yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
+    elif objective.kind in ("moco_v3", "simclr"):
+        yield from gather(images * 2 * config.model.projection_dim * element)
+    if objective.kind == "simclr":  # sums of both views' rows
+        yield from gather(images * 2 * 2 * element)
+    if objective.kind == "swav":  # scores of two crops: the largest, then column sums
+        yield Message("keys", "all_reduce", 2 * element, 1, "all", "heads")
+        size = 2 * objective.prototypes * element
+        yield Message("keys", "all_reduce", size, objective.sinkhorn_iterations, "all", "heads")
+
+
+def _agreement(layout: Layout, ranks: Ranks) -> Iterator[Message]:
+    """Norms of sharded gradients, and the flag of a step that all ranks skip."""
+    if ranks.shards > 1:
+        norms = 8 * len(layout.trained)
+        yield Message("agreement", "all_reduce", norms, 1, "shard", "end")
+    yield Message("agreement", "all_reduce", 4, 1, "all", "end")

@@ -1,0 +1,115 @@
+"""What two real processes send in one step, under DDP, FSDP2 and in chunks; started by
+test_messages_ranks.py.
+
+A dispatch mode sees every collective of the process group, those of torch's own wrappers included,
+and the bytes of the tensors that it fills.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmoco.config import BatchConfig, Config, KnnConfig, ParallelConfig
+from fastmoco.distributed import World
+from fastmoco.recipes import get_recipe
+from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines import Batch
+from tests.distributed.cases import run_cases
+
+IMAGES = 8
+"""Of one process."""
+CASES: dict[str, dict[str, Any]] = {
+    "ddp, several buckets": {"strategy": "ddp", "hidden": 640},
+    "ddp in chunks": {"strategy": "ddp", "chunk": 3, "kept": 1},
+    "ddp with norms in the trunk": {"strategy": "ddp", "architecture": "resnet_nano"},
+    "fsdp in bf16": {"strategy": "fsdp", "precision": "bf16"},
+    "fsdp in chunks": {"strategy": "fsdp", "chunk": 2, "kept": 1},
+    "fsdp of SwAV": {"strategy": "fsdp", "recipe": "swav_digits"},
+}
+"""Also seen to be equal, and left out to save time: BYOL, SimCLR, and FSDP2 whole, with all chunks
+kept, and with none."""
+
+
+def config_of(name: str) -> Config:
+    """A small vision transformer for two processes."""
+    options = CASES[name]
+    recipe = get_recipe(options.get("recipe", "quickstart_digits"))
+    chunk = options.get("chunk", "none")
+    if options.get("recipe") == "swav_digits":  # otherwise frozen in the first steps
+        recipe = replace(recipe, objective=replace(recipe.objective, freeze_prototypes_steps=0))
+    model = replace(recipe.model, hidden_dim=options.get("hidden", 48), projection_dim=16)
+    if architecture := options.get("architecture"):
+        model = replace(model, architecture=architecture, patch_size=16)
+    return replace(
+        recipe,
+        global_batch_size=2 * IMAGES,
+        precision=options.get("precision", "fp32"),
+        device="cpu",
+        threads=1,
+        model=model,
+        batch=BatchConfig(chunk=chunk, kept=options.get("kept", "auto")),
+        parallel=ParallelConfig(strategy=options["strategy"]),
+        data=replace(recipe.data, synthetic=True),
+        knn=KnnConfig(every_epochs=0),
+    )
+
+
+class Messages(TorchDispatchMode):
+    """Counts collectives: (kind, bytes of the whole) -> number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            kind, whole = WHOLE[name]
+            self.found[kind, whole(args)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WHOLE: dict[str, tuple[str, Callable[..., int]]] = {
+    "_allgather_base_": ("all_gather", lambda args: args[0].nbytes),
+    "allgather_": ("all_gather", lambda args: sum(part.nbytes for part in args[0][0])),
+    "_reduce_scatter_base_": ("reduce_scatter", lambda args: args[1].nbytes),
+    "allreduce_": ("all_reduce", lambda args: args[0][0].nbytes),
+}
+"""Collectives of the process group: their kind, and the bytes of the whole."""
+
+
+def run_messages(world: World, name: str) -> object:
+    """Collectives of the third step; in the first two DDP arranges its buckets."""
+    config = config_of(name)
+    side = config.model.image_size
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer.build(config, Path(out), world)
+        try:
+            for step in range(3):
+                batch = Batch(
+                    views=tuple(torch.randn(2, IMAGES, 3, side, side).unbind()),
+                    sample_ids=torch.arange(IMAGES).numpy(),
+                    step=step,
+                )
+                messages = Messages()
+                with messages if step == 2 else nullcontext():
+                    trainer.step(batch)
+        finally:
+            trainer.close()
+    return dict(messages.found)
+
+
+if __name__ == "__main__":
+    run_cases({name: functools.partial(run_messages, name=name) for name in CASES})
