@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from benchmarks.contest import Task, contest
 from fastmoco_pipelines.text import first_sentence
 
 Options = dict[str, Any]
+COMMON = {"device": "auto", "threads": 0, "rounds": 7, "seed": 0}
+"""Options of every case of tasks: `device` ("auto": CUDA if there is one, else "cpu"); `threads` of
+torch (0: its choice); timed `rounds`; `seed` of the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +52,63 @@ class Case:
 
 
 def case_of(module: ModuleType) -> Case:
-    """The case that a module of `cases/` defines by its names."""
+    """The case that a module of `cases/` defines by its names.
+
+    All have `NAME`, a docstring, `DEFAULTS` and `QUICK`. One has `run(options)`, and measures by
+    itself. Another has `tasks(options, device)`, the tasks for this harness: one, or several by
+    name. It may have `SHAPES`, by type of device the values of options that are 0, without those
+    devices that it does not run on, and `together(result, options)`, figures of all its tasks.
+    """
+    run, defaults = getattr(module, "run", None), module.DEFAULTS
+    if run is None:
+        run, defaults = functools.partial(_run_tasks, module), {**COMMON, **defaults}
     return Case(
         name=module.NAME,
         doc=module.__doc__ or "",
-        defaults=module.DEFAULTS,
+        defaults=defaults,
         quick=module.QUICK,
-        run=module.run,
+        run=run,
         table=getattr(module, "table", None),
     )
+
+
+def _run_tasks(module: ModuleType, options: Options) -> dict[str, Any]:
+    shapes: Mapping[str, Options] = getattr(module, "SHAPES", {"cpu": {}, "cuda": {}})
+    device = chosen_device(options["device"], shapes)
+    options = options | {k: v for k, v in shapes[device.type].items() if not options[k]}
+    how: Any = {"device": device, "rounds": options["rounds"], "seed": options["seed"]}
+    with threads(options["threads"]):
+        torch.manual_seed(options["seed"])
+        tasks: Task | Mapping[str, Task] = module.tasks(options, device)
+        if isinstance(tasks, Task):
+            return contest(tasks, **how)
+        result = {name: contest(task, **how) for name, task in tasks.items()}
+    together = getattr(module, "together", None)
+    return result | (together(result, options) if together else {})
+
+
+def chosen_device(name: str, known: Iterable[str] = ("cpu", "cuda")) -> torch.device:
+    """The device that an option names; `auto` is CUDA if there is one and the case runs on it.
+
+    Raises:
+        ValueError: for a device that is not known.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and "cuda" in known else "cpu"
+    if torch.device(name).type not in known:
+        raise ValueError(f"device={name!r}: runs on {', '.join(known)}")
+    return torch.device(name)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """That many threads of torch, meanwhile; 0: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def parse_options(given: Sequence[str], defaults: Mapping[str, Any]) -> Options:

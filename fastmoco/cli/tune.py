@@ -35,7 +35,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 class TuneArguments:
     """Measure settings that change only speed on this machine, and write a launch script with the
     fastest: threads, chunks, checkpointing, attention, compiled and fused blocks, the loader,
-    allocators. docs/tuning.md explains the search.
+    allocators. It needs --data.shards, or --data.synthetic; docs/tuning.md explains the search.
     """
 
     out: Path
@@ -108,7 +108,7 @@ def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
 
 
 def _measured_config(options: TuneArguments) -> Config:
-    """The config of one process of the run.
+    """The config of one process of the run, with its part of batch and cores.
 
     Raises:
         ValueError: if it has no images, or the processes cannot divide its batch.
@@ -125,7 +125,19 @@ def _measured_config(options: TuneArguments) -> Config:
     )
     named = bool(config.data.shards) or config.data.synthetic
     require(named, "data.shards", config.data.shards, rule)
-    return replace(config, global_batch_size=batch // gpus)
+    if gpus == 1:
+        return config
+    # A process of the run has a part of the cores, which its number of threads follows.
+    threads = config.threads or len(_share(this_machine(), gpus).cores)
+    return replace(config, global_batch_size=batch // gpus, threads=threads)
+
+
+def _share(machine: Machine, processes: int) -> Machine:
+    """The part of a machine that one of several processes has."""
+    count = max(1, len(machine.cores) // processes)
+    cores = machine.cores[:count]
+    one_per_core = tuple(core for core in machine.one_per_core if core in cores)
+    return replace(machine, cores=cores, one_per_core=one_per_core)
 
 
 def _prepared(
@@ -140,11 +152,12 @@ def _prepared(
         resolved = dict(default.details) | {"batch": config.global_batch_size}
         return space(
             config,
-            this_machine(),
+            _share(this_machine(), options.gpus),
             resolved,
             given=tuple(typed),
             only=options.only,
             wall=criterion == "wall",
+            processes=options.gpus,
         )
 
     shown = _Shown(stream)
@@ -284,10 +297,10 @@ def _planned(options: TuneArguments) -> tuple[Settings, list[str], dict[str, Any
     Raises:
         ValueError: if nothing fits.
     """
-    from fastmoco.cli.plan import describe, parse_bytes
+    from fastmoco.cli.plan import count, describe, parse_bytes
 
     memory = parse_bytes(options.memory)
-    found = describe(options.config, options.gpus, memory)
+    found = describe(count(options.config), options.gpus, memory, gpus_per_node=options.gpus)
     shared = found["chosen"]["state_over"]
     rows = [row for row in found["settings"] if row["state_over"] == shared and row["fits"]]
     if not rows:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +29,7 @@ from fastmoco.distributed.mesh import start_world
 from fastmoco.errors import RunError
 from fastmoco.faults.parent import follow_parent
 from fastmoco.training.setup import versions
+from fastmoco.training.short_run import peak_bytes, settle, short_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import BadImageError, ShardError
 
@@ -40,7 +39,7 @@ SELDOM = 10**9
 """Steps between two log lines: none waits for the device."""
 
 
-def step_rate(config: Config, *, warm_up: int, steps: int) -> dict[str, Any]:
+def step_rate(config: Config, *, warm_up: int, steps: int, at_rest: bool = False) -> dict[str, Any]:
     """Train some steps of a config and measure all but the first ones.
 
     Losses are tensors until the end, so no step waits for the device.
@@ -50,6 +49,9 @@ def step_rate(config: Config, *, warm_up: int, steps: int) -> dict[str, Any]:
         warm_up: steps before the clock starts: they compile, fill caches and use up the batches
             that the loader has made meanwhile.
         steps: that are measured, at least 1.
+        at_rest: whether the clocks start and end while the loader rests: it then makes as many
+            batches as are trained on, whose processor time counts. Otherwise the rate is that of a
+            long run, in which the loader is not ahead if it is the slower one.
 
     Returns:
         `images_per_s`, `images_per_cpu_s` (processor time of all threads), `step_s` (mean),
@@ -61,27 +63,17 @@ def step_rate(config: Config, *, warm_up: int, steps: int) -> dict[str, Any]:
     Raises:
         ValueError: for a config that is refused, or a run with fewer steps.
     """
-    config = replace(
-        config,
-        log_every_steps=SELDOM,
-        knn=replace(config.knn, test_shards="", images="", holdout="", every_epochs=0),
-        accuracy=replace(config.accuracy, test_shards="", every_epochs=0),
-    )
-    with tempfile.TemporaryDirectory(prefix="fastmoco-rate-") as folder:
-        trainer = Trainer.build(config, Path(folder) / "run", start_world(config.device))
-        try:
-            return _measured(trainer, config, warm_up, steps)
-        finally:
-            trainer.close()
+    with short_run(replace(config, log_every_steps=SELDOM), start_world(config.device)) as trainer:
+        return _measured(trainer, warm_up, steps, at_rest=at_rest)
 
 
-def _measured(trainer: Trainer, config: Config, warm_up: int, steps: int) -> dict[str, Any]:
+def _measured(trainer: Trainer, warm_up: int, steps: int, *, at_rest: bool) -> dict[str, Any]:
     """`step_rate` of a run that is built."""
     device = trainer.world.device
     total = trainer.resolved.total_steps
     if warm_up + steps > total:
         raise ValueError(
-            f"epochs={config.epochs:g}: the run has {total} steps, and {warm_up + steps} are to be "
+            f"epochs={trainer.config.epochs:g}: the run has {total} steps, and {warm_up + steps} are to be "
             "measured; take more epochs"
         )
     losses: list[Tensor] = []
@@ -97,8 +89,7 @@ def _measured(trainer: Trainer, config: Config, warm_up: int, steps: int) -> dic
             if len(losses) < COMPARED:
                 losses.append(result.loss.detach())
                 norms.append(result.norms["total"].detach())
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        settle(trainer, loader=at_rest)
 
     # The clocks start after the warm-up, with the device idle.
     train(warm_up)
@@ -117,7 +108,7 @@ def _measured(trainer: Trainer, config: Config, warm_up: int, steps: int) -> dic
         "step_s": seconds / steps,
         "wait_share": waited / seconds,
         "others_share": others,
-        "peak_bytes": _peak_bytes(device),
+        "peak_bytes": peak_bytes(device),
         "losses": [float(loss) for loss in losses],
         "gradient_norms": [float(norm) for norm in norms],
         "precision": trainer.precision,
@@ -143,14 +134,6 @@ def _busy_seconds(stat: Path = Path("/proc/stat")) -> float | None:
     return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """The largest memory that was in use."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def _name(device: torch.device) -> str:
     """The name of the GPU; "cpu" for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -161,7 +144,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `config` (JSON of a config), `patterns` (dotted names of its fields that may be
-            URLs with keys, which that JSON does not have), `warm_up` and `steps`.
+            URLs with keys, which that JSON does not have), and the others of `step_rate`.
     """
     try:
         config = from_json(dict(request["config"]))
@@ -169,7 +152,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             group, _, field = name.partition(".")
             part = replace(getattr(config, group), **{field: value})
             config = replace(config, **{group: part})
-        return step_rate(config, warm_up=request["warm_up"], steps=request["steps"])
+        counts = {name: request[name] for name in ("warm_up", "steps", "at_rest")}
+        return step_rate(config, **counts)
     except (ValueError, RunError, ShardError, BadImageError) as error:
         return {"refused": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:

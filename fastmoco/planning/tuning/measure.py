@@ -22,6 +22,7 @@ from typing import Any
 from fastmoco.config import Config
 from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
+from fastmoco_pipelines import OPENMP_SPINS
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""
@@ -80,7 +81,13 @@ class FreshProcess:
         self._module = module
 
     def __call__(
-        self, settings: Settings, *, warm_up: int, steps: int, limit_s: float
+        self,
+        settings: Settings,
+        *,
+        warm_up: int,
+        steps: int,
+        limit_s: float,
+        at_rest: bool = False,
     ) -> Measurement | Failure:
         """Measure some steps after a warm-up; whatever happens to the process is a result.
 
@@ -89,6 +96,8 @@ class FreshProcess:
             warm_up: steps before the clock starts.
             steps: that are measured.
             limit_s: seconds after which the process is killed.
+            at_rest: whether the clock starts and ends while the loader rests, as processor time
+                needs.
         """
         try:
             config = settings.applied(self._config)
@@ -99,7 +108,7 @@ class FreshProcess:
             f"{group}.{name}": getattr(getattr(config, group), name) for group, name in PATTERNS
         }
         request: dict[str, Any] = {"config": to_json(config), "patterns": patterns}
-        request |= {"warm_up": warm_up, "steps": steps}
+        request |= {"warm_up": warm_up, "steps": steps, "at_rest": at_rest}
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fastmoco-tune-") as folder:
             answer, log = Path(folder) / "answer.json", Path(folder) / "log"
@@ -133,8 +142,11 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def ignored_variables() -> list[str]:
-    """Variables of this process that measurements do not inherit."""
-    return sorted(name for name in os.environ if name.startswith(REMOVED))
+    """Variables of the caller that measurements do not inherit. fastmoco sets `GOMP_SPINCOUNT` in
+    every process by itself."""
+    own = os.environ.get("GOMP_SPINCOUNT") == OPENMP_SPINS
+    names = {name for name in os.environ if name.startswith(REMOVED)}
+    return sorted(names - ({"GOMP_SPINCOUNT"} if own else set()))
 
 
 def _run(

@@ -47,7 +47,13 @@ class Measure(Protocol):
     """Measures settings once."""
 
     def __call__(
-        self, settings: Settings, *, warm_up: int, steps: int, limit_s: float
+        self,
+        settings: Settings,
+        *,
+        warm_up: int,
+        steps: int,
+        limit_s: float,
+        at_rest: bool = False,
     ) -> Measurement | Failure:
         """The result, or why there is none."""
 
@@ -172,6 +178,8 @@ class Search:
         # Halve, then combine, then compare the winner with the defaults alone.
         self._halve(planned)
         winner = self._finals(planned)
+        if winner is not None:
+            winner.round = len(planned.rounds) + 2
         pairs, steps = self._pairs(winner)
         result = Result(
             criterion=self.criterion,
@@ -397,7 +405,7 @@ class Search:
         """The defaults again; None if there is no time, or it has failed."""
         if not self._fits(self._cost.of(steps), ends):
             return None
-        found = self._measure(DEFAULTS, warm_up=WARM_UP, steps=steps, limit_s=self._limit(steps))
+        found = self._measured(DEFAULTS, steps, self._limit(steps))
         if isinstance(found, Failure):
             self._say(f"the defaults: {found.reason}")
             return None
@@ -417,7 +425,7 @@ class Search:
                 self._changed(row)
             return None
         limit = max(self._cost.of(steps), min(self._limit(steps), left))
-        found = self._measure(row.settings, warm_up=WARM_UP, steps=steps, limit_s=limit)
+        found = self._measured(row.settings, steps, limit)
         if isinstance(found, Failure):
             row.state, row.reason = "failed", found.reason
             self._changed(row)
@@ -428,6 +436,13 @@ class Search:
             self._changed(row)
             return None
         return found
+
+    def _measured(self, settings: Settings, steps: int, limit_s: float) -> Measurement | Failure:
+        """Measure once, as the criterion needs it."""
+        at_rest = self.criterion == "cpu"
+        return self._measure(
+            settings, warm_up=WARM_UP, steps=steps, limit_s=limit_s, at_rest=at_rest
+        )
 
     def _differs(self, found: Measurement) -> str:
         """How the first steps differ from those of the defaults; empty if they agree."""

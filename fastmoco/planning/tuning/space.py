@@ -66,6 +66,7 @@ def space(
     given: Sequence[str] = (),
     only: Sequence[Group] = (),
     wall: bool = True,
+    processes: int = 1,
 ) -> tuple[list[Candidate], list[Skipped]]:
     """What to measure for a config on a machine.
 
@@ -79,6 +80,7 @@ def space(
         only: groups to measure; empty: all.
         wall: whether wall-clock time is compared; else processor time, which says nothing about
             threads that wait or share cores.
+        processes: of the run on this machine, of which `machine` has one process's part.
 
     Returns:
         Candidates, the most promising first, and what is left out.
@@ -91,7 +93,7 @@ def space(
         "loader": _loader(config, resolved, on_gpu),
         "allocator": _allocator(machine, on_gpu),
         "waiting": _waiting(on_gpu),
-        "binding": _binding(machine),
+        "binding": _binding(machine, processes),
     }
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
@@ -272,8 +274,12 @@ def _waiting(on_gpu: bool) -> Iterator[Found]:
         yield _exported("waiting", {"GOMP_SPINCOUNT": spins})
 
 
-def _binding(machine: Machine) -> Iterator[Found]:
+def _binding(machine: Machine, processes: int) -> Iterator[Found]:
     """On which cores threads run."""
+    if processes > 1:
+        reason = "all processes would be bound to the same cores"
+        yield Skipped("binding", "OMP_PROC_BIND, taskset, numactl", reason)
+        return
     if len(machine.cores) == 1:
         yield Skipped("binding", "OMP_PROC_BIND, taskset, numactl", "one core")
         return

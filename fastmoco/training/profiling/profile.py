@@ -11,12 +11,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,13 @@ from fastmoco.planning.costs import part_flops
 from fastmoco.training.profiling.counting import StepCounter
 from fastmoco.training.profiling.events import TracedParts, by_part
 from fastmoco.training.setup import versions
+from fastmoco.training.short_run import peak_bytes, settle, short_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_kernels import LARS
 from fastmoco_kernels.adamw_ema.op import bytes_moved as adamw_bytes
 from fastmoco_kernels.ema.op import bytes_moved as ema_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.lars.op import lars_bytes
-from fastmoco_pipelines import Loader
 from fastmoco_pipelines.step_parts import (
     EMA,
     LOSS,
@@ -55,7 +52,6 @@ LARGEST = 15
 """Operators that are listed."""
 REST = "rest"
 """What is in no part: waiting for the loader, the loop itself, threads without marks."""
-_SETTLE_S = 120.0
 
 
 @dataclass(kw_only=True)
@@ -163,29 +159,20 @@ def profile_steps(
     Raises:
         ValueError: for a config that is refused, or a run with fewer steps.
     """
-    config = replace(
-        config,
-        knn=replace(config.knn, test_shards="", images="", holdout="", every_epochs=0),
-        accuracy=replace(config.accuracy, test_shards="", every_epochs=0),
-    )
     traced = min(steps, TRACED)
-    with tempfile.TemporaryDirectory(prefix="fastmoco-profile-") as folder:
-        trainer = Trainer.build(config, Path(folder) / "run", world)
-        try:
-            needed = warm_up + steps + traced + 1
-            total = trainer.resolved.total_steps
-            if needed > total:
-                raise ValueError(
-                    f"steps={steps}: this run has {total} steps, and a profile takes {needed}, "
-                    "with those that warm up and those of the trace; take more --epochs"
-                )
-            trainer.run(warm_up)
-            measured = _measured(trainer, steps)
-            seen = _traced(trainer, traced, trace)
-            counter = _counted(trainer)
-        finally:
-            trainer.close()
-    return _assembled(config, trainer, measured, seen, counter, steps=steps, traced=traced)
+    with short_run(config, world) as trainer:
+        needed = warm_up + steps + traced + 1
+        total = trainer.resolved.total_steps
+        if needed > total:
+            raise ValueError(
+                f"steps={steps}: this run has {total} steps, and a profile takes {needed}, "
+                "with those that warm up and those of the trace; take more --epochs"
+            )
+        trainer.run(warm_up)
+        measured = _measured(trainer, steps)
+        seen = _traced(trainer, traced, trace)
+        counter = _counted(trainer)
+    return _assembled(trainer.config, trainer, measured, seen, counter, steps=steps, traced=traced)
 
 
 @dataclass(slots=True)
@@ -207,12 +194,12 @@ def _measured(trainer: Trainer, steps: int) -> _Measured:
 
     # On a CPU from one moment at which the loader is idle to another: it makes as many batches as
     # are trained on, whose processor time counts.
-    _settle(trainer, loader=on_cpu)
+    settle(trainer, loader=on_cpu)
     before, compiled = _memory(device), _graphs()
     waited = trainer.loader.figures().wait_s
     with collecting(helpers=torch.get_num_threads() == 1) as collector:
         trainer.run(steps)
-        _settle(trainer, loader=on_cpu)
+        settle(trainer, loader=on_cpu)
         wall_s, cpu_s, parts = collector.wall_s, collector.cpu_s, collector.figures()
     wait_s = trainer.loader.figures().wait_s - waited
     after = _memory(device)
@@ -223,7 +210,7 @@ def _measured(trainer: Trainer, steps: int) -> _Measured:
         wait_s=wait_s,
         recompilations=_graphs() - compiled,
         growth={name: after[name] - value for name, value in before.items()},
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
     )
 
 
@@ -241,7 +228,7 @@ def _traced(trainer: Trainer, steps: int, trace: Path | None) -> TracedParts:
         collecting(ranges=True),
     ):
         trainer.run(steps)
-        _settle(trainer, loader=False)
+        settle(trainer, loader=False)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     return by_part(profiler.events(), LARGEST)
@@ -392,17 +379,6 @@ def _update_bytes(
     return None
 
 
-def _settle(trainer: Trainer, *, loader: bool) -> None:
-    """Wait for the device; on demand also until the loader has made all its batches ahead."""
-    device = trainer.world.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if loader and isinstance(trainer.loader, Loader):
-        until = time.monotonic() + _SETTLE_S
-        while not trainer.loader.resting and time.monotonic() < until:
-            time.sleep(0.002)
-
-
 def _graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     utils = sys.modules.get("torch._dynamo.utils")
@@ -434,14 +410,6 @@ def _resident_bytes(statm: Path = Path("/proc/self/statm")) -> int | None:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """The largest memory that was in use."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextlib.contextmanager
