@@ -117,11 +117,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """A row for each task and side, then what was skipped, failed or unstable."""
-    header, body = figure.rows(result)
+    header, body = figure.rows({"tasks": {}, **result})
     lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
     lines.insert(1, "|---" * len(header) + "|")
     for key in ("skipped", "failed", "unstable"):
-        lines += [f"{key}: {name}: {reason}" for name, reason in result[key].items()]
+        lines += [f"{key}: {name}: {reason}" for name, reason in result.get(key, {}).items()]
     return "\n".join(lines)
 
 
