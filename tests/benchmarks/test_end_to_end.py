@@ -8,9 +8,9 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.cases import end_to_end, equality
+from benchmarks.command import main
 from benchmarks.end_to_end_child import check, open_side, parts
 from benchmarks.photos import sample_shards
-from benchmarks.registry import main
 from fastmoco_pipelines.step_parts import PARTS
 
 OPTIONS = {**end_to_end.DEFAULTS, **end_to_end.QUICK}
