@@ -75,7 +75,7 @@ def test_a_contender_with_other_losses_is_not_compared(monkeypatch):
     turns = [own[1:] for own in asked if own[0] == "turn"]
     assert turns[:4] == turns[4:8]
     assert set(turns) == {
-        (name, *of) for name in ("fastmoco", "baseline eager") for of in ((64, 1), (32, 4))
+        (name, *of) for name in ("fastmoco", "baseline eager") for of in ((64, 1), (32, 2))
     }
 
 
