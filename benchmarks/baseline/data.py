@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from benchmarks.baseline.parts import part
 from benchmarks.baseline.views import Parameters, make_view, parameters
 from fastmoco.config import Config
 from fastmoco_pipelines.sampling.stand_ins import Plan
 from fastmoco_pipelines.sets.patterns import expand_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import ViewSpec
+from fastmoco_pipelines.step_parts import AUGMENT, DECODE, READ, part
 from fastmoco_pipelines.views.draws import draw_batch
 
 Item = tuple[int, Parameters, Parameters]
@@ -57,11 +57,11 @@ class TarImages(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, item: Item) -> tuple[Tensor, Tensor, int]:
         sample, *drawn = item
-        with part("read"):
+        with part(READ):
             data = self._read(sample)
-        with part("decode"):
+        with part(DECODE):
             image = Image.open(io.BytesIO(data)).convert("RGB")
-        with part("augment"):
+        with part(AUGMENT):
             view1, view2 = (
                 make_view(image, spec, own) for spec, own in zip(self.views, drawn, strict=True)
             )

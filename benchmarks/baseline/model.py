@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from benchmarks.baseline.parts import part
+from fastmoco_pipelines.step_parts import EMA, KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 AttentionForm = Literal["sdpa", "explicit"]
 
@@ -211,14 +211,14 @@ class MoCo(nn.Module):
 
     def forward(self, view1: Tensor, view2: Tensor, ema_momentum: float) -> Tensor:
         """The loss of two views; also moves the momentum encoder, between queries and keys."""
-        with part("query forward"):
+        with part(QUERY_FORWARD):
             q1, q2 = self.query_of(view1), self.query_of(view2)
         with torch.no_grad():
-            with part("EMA"):
+            with part(EMA):
                 self.update_momentum_encoder(ema_momentum)
-            with part("key forward"):
+            with part(KEY_FORWARD):
                 k1, k2 = self.key_of(view1), self.key_of(view2)
-        with part("loss"):
+        with part(LOSS):
             return self.loss_of(q1, k2) + self.loss_of(q2, k1)
 
     @torch.no_grad()

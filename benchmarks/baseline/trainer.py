@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ from benchmarks.baseline.model import (
     synchronised,
 )
 from benchmarks.baseline.optim import LARS, ema_momentum, learning_rate
-from benchmarks.baseline.parts import part
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.vit import ARCHITECTURES
+from fastmoco_pipelines.step_parts import BACKWARD, LOG, OPTIMIZER, TRANSFER, part
 
+LOGGER = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET = 1_281_167
@@ -147,7 +149,7 @@ class Baseline:
         """One optimizer step on this rank's views; returns the loss, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps)
-        with part("transfer"):
+        with part(TRANSFER):
             dtype = torch.float64 if self.precision == "fp64" else torch.float32
             view1 = view1.to(self.device, dtype, non_blocking=True)
             view2 = view2.to(self.device, dtype, non_blocking=True)
@@ -157,10 +159,10 @@ class Baseline:
         with context:
             loss: Tensor = self._forward(view1, view2, self.ema_momentum(self.steps))
 
-        with part("backward"):
+        with part(BACKWARD):
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        with part("optimizer"):
+        with part(OPTIMIZER):
             if self.config.optim.clip_norm > 0:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
@@ -168,6 +170,16 @@ class Baseline:
             self.scaler.update()
         self.steps += 1
         return loss.detach()
+
+    def train(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]], steps: int) -> None:
+        """Some steps of the training loop, with a line in the log every `log_every_steps`."""
+        for _ in range(steps):
+            view1, view2, _ = next(batches)
+            loss = self.step(view1, view2)
+            if self.steps % self.config.log_every_steps == 0:
+                with part(LOG):
+                    lr = self.learning_rate(self.steps - 1)
+                    LOGGER.info("step %d: loss %.4f, lr %.2e", self.steps, loss.item(), lr)
 
 
 def build_model(config: Config, attention: AttentionForm) -> MoCo:

@@ -42,13 +42,14 @@ DEFAULTS = {
     "budget_s": 36.0,
     "points": 6,
     "every": 40,
+    "agree": 0.02,
     "attention": "sdpa",
     "workers": 0,
     "fashion": "/usr/share/datasets/fashion-mnist",
     "photos": "/usr/share/wallpapers",
     "folder": "",
 }
-QUICK = {"tasks": "digits", "seeds": 1, "budget_s": 0.5, "points": 1, "every": 10}
+QUICK = {"tasks": "digits", "seeds": 1, "budget_s": 0.5, "points": 1, "every": 10, "agree": 0.06}
 SIDES = ("fastmoco", "baseline")
 
 
@@ -59,7 +60,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         options: `tasks` of `fashion`, `patches` and `digits`; `sides`, the first is the subject;
             `seeds`, their number; `budget_s`, CPU-seconds of each run; `points` that every run of
             the first side has at least, `every` so many steps: where they end `make learning`
-            judges; `attention` of the baseline, `sdpa` or `explicit`; `workers` of its DataLoader,
+            judges; `agree`, the largest difference of the sides' mean kNN after the same images;
+            `attention` of the baseline, `sdpa` or `explicit`; `workers` of its DataLoader,
             0: its batches are made in the process of the training; `fashion` and `photos`, folders
             of the source files; `folder`, which keeps sets, and finished runs of an unmodified
             commit, so that the same command continues (empty: a temporary one).
@@ -95,6 +97,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 curves,
                 images=options["points"] * options["every"] * batch,
                 budget_s=options["budget_s"],
+                agree=options["agree"],
             )
             recipe = TASKS[name].recipe
             result["tasks"][name] = {"source": data.source, "recipe": recipe, **found}

@@ -1,5 +1,5 @@
-"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, and the largest batch of each
-setting, without a GPU.
+"""`fastmoco plan`: memory and FLOPs of a recipe on given GPUs, the largest batch of each setting, and
+a model of the time of a step, without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
     from fastmoco.planning.costs import StepCosts
-    from fastmoco.planning.plan import StepPlan
+    from fastmoco.planning.plan import StateBytes, StepPlan
     from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
@@ -27,8 +27,8 @@ UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe,
-    without a GPU and without data.
+    """Parameters, FLOPs, memory, micro-batches and largest batches of a recipe, and a model of the
+    time of a step on many GPUs, without a GPU and without data.
     """
 
     gpus: int = 1
@@ -37,17 +37,63 @@ class PlanArguments:
     """Memory of each GPU, e.g. 80GiB or 24GB."""
     json: bool = False
     """Print JSON instead of tables."""
+    nodes: int = 0
+    """Machines that the GPUs are in; 0: 8 GPUs in each."""
+    network: str = "400Gbit"
+    """Network of a machine in one direction, all its cards together, e.g. 400Gbit or 50GB/s."""
+    chip: str = "H100"
+    """GPU whose rates are used: A100, H100, H200 or B200."""
+    link: str = ""
+    """Link of a GPU to the others of its machine, in one direction, e.g. 450GB/s; empty: the
+    chip's NVLink."""
+    network_latency_us: float = 5.0
+    """Microseconds of a message through the network."""
+    link_latency_us: float = 2.0
+    """Microseconds of a message inside a machine."""
+    storage: str = "2GB/s"
+    """Reading of images by one machine."""
+    writing: str = "2GB/s"
+    """Writing of checkpoints by all ranks together."""
+    image_kb: float = 110.0
+    """Kilobytes of an image as stored."""
+    decode_ms: float = 0.0
+    """Core-milliseconds that the CPU of a machine needs for an image; 0: 1.7 if views are made on
+    the GPU, else 5, as measured at 224 pixels."""
+    cores: int = 16
+    """CPU cores for each GPU."""
+    scale: bool = False
+    """Print the step on 8 to 4096 GPUs at several batches, and what breaks first, instead."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
 def plan(options: PlanArguments) -> int:
-    """Print memory and FLOPs of a recipe; returns 0."""
+    """Print memory, FLOPs and seconds of a recipe; returns 0."""
+    from fastmoco.cli.plan_scale import (
+        cluster_of,
+        describe_scale,
+        describe_step,
+        print_scale,
+        print_step,
+    )
+
     with one_line(EXIT_REFUSED, ValueError):
-        found = describe(options.config, options.gpus, parse_bytes(options.memory))
+        memory = parse_bytes(options.memory)
+        if options.scale:
+            found = describe_scale(options, memory)
+        else:
+            cluster = cluster_of(options, options.gpus)  # refuses wrong rates before it counts
+            counted = count(options.config)
+            found = describe(counted, options.gpus, memory, cluster.gpus_per_node)
+            if options.config.device != "cpu":
+                found["step"] = describe_step(counted, cluster, memory)
     if options.json:
         print(json.dumps(found, indent=2))
+    elif options.scale:
+        print_scale(found)
     else:
         _print_tables(found)
+        if options.gpus > 1 and "step" in found:
+            print_step(found["step"])
     return EXIT_FINISHED
 
 
@@ -66,25 +112,35 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
-    """All figures of `fastmoco plan`, as JSON values.
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """The counted costs of a step of a config, and what they were counted for."""
+
+    config: Config
+    precision: str
+    on_cpu: bool
+    levels: bool
+    """Whether views are uint8."""
+    compiled: bool
+    by_setting: dict[Recompute, dict[float, StepCosts]]
+    """By recomputation setting and by activation budget of compiled blocks."""
+
+    @property
+    def plain(self) -> StepCosts:
+        """With everything kept that the first setting keeps."""
+        return next(iter(next(iter(self.by_setting.values())).values()))
+
+
+def count(config: Config, *, configured_only: bool = False) -> Counted:
+    """Count the costs of a step.
 
     Args:
         config: the run.
-        gpus: processes, each with its own device.
-        memory: bytes of each device.
-
-    Raises:
-        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and
-            the trunk couples samples.
+        configured_only: without the settings of recomputation that the config does not use.
     """
     import torch
 
     from fastmoco.models.precision import choose_precision
-    from fastmoco.planning.plan import HEADROOM
-
-    if gpus < 1 or config.global_batch_size % gpus:
-        raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
 
     # Every current GPU has bf16 products; for a CPU, ask this machine.
     on_cpu = config.device == "cpu"
@@ -97,19 +153,50 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
     automatic = config.model.compile == "auto" and not on_cpu and precision != "fp64"
     compilable = config.model.blocks != "fused" and config.model.family == "vit"
     compiled = compilable and (config.model.compile is True or automatic)
+    by_setting = _costs(
+        config,
+        precision,
+        on_cpu=on_cpu,
+        compiled=compiled,
+        levels=levels,
+        configured_only=configured_only,
+    )
+    return Counted(
+        config=config,
+        precision=precision,
+        on_cpu=on_cpu,
+        levels=levels,
+        compiled=compiled,
+        by_setting=by_setting,
+    )
 
-    # Costs, and the memory that is left for a step.
-    by_setting = _costs(config, precision, on_cpu=on_cpu, compiled=compiled, levels=levels)
-    plain = next(iter(by_setting["none"].values()))
-    shared = _shared_by(config, plain, gpus, memory)
-    loader = _loader(config, gpus, levels, on_cpu)
+
+def describe(counted: Counted, gpus: int, memory: int, gpus_per_node: int) -> dict[str, Any]:
+    """All figures of `fastmoco plan` but those of time, as JSON values.
+
+    Args:
+        counted: the run.
+        gpus: processes, each with its own device.
+        memory: bytes of each device.
+        gpus_per_node: devices of one machine.
+
+    Raises:
+        ValueError: if the processes cannot divide the batch, or the config sets micro-batches and
+            the trunk couples samples.
+    """
+    from fastmoco.planning.plan import HEADROOM
+
+    config, plain = counted.config, counted.plain
+    require_divided(config, gpus)
+    shared = shared_by(config, plain, gpus, memory, gpus_per_node)
+    loader = loader_of(counted, gpus)
     usable = (memory - loader.beside_batch_bytes) * HEADROOM
 
     # One row for each setting and number of shards.
     rows = [
         _row(config, by_budget, setting, gpus, usable, shards)
         for shards in sorted({1, shared, gpus})
-        for setting, by_budget in by_setting.items()
+        for setting, by_budget in counted.by_setting.items()
     ]
     asked = (config.model.checkpointing, shared)
     return {
@@ -117,7 +204,7 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "gpus": gpus,
         "memory_bytes": memory,
         "usable_share": HEADROOM,
-        "precision": precision,
+        "precision": counted.precision,
         "global_batch_size": config.global_batch_size,
         "local_batch_size": config.global_batch_size // gpus,
         "parameters": plain.parameters,
@@ -125,16 +212,32 @@ def describe(config: Config, gpus: int, memory: int) -> dict[str, Any]:
         "flops_per_image": plain.step_flops,
         "flops_per_step": plain.step_flops * config.global_batch_size,
         "coupling_reason": plain.coupling_reason,
-        "compiled": compiled,
-        "views": "uint8" if levels else "float32",
+        "compiled": counted.compiled,
+        "views": "uint8" if counted.levels else "float32",
         "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
         "settings": rows,
         "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
     }
 
 
+def require_divided(config: Config, gpus: int) -> None:
+    """Refuse processes that do not divide the batch.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if gpus < 1 or config.global_batch_size % gpus:
+        raise ValueError(f"gpus={gpus}: must divide global_batch_size={config.global_batch_size}")
+
+
 def _costs(
-    config: Config, precision: str, *, on_cpu: bool, compiled: bool, levels: bool
+    config: Config,
+    precision: str,
+    *,
+    on_cpu: bool,
+    compiled: bool,
+    levels: bool,
+    configured_only: bool,
 ) -> dict[Recompute, dict[float, StepCosts]]:
     """Costs of a step by recomputation setting and by activation budget of compiled blocks."""
     from fastmoco.models.compiled import BUDGETS
@@ -145,6 +248,8 @@ def _costs(
     model = config.model
     if model.linears == "float8" or model.blocks == "fused" or model.family == "resnet":
         settings = ("none", "full")  # all refuse "selective"
+    if configured_only:
+        settings = (model.checkpointing,)
     wanted = config.batch.activation_budget
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
 
@@ -161,7 +266,7 @@ def _costs(
     }
 
 
-def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderBytes:
+def loader_of(counted: Counted, gpus: int) -> LoaderBytes:
     """Memory of a loader that makes its views on the device of the model; with
     synthetic images only the batch.
     """
@@ -169,19 +274,20 @@ def _loader(config: Config, gpus: int, levels: bool, on_cpu: bool) -> LoaderByte
 
     from fastmoco_pipelines.loading.memory import LoaderBytes, loader_bytes
 
+    config = counted.config
     shards = config.data.shards or "not read"
     named = replace(config, data=replace(config.data, shards=shards))
     spec = named.loader_spec(
-        device="cpu" if on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS
+        device="cpu" if counted.on_cpu else "gpu", threads=config.data.threads or PLANNED_THREADS
     )
-    held = loader_bytes(replace(spec, view_dtype="uint8" if levels else "float32"), gpus)
+    held = loader_bytes(replace(spec, view_dtype="uint8" if counted.levels else "float32"), gpus)
     if config.data.synthetic:
         return LoaderBytes(batch_bytes=held.batch_bytes, ready_bytes=0, scratch_bytes=0)
     return held
 
 
-def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
-    """Number of GPUs that share a copy of the state under `parallel.strategy`, on one machine
+def shared_by(config: Config, costs: StepCosts, gpus: int, memory: int, gpus_per_node: int) -> int:
+    """Number of GPUs that share a copy of the state under `parallel.strategy`
     (`choose_strategy`).
     """
     from fastmoco.distributed.parallelize import STATE_SHARE
@@ -191,7 +297,7 @@ def _shared_by(config: Config, costs: StepCosts, gpus: int, memory: int) -> int:
         # With two moments, as in `choose_strategy`.
         state = state_bytes(costs, "adamw", _element(config)).total
         return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
-    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus}[
+    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus_per_node}[
         config.parallel.strategy
     ]
 
@@ -210,18 +316,48 @@ def _row(
     shards: int,
 ) -> dict[str, Any]:
     """One setting: the plan for the batch of the recipe, and the largest batches."""
+    from fastmoco.planning.plan import busy_chunk, largest_batch, parts_of
+
+    chosen, costs, state = plan_of(config, by_budget, gpus, usable, shards)
+    budget = usable - state.total
+    images = config.global_batch_size // gpus
+    tokens = _tokens(config)
+    chunk = chosen.chunk or busy_chunk(tokens)
+    in_chunks = (
+        0
+        if costs.coupling_reason
+        else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
+    )
+    return {
+        "checkpointing": setting,
+        "state_over": shards,
+        "state_bytes": asdict(state) | {"total": state.total},
+        "activation_bytes_per_image": costs.graph.per_image,
+        "step_bytes": chosen.peak_bytes,
+        "parts_bytes": parts_of(costs, chosen, images, gpus),
+        "fits": chosen.fits,
+        "plan": chosen.to_json(),
+        "largest_batch_whole": gpus * largest_batch(costs, budget, world_size=gpus),
+        "largest_batch_in_chunks": in_chunks,
+    }
+
+
+def plan_of(
+    config: Config, by_budget: dict[float, StepCosts], gpus: int, usable: float, shards: int
+) -> tuple[StepPlan, StepCosts, StateBytes]:
+    """The plan for the batch of the recipe, the costs that it was made with, and the state.
+
+    Args:
+        config: the run.
+        by_budget: costs by activation budget.
+        gpus: processes.
+        usable: bytes of a device for state and step.
+        shards: GPUs that share a copy of the state.
+    """
     from dataclasses import replace
 
     from fastmoco.planning.keys import choose_keys, ring_above
-    from fastmoco.planning.plan import (
-        best_plan,
-        busy_chunk,
-        largest_batch,
-        parts_of,
-        plan_step,
-        sharded,
-        state_bytes,
-    )
+    from fastmoco.planning.plan import best_plan, plan_step, sharded, state_bytes
 
     element = _element(config)
     costs = next(iter(by_budget.values()))
@@ -231,7 +367,7 @@ def _row(
         for share, costs in by_budget.items()
     }
     budget = usable - state.total
-    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
+    tokens = _tokens(config)
     if costs.coupling_reason and isinstance(config.batch.chunk, int):
         raise ValueError(
             f"batch.chunk={config.batch.chunk}: this trunk needs the whole batch, "
@@ -261,25 +397,12 @@ def _row(
         return replace(plan, activation_budget=share, **keys)
 
     chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
-    costs = by_budget[chosen.activation_budget]
-    chunk = chosen.chunk or busy_chunk(tokens)
-    in_chunks = (
-        0
-        if costs.coupling_reason
-        else gpus * largest_batch(costs, budget, chunk=chunk, world_size=gpus)
-    )
-    return {
-        "checkpointing": setting,
-        "state_over": shards,
-        "state_bytes": asdict(state) | {"total": state.total},
-        "activation_bytes_per_image": costs.graph.per_image,
-        "step_bytes": chosen.peak_bytes,
-        "parts_bytes": parts_of(costs, chosen, images, gpus),
-        "fits": chosen.fits,
-        "plan": chosen.to_json(),
-        "largest_batch_whole": gpus * largest_batch(costs, budget, world_size=gpus),
-        "largest_batch_in_chunks": in_chunks,
-    }
+    return chosen, by_budget[chosen.activation_budget], state
+
+
+def _tokens(config: Config) -> int:
+    """Of a view."""
+    return (config.model.image_size // config.model.patch_size) ** 2 + 1
 
 
 def _print_tables(found: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ code and do not change a number.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,11 +64,11 @@ class Collector:
         ranges: open a range of torch's profiler for each part.
         helpers: count the processor time of threads without marks (of DALI, of a pool) to the
             loader's parts that employ them. Right only where nothing else has threads of its own:
-            torch with one thread.
+            torch with one thread. Linux only.
     """
 
     def __init__(self, *, ranges: bool = False, helpers: bool = False) -> None:
-        self._helpers = helpers
+        self._helpers = helpers and os.path.exists("/proc/self/schedstat")
         self._open_range: Callable[[str], AbstractContextManager[Any]] | None = None
         if ranges:
             from torch.profiler import record_function
@@ -133,18 +135,18 @@ class _Thread:
         self.figures: dict[str, PartFigures] = {}
         self.stack: list[_Mark] = []
         self._last = 0.0
-        self._clock: int | None = None
-        if hasattr(time, "pthread_getcpuclockid"):
-            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._account = f"/proc/self/task/{threading.get_native_id()}/schedstat"
 
     def cpu(self) -> float:
         """Processor seconds of this thread, asked by any thread; of one that has ended, the last
-        answer."""
-        if self._clock is not None:
-            try:
-                self._last = time.clock_gettime(self._clock)
-            except OSError:
-                self._clock = None
+        answer.
+
+        As the process's own clock counts them: up to the last tick of the scheduler, which is
+        milliseconds ago. The thread's own clock goes up to now, and the difference of the two would
+        be wrong by that.
+        """
+        with contextlib.suppress(OSError), open(self._account, "rb") as account:
+            self._last = int(account.read().split()[0]) / 1e9
         return self._last
 
 
@@ -189,7 +191,8 @@ class _Mark:
 
     def _clock(self) -> float:
         if self._helpers:
-            return time.process_time() - self._collector._others_cpu(self._thread)
+            others = self._collector._others_cpu(self._thread)
+            return time.process_time() - others
         return time.thread_time()
 
 

@@ -18,6 +18,7 @@ from benchmarks import datasets
 from benchmarks.cases import learning
 from benchmarks.learning import __main__ as again
 from benchmarks.learning import curves, figure, side, tasks
+from benchmarks.outcome import SKIPPED, outcome
 from fastmoco_pipelines import ShardSet
 
 BASE = (0.70, 0.71, 0.73)
@@ -106,6 +107,7 @@ def test_a_missing_package_is_named(tmp_path, capsys):
     )
     assert "plasma-workspace-wallpapers, or give photos=" in result["skipped_because"]
     assert "skipped: patches:" in learning.table(result)
+    assert outcome(result)[0] == SKIPPED
 
     stored = tmp_path / "learning.jsonl"
     line = {"options": learning.DEFAULTS, "result": _result()}
@@ -210,7 +212,7 @@ def test_seconds_are_those_of_training_and_a_run_ends_with_points_and_budget():
     assert len(side.train(_BurningSide(), _BurningMonitor(), given, batch=4)["images"]) == 2
 
 
-def test_fastmoco_learns_the_digits_and_its_records_are_in_the_curve(tmp_path):
+def test_both_sides_start_equal_and_their_records_are_in_the_curves(tmp_path):
     pytest.importorskip("sklearn")
     data = tasks.prepare("digits", {}, tmp_path)
     assert tasks.prepare("digits", {}, tmp_path) == data
@@ -219,18 +221,25 @@ def test_fastmoco_learns_the_digits_and_its_records_are_in_the_curve(tmp_path):
         "side": "fastmoco",
         "seed": 0,
         "data": asdict(data),
-        "every": 10,
-        "points": 2,
+        "every": 3,
+        "points": 4,
         "budget_s": 0.0,
+        "attention": "sdpa",
+        "workers": 0,
     }
-    curve = side.run_side(given)
-    assert curve["images"] == [0, 2560, 5120]
-    assert curve["knn"][2] > curve["knn"][0] + 0.03
-    assert 0 < curve["cpu_s"][1] < curve["cpu_s"][2]
-    assert curve["loss"][0] is None
-    assert 3 < curve["loss"][2] < 5
-    assert curve["gradient"][2] > 0
-    assert curve["events"] == []
+    ours = side.run_side(given)
+    assert ours["images"] == [0, 768, 1536, 2304, 3072]
+    assert ours["knn"][4] > ours["knn"][0] + 0.02
+    other = side.run_side(given | {"side": "baseline", "points": 1})
+    assert other["images"] == [0, 768]
+    # The same weights and views: the loss of the first step.
+    assert other["loss"][1] == pytest.approx(ours["loss"][1], abs=0.005)
+    assert other["knn"][0] == pytest.approx(ours["knn"][0], abs=0.03)
+    for curve in (ours, other):
+        assert curve["cpu_s"][1] > 0
+        assert (curve["loss"][0], curve["events"]) == (None, [])
+        assert 4 < curve["loss"][1] < 5
+        assert 0.5 < curve["gradient"][1] < 3
 
 
 def test_a_run_has_a_constant_rate_after_its_warm_up(tmp_path):

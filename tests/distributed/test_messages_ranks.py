@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -46,6 +45,6 @@ def test_every_collective_of_a_real_step_is_counted(
         config.precision,
     ):
         counted[message.kind, message.bytes] += message.count
-    assert IMAGES * 2 == config.global_batch_size
+    assert config.global_batch_size == IMAGES * 2
     for rank in ranks:
         assert cast("Counter[Any]", rank[name]) == counted

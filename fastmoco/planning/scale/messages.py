@@ -14,7 +14,8 @@ gradients once, in buckets. A batch norm of C channels and V separate batches se
     forward:   all-gather of ranks * (2 V C + 1) elements
     backward:  all-reduce of 2 V C elements
 
-Gathered keys are ranks * B * 2 D elements. Bytes are those of the whole: the result of an
+Gathered keys are ranks * B * 2 D elements; in a ring each of ranks - 1 exchanges sends B * 2 D.
+Bytes are those of the whole: the result of an
 all-gather, the input of a reduce-scatter, the tensor of an all-reduce.
 """
 
@@ -30,7 +31,7 @@ from fastmoco.planning.plan import StepPlan
 from fastmoco.planning.scale.layout import Layout, Network, Unit
 from fastmoco_pipelines.spec import each_view
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
 Group = Literal["all", "shard", "copies"]
 Phase = Literal["forward", "heads", "backward", "end"]
 DDP_BUCKETS = (2**20, 25 * 2**20)
@@ -60,6 +61,8 @@ class Ranks:
     total: int
     shards: int = 1
     on_cpu: bool = False
+    ring: bool = False
+    """Whether keys come in a ring, block by block from the neighbour, instead of gathered."""
 
     @property
     def copies(self) -> int:
@@ -208,7 +211,10 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
             yield Message("keys", "all_gather", ranks.total * 8, 1, "all", "heads")
         yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
 
-    if objective.kind in ("moco_v3", "simclr"):
+    if objective.kind == "moco_v3" and ranks.ring:
+        size = images * 2 * config.model.projection_dim * element
+        yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
+    elif objective.kind in ("moco_v3", "simclr"):
         yield from gather(images * 2 * config.model.projection_dim * element)
     if objective.kind == "simclr":  # sums of both views' rows
         yield from gather(images * 2 * 2 * element)

@@ -128,15 +128,14 @@ def _wait(name: str, args: Any, kwargs: Any) -> str | None:
 
 
 def _is_free(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether an operator does no work: a view, or memory that is not written."""
+    """Whether an operator does no work: a view, memory that is not written, nothing with tensors."""
     if "empty" in name:
         return True
     if func._schema.is_mutable:
         return False
-    known = {
-        leaf.untyped_storage()._cdata
-        for leaf in tree_iter((args, kwargs))
-        if isinstance(leaf, Tensor)
-    }
+    given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
     made = [leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor)]
-    return bool(made) and all(leaf.untyped_storage()._cdata in known for leaf in made)
+    if not made:
+        return not given
+    known = {leaf.untyped_storage()._cdata for leaf in given}
+    return all(leaf.untyped_storage()._cdata in known for leaf in made)
