@@ -236,8 +236,8 @@ def print_step(step: dict[str, Any]) -> None:
             name,
             f"{1e3 * part['seconds']:.2f}",
             f"{1e3 * part['exposed_s']:.2f}",
-            f"{part['count']:g}" if part["count"] else "",
-            f"{1e-9 * part['bytes']:.3g}" if part["count"] else "",
+            f"{part['messages']:g}" if part["messages"] else "",
+            f"{1e-9 * part['bytes']:.3g}" if part["messages"] else "",
         )
     for name, seconds in step["loader_s"].items():
         hidden = max(0.0, seconds - sum(p["exposed_s"] for p in step["parts"].values()))
