@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults check kernels gpu rehearsal format bench clean
+.PHONY: quickstart test long faults check kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -48,6 +48,14 @@ format: $(READY)  ## rewrite the code as ruff wants it
 
 bench: $(READY)  ## list the benchmark cases
 	$(RUN)/python -m benchmarks list
+
+bench-quick: $(READY)  ## every benchmark case in its quick form; fails if a gate fails
+	$(RUN)/python -m benchmarks run --all --quick
+
+# FASHION and PHOTOS are folders of the source files, if they are not where Debian's packages dataset-fashion-mnist and
+# plasma-workspace-wallpapers put them. What is missing is named.
+learning: $(READY)  ## fails if training learns less than the newest line of benchmarks/results/learning.jsonl, about 5 CPU-minutes
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.learning $(if $(FASHION),--fashion "$(FASHION)") $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(FOLDER),--folder "$(FOLDER)")
 
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard kernels/fastmoco_kernels/cut_views/native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastmoco needs Python 3.11 or newer; try make PYTHON=python3.12")'

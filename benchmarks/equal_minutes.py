@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.kept_runs import once
 from fastmoco.run.folder import RunFolder
 
 RECIPES = {
@@ -43,29 +41,6 @@ BANK = 10_000
 """Images of the bank of kNN."""
 
 
-def run_command(log: Path, *words: str) -> tuple[str, float]:
-    """A command of `fastmoco` with one thread: its output, and its CPU-seconds.
-
-    Raises:
-        SystemExit: if it fails, with the name of its log.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    before = os.times()
-    with log.open("ab") as errors:
-        done = subprocess.run(
-            [sys.executable, "-m", "fastmoco", *words],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-    after = os.times()
-    if done.returncode:
-        raise SystemExit(f"fastmoco {' '.join(words)} ended with {done.returncode}; see {log}")
-    seconds = after.children_user + after.children_system
-    return done.stdout.decode(), seconds - before.children_user - before.children_system
-
-
 class Runs:
     """Runs on one pair of sets, each done once.
 
@@ -80,17 +55,8 @@ class Runs:
         self.train, self.test, self.labelled, self.out = train, test, labelled, out
 
     def once(self, name: str, *words: str) -> dict[str, Any]:
-        """The result of a command: its last line of JSON, if it prints one, and its CPU-seconds."""
-        record = self.out / "records" / f"{name}.json"
-        if record.exists():
-            found: dict[str, Any] = json.loads(record.read_text())
-            return found
-        text, seconds = run_command(self.out / "logs" / f"{name}.log", *words)
-        lines = [line for line in text.splitlines() if line.startswith("{")]
-        found = {"result": json.loads(lines[-1]) if lines else None, "cpu_s": seconds}
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(found))
-        return found
+        """The result of a command of `fastmoco` (`kept_runs.once`)."""
+        return once(self.out, name, "-m", "fastmoco", *words)
 
     def train_on(
         self, shards: str, name: str, recipe: str, epochs: float, *more: str

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,16 @@ def interleave(
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Median, smallest and largest ratio of paired measurements."""
-    each = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    return {"median": statistics.median(each), "smallest": min(each), "largest": max(each)}
+    """Median and quantiles of the ratio of paired measurements."""
+    return quantiles([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """`median`, and `q20` and `q80`: one value in five is below, one above."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "q20", "q80"), values[0])
+    q20, *_, q80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "q20": q20, "q80": q80}
 
 
 def machine() -> dict[str, Any]:

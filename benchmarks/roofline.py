@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.chips import CHIPS, Rates
 from benchmarks.op_counts import ATTENTION, FLOAT8, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
 from fastmoco.config import Config
@@ -41,11 +42,9 @@ ATTENTION_SHARE = 0.35
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
+class Card(Rates):
     """Rates and memory of a card."""
 
-    bytes_per_s: float
-    flops_per_s: float
     memory: float
     """Bytes."""
 
@@ -65,10 +64,15 @@ class Card:
 
 
 CARDS = {
-    "H100": Card(bytes_per_s=3.0e12, flops_per_s=650e12, memory=80e9),
-    "H200": Card(bytes_per_s=4.2e12, flops_per_s=650e12, memory=139 * 2**30),
+    name: Card(
+        bytes_per_s=chip.in_a_step.bytes_per_s,
+        flops_per_s=chip.in_a_step.flops_per_s,
+        memory=chip.memory,
+    )
+    for name, chip in CHIPS.items()
+    if chip.in_a_step
 }
-"""Rates of large copies and products, not those of a data sheet."""
+"""Chips whose rates of large copies and products are measured, not those of a data sheet."""
 
 
 def plan_for(config: Config, card: Card, *, compiled: bool, levels: bool = True) -> StepPlan:

@@ -19,28 +19,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.baseline.trainer import Baseline
 from benchmarks.contest import relative_error
-from benchmarks.step_profile import profiled
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
-from fastmoco.models.compiled import compile_blocks
-from fastmoco.objectives.build import build_model, build_objective
-from fastmoco.objectives.interface import START
+from fastmoco.objectives.build import build_model
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
+from fastmoco.training.profiling.events import by_part
 from fastmoco.training.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
-"""`fastmoco`: the step of the trainer. `eager`: the same from torch's own parts. `compiled`: the
-latter with blocks through torch.compile and torch's fused attention."""
+"""`fastmoco`: the step of the trainer. `eager`: that of the baseline with explicit attention.
+`compiled`: that of the baseline with torch's fused attention, through torch.compile."""
 COMPILED_IMAGES = 1024
 """Largest batch of the compiled opponent, because every batch that does not fit
 costs a compilation first."""
+LARGEST = 12
+"""Kernels that are listed."""
 SEGMENTS = "expandable_segments:True"
 """Setting of torch's allocator: a large step with changing shapes then does not return its memory
 and allocate it again."""
@@ -85,6 +86,29 @@ def config_of(options: dict[str, Any]) -> Config:
     )
 
 
+def _profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The kernels of one call after warm-up, on a CPU its operators: their number, the sum of
+    their times, and the largest.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    found = by_part(profiler.events(), largest=10**6)
+    busy = sum(ms for _, ms, _ in found.top)
+    return {
+        "launches": sum(calls for _, _, calls in found.top),
+        "busy_ms": round(busy, 2),
+        "largest_kernels": [
+            f"{ms:.2f} ms {ms / max(busy, 1e-9):.1%} x{calls} {name[:80]}"
+            for name, ms, calls in found.top[:LARGEST]
+        ],
+    }
+
+
 class Side:
     """One implementation of a step.
 
@@ -118,7 +142,7 @@ class Side:
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         self.result["peak_bytes"] = peak
         if profile:
-            self.result |= profiled(self._step, self._device)
+            self.result |= _profiled(self._step, self._device)
 
     def images_per_s(self, steps: int) -> float:
         """Time of some consecutive steps."""
@@ -157,7 +181,13 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
             finally:
                 trainer.close()
         return
-    plain = PlainStep(config, device, compiled=name == "compiled")
+    plain = Baseline(
+        config,
+        device,
+        attention="sdpa" if name == "compiled" else "explicit",
+        compiled=name == "compiled",
+        precision="fp16" if device.type == "cuda" else config.precision,
+    )
     side, images = config.model.image_size, config.global_batch_size
     if name == "compiled":
         images = min(images, COMPILED_IMAGES)
@@ -168,51 +198,7 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
     images = _largest_that_fits(plain, *views)
     some = [view[:images].clone() for view in views]
     del views
-    yield Side(lambda: plain(*some), images, device, {"batch": images})
-
-
-class PlainStep:
-    """The opponent: one step of the reference on the given views.
-
-    Attributes:
-        objective: encoder, momentum encoder and predictor, from the config's seed.
-    """
-
-    def __init__(self, config: Config, device: torch.device, *, compiled: bool = False) -> None:
-        attention: Literal["sdpa", "explicit"] = "sdpa" if compiled else "explicit"
-        model = replace(
-            config.model,
-            attention=attention,
-            linears="native",
-            momentum_linears="native",
-            blocks="modules",
-        )
-        written_out = replace(config, model=model)
-        self.objective = build_objective(written_out, device)
-        if compiled:
-            compile_blocks(self.objective)
-        self._half = device.type == "cuda"
-        self._device = device
-        self._momentum = self.objective.schedules(START)["ema_momentum"]
-        trained = [
-            parameter for parameter in self.objective.parameters() if parameter.requires_grad
-        ]
-        self._optimizer = torch.optim.AdamW(
-            trained, lr=1e-6, betas=config.optim.betas, weight_decay=config.optim.weight_decay
-        )
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self._half)
-
-    def __call__(self, view1: Tensor, view2: Tensor) -> None:
-        """Forward, backward, optimizer, average."""
-        with torch.no_grad():
-            for own, average in self.objective.averages().items():
-                average.mul_(self._momentum).add_(own, alpha=1 - self._momentum)
-        with torch.autocast(self._device.type, dtype=torch.float16, enabled=self._half):
-            loss = plain_forward(self.objective, view1.float(), view2.float()).loss
-        self._optimizer.zero_grad()
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+    yield Side(lambda: plain.step(*some), images, device, {"batch": images})
 
 
 def check(trainer: Trainer, view1: Tensor, view2: Tensor) -> dict[str, Any]:
@@ -279,15 +265,15 @@ def _loss_and_gradients(
     return output.loss.detach(), torch.cat(grads)
 
 
-def _largest_that_fits(step: PlainStep, view1: Tensor, view2: Tensor) -> int:
+def _largest_that_fits(baseline: Baseline, view1: Tensor, view2: Tensor) -> int:
     """The largest of batch, half, quarter, ... of it for which the opponent has memory."""
     images = len(view1)
     while True:
         try:
-            step(view1[:images], view2[:images])
+            baseline.step(view1[:images], view2[:images])
             return images
         except torch.OutOfMemoryError:
-            step.objective.zero_grad(set_to_none=True)
+            baseline.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             images //= 2
             if images < 2:

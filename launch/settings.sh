@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Settings of the three launch scripts; sourced, not run. Variables that are set
+# Settings that the launch scripts share; sourced, not run. Variables that are set
 # already keep their values.
 
 # Expandable segments: without them, micro-batches of two sizes fragment the memory.

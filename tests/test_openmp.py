@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fastmoco_pipelines.openmp import SPINS, limit_spinning
+from fastmoco_pipelines import OPENMP_SPINS as SPINS
+from fastmoco_pipelines import limit_spinning
 
 WAYS = {
     "the trainer": "import fastmoco",
@@ -18,7 +19,7 @@ WAYS = {
     "a loader": "from fastmoco_pipelines import build_loader",
     "the kernels": "import fastmoco_kernels",
     "a module of the kernels": "import fastmoco_kernels.ema.op",
-    "the benchmarks": "import benchmarks.registry",
+    "the benchmarks": "import benchmarks.command",
     "the command": "import runpy, sys; sys.argv = ['fastmoco', '--version'];"
     "\ntry: runpy.run_module('fastmoco', run_name='__main__')\nexcept SystemExit: pass",
 }

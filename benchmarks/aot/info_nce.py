@@ -17,7 +17,7 @@ from fastmoco_kernels.info_nce.tiles import FAMILIES, Tile, candidates
 
 _ELEMENTS = {"bf16": "*bf16", "fp16": "*fp16", "tf32": "*fp32", "fp32": "*fp32"}
 _WIDTHS = (64, 128, 256, 512)
-_EPILOGUES = ("unit_rows", "own", "finish", "finish_keys")
+_EPILOGUES = ("unit_rows", "own", "fold", "finish", "finish_keys")
 _MODES: dict[str, dict[str, bool]] = {
     "gradient": {"GRADIENT": True},
     "ranks": {"GRADIENT": True, "COUNT": True},
@@ -119,11 +119,12 @@ def _stream_case(
 
 def _epilogue_case(D: int, kernel: str) -> AotCase:
     """A kernel around the pass, with float32 inputs and everything asked for."""
-    module = epilogue_kernels if kernel.startswith("finish") else triton_kernels
+    module = epilogue_kernels if kernel in ("fold", "finish", "finish_keys") else triton_kernels
     function = getattr(module, f"info_nce_{kernel}_kernel")
     options: dict[str, dict[str, Any]] = {
         "unit_rows": {"EPS": EPS, "D": D, "ROWS": max(1, 1024 // D), "TF32": True},
         "own": {"D": D, "ROWS": max(1, 1024 // D)},
+        "fold": {"D": D, "ROWS": max(1, 1024 // D), "GRADIENT": True, "COUNT": True},
         "finish": {
             "EPS": EPS,
             "D": D,
@@ -138,6 +139,7 @@ def _epilogue_case(D: int, kernel: str) -> AotCase:
     flags = options[kernel]
     kinds = {
         "count_ptr": "*i32",
+        "new_count_ptr": "*i32",
         "scale_log2": "fp32",
         "factor": "fp32",
         "key_shift": "fp32",

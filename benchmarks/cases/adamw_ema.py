@@ -2,127 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases.ema import chosen_device, flat, random_tensors, sizes, vit_shapes, with_rate
-from benchmarks.contest import Contender, contest, relative_error
+from benchmarks.cases.ema import SHAPES, random_tensors, vit_shapes
+from benchmarks.contest import Contender, Results, Task, Work, flat
 from fastmoco_kernels.adamw_ema.op import bytes_moved
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 
-NAME = "adamw_ema"
-DEFAULTS = {"device": "auto", "width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 9}
+__all__ = ["DEFAULTS", "NAME", "QUICK", "SHAPES", "tasks"]
 
+NAME = "adamw_ema"
+DEFAULTS = {"width": 0, "depth": 12, "hidden": 0, "momentum": 0.99, "rounds": 9}
+"""`width`, `depth` and `hidden` as in the case `ema`; `momentum` of the average."""
+QUICK = {"width": 64, "depth": 4, "hidden": 256, "rounds": 5}
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.999), 1e-8
 LIMITS = {"param": 1e-6, "average": 1e-6}
 """float32 rounds to 6e-8; the bias correction of the first step adds a few units."""
+Start = Sequence[Sequence[Tensor]]
+"""Parameters, averages and gradients."""
+Step = Callable[[list[torch.nn.Parameter], list[Tensor], float], Callable[[], object]]
+"""Makes a step of some parameters, which have gradients, and of their averages."""
 
 
-@dataclass
-class Tensors:
-    """Parameters with gradients, and their averages."""
-
-    params: list[torch.nn.Parameter]
-    averages: list[Tensor]
-
-
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Measure.
-
-    Args:
-        options: `device`; `width`, `depth` and `hidden` as in the case `ema`;
-            `momentum` of the average; `rounds`.
-
-    Returns:
-        The result of `contest`, the numbers of tensors and parameters, and on CUDA our GB/s.
-    """
-    device, momentum = chosen_device(options["device"]), options["momentum"]
-    shapes = vit_shapes(*sizes(options, device))
-    start = [random_tensors(shapes, seed, device) for seed in (1, 2, 3)]
-    makers: dict[str, Callable[[Tensors], Callable[[], None]]] = {
-        "fastmoco": lambda tensors: _ours(tensors, momentum),
-        "fused_then_lerp": lambda tensors: _passes(tensors, momentum, fused=True),
-        "foreach_then_lerp": lambda tensors: _passes(tensors, momentum, foreach=True),
-        "tensor_by_tensor": lambda tensors: _passes(tensors, momentum, fused=False, foreach=False),
+def tasks(options: dict[str, Any], device: torch.device) -> Task:
+    """One step of all parameters, and of their averages."""
+    shapes, momentum = vit_shapes(options), options["momentum"]
+    steps: dict[str, Step] = {
+        "fastmoco": _ours,
+        "fused_then_lerp": partial(_passes, fused=True),
+        "foreach_then_lerp": partial(_passes, foreach=True),
+        "tensor_by_tensor": partial(_passes, fused=False, foreach=False),
     }
-    truth = _truth(start, momentum)
-    contenders = [_contender(name, maker, start, truth) for name, maker in makers.items()]
-    result = contest(contenders, subject="fastmoco", device=device, rounds=options["rounds"])
-    elements = sum(p.numel() for p in start[0])
-    moved = bytes_moved(elements, averaged=elements)
-    return {"tensors": len(shapes), "parameters": elements, **with_rate(result, moved)}
+    elements = sum(torch.Size(shape).numel() for shape in shapes)
+    return Task(
+        inputs=lambda seed: tuple(random_tensors(shapes, 3 * seed + i, device) for i in (1, 2, 3)),
+        truth=partial(_truth, momentum=momentum),
+        contenders=[
+            Contender(name=name, open=partial(_open, step, momentum=momentum))
+            for name, step in steps.items()
+        ],
+        subject="fastmoco",
+        limits=LIMITS,
+        work=Work(bytes=bytes_moved(elements, averaged=elements)),
+        about={"tensors": len(shapes), "parameters": elements},
+    )
 
 
-def _tensors(start: Sequence[Sequence[Tensor]]) -> Tensors:
-    """New tensors: parameters, averages and gradients from the three lists."""
-    params = [torch.nn.Parameter(p.clone()) for p in start[0]]
+def _open(step: Step, start: Start, *, momentum: float) -> Callable[[], Results]:
+    """A call on copies of the parameters and averages."""
+    params, averages = [torch.nn.Parameter(p.clone()) for p in start[0]], [*map(_clone, start[1])]
     for param, grad in zip(params, start[2], strict=True):
         param.grad = grad
-    return Tensors(params, [a.clone() for a in start[1]])
+    taken = step(params, averages, momentum)
+
+    def call() -> Results:
+        taken()
+        return {"param": params, "average": averages}
+
+    return call
 
 
-def _ours(tensors: Tensors, momentum: float) -> Callable[[], None]:
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _ours(
+    params: list[torch.nn.Parameter], averages: list[Tensor], momentum: float
+) -> Callable[[], object]:
     """The step of `AdamWEMA`."""
     optimizer = AdamWEMA(
-        tensors.params,
+        params,
         lr=LR,
         betas=BETAS,
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
-        averages=dict(zip(tensors.params, tensors.averages, strict=True)),
+        averages=dict(zip(params, averages, strict=True)),
     )
     return lambda: optimizer.step(ema_momentum=momentum)
 
 
-def _passes(tensors: Tensors, momentum: float, **implementation: bool) -> Callable[[], None]:
+def _passes(
+    params: list[torch.nn.Parameter],
+    averages: list[Tensor],
+    momentum: float,
+    **implementation: bool,
+) -> Callable[[], object]:
     """torch.optim.AdamW, then the momentum update; one tensor after the other
     if nothing is fused.
     """
     optimizer = torch.optim.AdamW(
-        tensors.params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
+        params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, **implementation
     )
     many = any(implementation.values())
-    params: list[Tensor] = [*tensors.params]
+    sources: list[Tensor] = [*params]
 
     @torch.no_grad()
     def step() -> None:
         optimizer.step()
         if many:
-            torch._foreach_lerp_(tensors.averages, params, 1 - momentum)
+            torch._foreach_lerp_(averages, sources, 1 - momentum)
             return
-        for param, average in zip(tensors.params, tensors.averages, strict=True):
+        for param, average in zip(params, averages, strict=True):
             average.copy_(average * momentum + param * (1 - momentum))
 
     return step
 
 
-def _truth(start: Sequence[Sequence[Tensor]], momentum: float) -> dict[str, Tensor]:
+def _truth(start: Start, *, momentum: float) -> Results:
     """The first step in float64: with no history m / (1 - beta1) is the
     gradient, v / (1 - beta2) its square.
     """
     params, averages, grads = (flat(tensors) for tensors in start)
     params = params * (1 - LR * WEIGHT_DECAY) - LR * grads / (grads.abs() + EPS)
-    averages = momentum * averages + (1 - momentum) * params
-    return {"param": params, "average": averages}
-
-
-def _contender(
-    name: str,
-    maker: Callable[[Tensors], Callable[[], None]],
-    start: Sequence[Sequence[Tensor]],
-    truth: Mapping[str, Tensor],
-) -> Contender:
-    """A contender with its own tensors."""
-    tensors = _tensors(start)
-
-    def errors() -> Mapping[str, float]:
-        fresh = _tensors(start)
-        maker(fresh)()
-        found: dict[str, Sequence[Tensor]] = {"param": fresh.params, "average": fresh.averages}
-        return {key: relative_error(flat(values), truth[key]) for key, values in found.items()}
-
-    return Contender(name=name, call=maker(tensors), errors=errors, limits=LIMITS)
+    return {"param": params, "average": momentum * averages + (1 - momentum) * params}

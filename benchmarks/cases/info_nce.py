@@ -9,7 +9,6 @@ values = keys and an explicit gradient: the one-pass idea without a kernel), `ch
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.accuracy import LOSS_SCALE, gradient_of, pairs
-from benchmarks.contest import Contender, contest, relative_error
+from benchmarks.contest import Contender, Results, Task, Work, no_compiler
 from fastmoco_kernels import info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.info_nce.cost import bytes_moved, flops
 from fastmoco_kernels.info_nce.reference import info_nce_reference
@@ -31,151 +30,119 @@ DEFAULTS = {
     "dim": 256,
     "temperature": 0.2,
     "rounds": 5,
-    "device": "auto",
     "compile": 1,
     "directions": 1,
 }
+"""`rows` B; `keys` N (0: as many); `dim` D; `temperature`; `compile=0` omits the compiled
+contender; `directions` 1, or 2 as in MoCo v3, which this project computes in one launch and the
+others one after the other."""
+QUICK = {"rows": 1024, "compile": 0}
 CHECKED_ROWS = 1024
 """Queries whose gradient is compared with float64, because all would need
 float64 logits of rows x keys."""
+Inputs = list[tuple[Tensor, Tensor]]
+"""Queries and keys of each direction."""
+Call = Callable[[], Results]
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Measure.
-
-    Args:
-        options: `rows` B; `keys` N (0: as many); `dim` D; `temperature`; `rounds`; `device` (auto:
-            CUDA if there is a device); `compile` (0 omits the compiled contender); `directions` 1,
-            or 2 as in MoCo v3, which this project computes in one launch and the others one after
-            the other.
-
-    Returns:
-        As `benchmarks.contest.contest`, with FLOPs and bytes of the one-pass
-        kernels, and the size of q.
-    """
-    name = options["device"]
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    )
-    B, D, temperature = options["rows"], options["dim"], options["temperature"]
+def tasks(options: dict[str, Any], device: torch.device) -> Task:
+    """The loss of all directions, and the gradients of their queries."""
+    B, D, directions = options["rows"], options["dim"], options["directions"]
     N = options["keys"] or B
     if N < B:
         raise ValueError(f"keys={N} below rows={B}: every query needs its positive")
-    directions = options["directions"]
     if directions not in (1, 2):
         raise ValueError(f"directions={directions}: must be 1 or 2")
-    inputs = []
-    for seed in range(directions):
-        q, keys = pairs(N, D, 0.93, 0.8, device, seed=seed)
-        inputs.append((q[:B].contiguous(), keys))
-    subject = "triton" if device.type == "cuda" else "chunked"
-    result = contest(
-        _contenders(inputs, temperature, compiled=bool(options["compile"])),
-        subject=subject,
-        device=device,
-        rounds=options["rounds"],
-    )
-    work = {
-        "flops": flops(B, N, D, directions=directions),
-        "bytes": bytes_moved(B, N, D, directions=directions),
-    }
-    result["flops"] = work["flops"]
-    result["bytes"] = {"q": inputs[0][0].nbytes, "one_pass": work["bytes"]}
-    return result | {
-        "work": {"flops": work["flops"], "ms": result.get("milliseconds", {}).get(subject)}
-    }
 
+    def inputs(seed: int) -> Inputs:
+        drawn = (pairs(N, D, 0.93, 0.8, device, seed=2 * seed + i) for i in range(directions))
+        return [(q[:B].contiguous(), keys) for q, keys in drawn]
 
-Inputs = list[tuple[Tensor, Tensor]]
-"""Queries and keys of each direction."""
-Gradients = Callable[[Inputs], tuple[Tensor, list[Tensor]]]
-"""Loss of all directions and the gradients of their queries."""
-
-
-def _contenders(inputs: Inputs, temperature: float, *, compiled: bool) -> list[Contender]:
-    cuda = inputs[0][0].is_cuda
-    naive = partial(naive_loss, temperature=temperature)
-    # bf16 and the fp16 of autocast round operands; float32 on a CPU does not
-    limits = {"loss": 2e-3, "gradient": 2e-2} if cuda else {"loss": 1e-5, "gradient": 1e-5}
-    whole = [_truth(q, keys, temperature) for q, keys in inputs]
-    exact = sum(loss for loss, _ in whole)
-
-    def one(name: str, gradients: Gradients, skipped: str = "") -> Contender:
-        def errors() -> dict[str, float]:
-            # Rows are independent: compare the first rows of the whole call,
-            # whose loss is a mean over all of them.
-            loss, found = gradients(inputs)
-            parts = [
-                relative_error(dq[: len(first)], first)
-                for dq, (_, first) in zip(found, whole, strict=True)
-            ]
-            return {"loss": relative_error(loss, torch.as_tensor(exact)), "gradient": max(parts)}
-
-        return Contender(
-            name=name, call=lambda: gradients(inputs), errors=errors, limits=limits, skipped=skipped
-        )
-
-    def of(loss: Callable[..., Tensor], scale: float = 1.0) -> Gradients:
-        """The loss of each direction, one after the other. fp16 needs a scale,
-        or its gradients are flushed to zero.
-        """
-
-        def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
-            leaves = [q.detach().requires_grad_() for q, _ in pairs]
-            value = sum(loss(q, keys) * scale for q, (_, keys) in zip(leaves, pairs, strict=True))
-            assert isinstance(value, Tensor)
-            found = torch.autograd.grad(value, leaves)
-            return value.detach() / scale, [dq / scale for dq in found] if scale != 1 else list(
-                found
-            )
-
-        return call
-
-    def ours(backend: str) -> Gradients:
-        if len(inputs) == 1:
-            return of(partial(info_nce_loss, temperature=temperature, backend=backend))
-
-        def call(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
-            (q1, k2), (q2, k1) = ((q.detach().requires_grad_(), keys) for q, keys in pairs)
-            loss = symmetric_info_nce_loss(
-                q1, k2, q2, k1, temperature=temperature, backend=backend
-            ).loss
-            return loss.detach(), list(torch.autograd.grad(loss, (q1, q2)))
-
-        return call
-
-    def sdpa(pairs: Inputs) -> tuple[Tensor, list[Tensor]]:
-        found = [sdpa_loss_and_gradient(q, keys, temperature) for q, keys in pairs]
-        return torch.stack([loss for loss, _ in found]).sum(), [dq for _, dq in found]
-
-    no_compiler = not cuda and shutil.which("g++") is None
-    reason = (
-        "compile=0" if not compiled else "torch.compile needs a C++ compiler" if no_compiler else ""
-    )
-    scale = LOSS_SCALE if cuda else 1.0
-    return [
-        one("naive", of(naive, scale)),
-        one("compiled", of(torch.compile(naive), scale), reason),
-        one("sdpa_v_is_k", sdpa),
-        one("chunked", ours("chunked")),
-        one("triton", ours("triton"), "" if cuda else "needs a CUDA device"),
+    cuda, temperature = device.type == "cuda", options["temperature"]
+    naive, scale = partial(naive_loss, temperature=temperature), LOSS_SCALE if cuda else 1.0
+    missing = no_compiler(options, device)
+    contenders = [
+        Contender(name="naive", open=partial(_separately, naive, scale)),
+        Contender(
+            name="compiled",
+            open=partial(_separately, torch.compile(naive), scale),
+            skipped=missing,
+        ),
+        Contender(name="sdpa_v_is_k", open=partial(_sdpa, temperature)),
+        Contender(name="chunked", open=partial(_ours, "chunked", temperature)),
+        Contender(
+            name="triton",
+            open=partial(_ours, "triton", temperature),
+            skipped="" if cuda else "needs a CUDA device",
+        ),
     ]
+    moved = bytes_moved(B, N, D, directions=directions)
+    work = flops(B, N, D, directions=directions)
+    # bf16 and the fp16 of autocast round operands; float32 on a CPU does not.
+    limits = (2e-3, 2e-2, 2e-2) if cuda else (1e-5, 1e-5, 1e-5)
+    return Task(
+        inputs=inputs,
+        truth=partial(_truth, temperature),
+        contenders=contenders,
+        subject="triton" if cuda else "chunked",
+        limits=dict(zip(("loss", "gradient", "gradient2"), limits, strict=True)),
+        work=Work(flops=work, bytes=moved, dtype="bf16" if cuda else "fp32"),
+        about={"flops": work, "bytes": {"q": 4 * B * D, "one_pass": moved}},
+    )
 
 
-def _truth(q: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Loss over all queries and gradient of the first ones, in float64, a block at a time."""
-    total, exact_keys = torch.zeros((), dtype=torch.float64, device=q.device), keys.double()
-    first = None
-    for start in range(0, len(q), CHECKED_ROWS):
-        block = q[start : start + CHECKED_ROWS].double()
-        exact = partial(
-            info_nce_reference, keys_ND=exact_keys, temperature=temperature, positive_offset=start
-        )
-        loss, dq = gradient_of(exact, block)
-        total += loss * (len(block) / len(q))
-        first = dq * (len(block) / len(q)) if first is None else first
-    assert first is not None
-    return total, first
+def _named(loss: Tensor, gradients: list[Tensor]) -> Results:
+    return {"loss": loss, **dict(zip(("gradient", "gradient2"), gradients, strict=False))}
+
+
+def _separately(loss: Callable[..., Tensor], scale: float, inputs: Inputs) -> Call:
+    """The loss of each direction, one after the other. fp16 needs a scale, or its gradients are
+    flushed to zero.
+    """
+    leaves = [q.detach().requires_grad_() for q, _ in inputs]
+
+    def call() -> Results:
+        value = sum(loss(q, keys) * scale for q, (_, keys) in zip(leaves, inputs, strict=True))
+        assert isinstance(value, Tensor)
+        found = list(torch.autograd.grad(value, leaves))
+        return _named(value.detach() / scale, [dq / scale for dq in found] if scale != 1 else found)
+
+    return call
+
+
+def _ours(backend: str, temperature: float, inputs: Inputs) -> Call:
+    how: dict[str, Any] = {"temperature": temperature, "backend": backend}
+    if len(inputs) == 1:
+        return _separately(partial(info_nce_loss, **how), 1.0, inputs)
+    (q1, k2), (q2, k1) = ((q.detach().requires_grad_(), keys) for q, keys in inputs)
+
+    def call() -> Results:
+        loss = symmetric_info_nce_loss(q1, k2, q2, k1, **how).loss
+        return _named(loss.detach(), list(torch.autograd.grad(loss, (q1, q2))))
+
+    return call
+
+
+def _sdpa(temperature: float, inputs: Inputs) -> Call:
+    def call() -> Results:
+        found = [sdpa_loss_and_gradient(q, keys, temperature) for q, keys in inputs]
+        return _named(torch.stack([loss for loss, _ in found]).sum(), [dq for _, dq in found])
+
+    return call
+
+
+def _truth(temperature: float, inputs: Inputs) -> Results:
+    """Loss over all queries and gradients of the first ones, in float64, a block at a time."""
+    total, gradients = torch.zeros((), dtype=torch.float64, device=inputs[0][0].device), []
+    for q, keys in inputs:
+        exact = partial(info_nce_reference, keys_ND=keys.double(), temperature=temperature)
+        for start in range(0, len(q), CHECKED_ROWS):
+            block = q[start : start + CHECKED_ROWS].double()
+            loss, dq = gradient_of(partial(exact, positive_offset=start), block)
+            total += loss * (len(block) / len(q))
+            if start == 0:
+                gradients.append(dq * (len(block) / len(q)))
+    return _named(total, gradients)
 
 
 def naive_loss(q: Tensor, keys: Tensor, *, temperature: float) -> Tensor:

@@ -57,6 +57,7 @@ DEFAULTS = {
     "memory": 20,
     "feeds": "",
 }
+QUICK = {"size": 96, "batch": 8, "batches": 1, "rounds": 2, "workers": 1, "memory": 5}
 SUBJECT, DALI = "fastmoco exact", "fastmoco dali"
 CHECKED_IMAGES = 64
 """Images of the first batch that are compared with Pillow, which makes about 150 per second."""

@@ -10,19 +10,21 @@ operations and its own blur, and a graph of the whole task would compute all 24 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from benchmarks.contest import Contender, contest
+from benchmarks.cases.cut_views import distance, pictures
+from benchmarks.contest import Contender, Results, Task
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_pipelines import ViewSpec, moco_v3_views
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
@@ -30,43 +32,26 @@ from fastmoco_pipelines.views.exact_color import color_parameters
 from fastmoco_pipelines.views.reference import reference_view
 
 NAME = "view_color"
-DEFAULTS = {"device": "auto", "images": 24, "size": 224, "rounds": 5, "threads": 1}
+DEFAULTS = {"images": 24, "size": 224, "rounds": 5, "threads": 1}
+"""`images` of a batch; `size` of a view; `threads` of torch and of DALI on the CPU."""
+QUICK = {"images": 3, "size": 96, "rounds": 3}
+LIMIT = 0.5
+DALI_LIMIT = 20.0
+"""DALI's augmentation differs and only has a sanity check."""
+Images = list[NDArray[np.uint8]]
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Check, then measure.
+def tasks(options: dict[str, Any], device: torch.device) -> dict[str, Task]:
+    """Each view by itself, then the pipeline, which needs DALI and the kernels do not."""
+    pair = moco_v3_views(options["size"])
+    views = {f"view{n}": _view_task(view, n, options, device) for n, view in enumerate(pair, 1)}
+    return {**views, "pipeline": _pipeline_task(pair, options, device)}
 
-    Args:
-        options: `device` ("auto", "cpu" or "cuda"); `images` of a batch; `size` of a view;
-            `rounds`; `threads` of torch and of DALI on the CPU.
 
-    Returns:
-        One contest each for `view1` and `view2`; for `pipeline` too if DALI is installed, otherwise
-        the reason. `us_per_image` of both views by the kernels on CUDA.
-    """
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(available if options["device"] == "auto" else options["device"])
-    before = torch.get_num_threads()
-    torch.set_num_threads(options["threads"])
-    try:
-        images = _pictures(options["images"], options["size"])
-        pair = moco_v3_views(options["size"])
-        results = {
-            f"view{number}": _colour_contest(images, view, number, device, options["rounds"])
-            for number, view in enumerate(pair, start=1)
-        }
-        # Last, and in a separate result, because the kernels can be measured without DALI.
-        pipeline: dict[str, Any] = {"skipped": {"DALI": "absent"}}
-        if _has_dali():
-            try:
-                pipeline = _pipeline_contest(images, pair, device, options)
-            except (RuntimeError, ValueError, ImportError) as error:  # keep the results so far
-                pipeline = {"failed": {"DALI": f"{type(error).__name__}: {str(error)[:300]}"}}
-        both = [part.get("milliseconds", {}).get("triton") for part in results.values()]
-        per_image = {"us_per_image": round(1e3 * sum(both) / len(images), 3)} if all(both) else {}
-        return {**results, "pipeline": pipeline, **per_image}
-    finally:
-        torch.set_num_threads(before)
+def together(result: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`us_per_image` of both views by the kernels on CUDA."""
+    both = [part.get("milliseconds", {}).get("triton") for part in result.values()][:2]
+    return {"us_per_image": round(1e3 * sum(both) / options["images"], 3)} if all(both) else {}
 
 
 def _has_dali() -> bool:
@@ -76,112 +61,102 @@ def _has_dali() -> bool:
         return False
 
 
-def _pictures(count: int, size: int) -> NDArray[np.uint8]:
-    """[count, size, size, 3]: smooth noise, with similar neighbours as in photographs."""
-    coarse = np.random.default_rng(0).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
-    return np.stack(
-        [
-            np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC))
-            for c in coarse
-        ]
-    )
-
-
 def _whole(view: ViewSpec, color: Literal["dali", "exact"]) -> ViewSpec:
     """The view without its crop: the window is the whole image, and the resize is the identity."""
     return replace(view, color=color, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 
 
-def _draws(view: ViewSpec, images: NDArray[np.uint8], number: int) -> ViewDraws:
-    sizes = np.full((len(images), 2), view.size, dtype=np.int32)
-    return draw_views(
-        view, seed=0, epoch=0, sample_ids=np.arange(len(images)), sizes=sizes, view=number
+def _draws(view: ViewSpec, count: int, number: int) -> ViewDraws:
+    sizes = np.full((count, 2), view.size, dtype=np.int32)
+    return draw_views(view, seed=0, epoch=0, sample_ids=np.arange(count), sizes=sizes, view=number)
+
+
+def _by_pillow(images: Images, spec: ViewSpec, draws: ViewDraws) -> Results:
+    made = [reference_view(image, spec, draws, i) for i, image in enumerate(images)]
+    return {"levels": torch.from_numpy(np.stack(made))}
+
+
+def _view_task(view: ViewSpec, number: int, options: dict[str, Any], device: torch.device) -> Task:
+    """Cropped bytes to one normalised view."""
+    spec, count, cuda = _whole(view, "exact"), options["images"], device.type == "cuda"
+    draws = _draws(spec, count, number)
+    parameters = color_parameters(draws)
+
+    def by(backend: str) -> Callable[[Images], Callable[[], Results]]:
+        def open_(images: Images) -> Callable[[], Results]:
+            batch = torch.from_numpy(np.stack(images)).to(device)
+            how: Any = {"mean": spec.mean, "std": spec.std, "backend": backend}
+            return lambda: {"levels": view_color(batch, parameters, **how)}
+
+        return open_
+
+    def pillow(images: Images) -> Callable[[], Results]:
+        return lambda: {"levels": _by_pillow(images, spec, draws)["levels"].to(device)}  # type: ignore[union-attr]
+
+    return Task(
+        inputs=lambda seed: pictures(count, (spec.size, spec.size), seed),
+        truth=lambda images: _by_pillow(images, spec, draws),
+        contenders=[
+            Contender(name="pillow, image by image", open=pillow),
+            Contender(name="torch", open=by("torch")),
+            Contender(
+                name="triton", open=by("triton"), skipped="" if cuda else "needs a CUDA device"
+            ),
+        ],
+        subject="triton" if cuda else "torch",
+        limits={"levels": LIMIT},
+        error=partial(distance, view=spec),
     )
 
 
-def _distance(made: Tensor, truth: NDArray[np.float32], view: ViewSpec) -> float:
-    levels = np.abs(made.float().cpu().numpy() - truth) * 255 * np.array(view.std)[:, None, None]
-    return float(levels.mean())
+def _pipeline_task(
+    pair: tuple[ViewSpec, ViewSpec], options: dict[str, Any], device: torch.device
+) -> Task:
+    """Encoded images to both views; the first is compared."""
+    count, spec = options["images"], _whole(pair[0], "exact")
+    extent = (spec.size, spec.size)
 
+    @functools.cache
+    def pipeline_of(color: Literal["dali", "exact"]) -> Callable[[Images], Results]:
+        from fastmoco_pipelines.views.dali import ViewPipeline
 
-def _colour_contest(
-    images: NDArray[np.uint8], view: ViewSpec, number: int, device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """Cropped bytes to one normalised view."""
-    spec = _whole(view, "exact")
-    draws = _draws(spec, images, number)
-    parameters, batch = color_parameters(draws), torch.from_numpy(images).to(device)
-
-    def by_pillow() -> NDArray[np.float32]:
-        return np.stack([reference_view(image, spec, draws, i) for i, image in enumerate(images)])
-
-    truth = by_pillow()
-
-    def by(backend: str) -> Callable[[], Tensor]:
-        return lambda: view_color(batch, parameters, mean=spec.mean, std=spec.std, backend=backend)
-
-    def contender(name: str, call: Callable[[], Tensor], skipped: str = "") -> Contender:
-        def errors() -> dict[str, float]:
-            return {"levels": _distance(call(), truth, spec)}
-
-        return Contender(
-            name=name, call=call, skipped=skipped, errors=errors, limits={"levels": 0.5}
-        )
-
-    contenders = [
-        contender("pillow, image by image", lambda: torch.from_numpy(by_pillow()).to(device)),
-        contender("torch", by("torch")),
-        contender("triton", by("triton"), "" if device.type == "cuda" else "needs a CUDA device"),
-    ]
-    subject = "triton" if device.type == "cuda" else "torch"
-    return contest(contenders, subject=subject, device=device, rounds=rounds)
-
-
-def _pipeline_contest(
-    images: NDArray[np.uint8],
-    pair: tuple[ViewSpec, ViewSpec],
-    device: torch.device,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """Encoded images to both views."""
-    from fastmoco_pipelines.views.dali import ViewPipeline
-
-    encoded = [_jpeg(image) for image in images]
-    decoded = [Image.open(io.BytesIO(data.tobytes())).convert("RGB") for data in encoded]
-    contenders = []
-    for color in ("exact", "dali"):
-        view1, view2 = _whole(pair[0], color), _whole(pair[1], color)
-        draws = _draws(view1, images, 1), _draws(view2, images, 2)
-        truth = [
-            reference_view(image, _whole(view1, "exact"), draws[0], i)
-            for i, image in enumerate(decoded)
-        ]
-        on_gpu = device.type == "cuda"
+        views = _whole(pair[0], color), _whole(pair[1], color)
+        draws = _draws(views[0], count, 1), _draws(views[1], count, 2)
+        cuda = device.type == "cuda"
         pipeline = ViewPipeline(
-            (view1, view2),
-            batch_size=len(images),
-            threads=options["threads"],
-            device="gpu" if on_gpu else "cpu",
-            device_id=0 if on_gpu else None,
+            views,
+            batch_size=count,
+            threads=max(1, options["threads"]),
+            device="gpu" if cuda else "cpu",
+            device_id=0 if cuda else None,
         )
+        return lambda encoded: {"levels": pipeline.run(encoded, draws)[0]}
 
-        def call(
-            pipeline: ViewPipeline = pipeline, draws: tuple[ViewDraws, ViewDraws] = draws
-        ) -> Tensor:
-            return pipeline.run(encoded, draws)[0]
+    def open_(color: Literal["dali", "exact"], encoded: Images) -> Callable[[], Results]:
+        return partial(pipeline_of(color), encoded)
 
-        def errors(
-            call: Callable[[], Tensor] = call,
-            truth: list[NDArray[np.float32]] = truth,
-            view: ViewSpec = view1,
-        ) -> dict[str, float]:
-            return {"levels": _distance(call(), np.stack(truth), view)}
+    def truth(encoded: Images) -> Results:
+        opened = (Image.open(io.BytesIO(data.tobytes())) for data in encoded)
+        decoded = [np.asarray(image.convert("RGB")) for image in opened]
+        return _by_pillow(decoded, spec, _draws(spec, count, 1))
 
-        limits = {
-            "levels": 0.5 if color == "exact" else 20.0
-        }  # DALI's augmentation differs and only has a sanity check
-        contenders.append(Contender(name=color, call=call, errors=errors, limits=limits))
-    return contest(contenders, subject="exact", device=device, rounds=options["rounds"])
+    skipped = "" if _has_dali() else "DALI is absent"
+    return Task(
+        inputs=lambda seed: [_jpeg(image) for image in pictures(count, extent, seed)],
+        truth=truth,
+        contenders=[
+            Contender(name="exact", open=partial(open_, "exact"), skipped=skipped),
+            Contender(
+                name="dali",
+                open=partial(open_, "dali"),
+                skipped=skipped,
+                limits={"levels": DALI_LIMIT},
+            ),
+        ],
+        subject="exact",
+        limits={"levels": LIMIT},
+        error=partial(distance, view=spec),
+    )
 
 
 def _jpeg(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
+from benchmarks.gpu.lines import emit
+from benchmarks.outcome import FAILED, OK, SKIPPED
 
 NAME = "JPEG shards to kNN"
 CLASSES = 4

@@ -14,8 +14,9 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from benchmarks.gpu.lines import FAILED, OK, emit
+from benchmarks.gpu.lines import emit
 from benchmarks.measure import machine
+from benchmarks.outcome import FAILED, OK
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "kernels" / "fastmoco_kernels" / "cut_views"

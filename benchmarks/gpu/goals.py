@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SET_FOR = {"matmul_tflops": 790.0, "copy_gb_per_s": 4300.0}
+from benchmarks.chips import CHIPS
+
+_H200 = CHIPS["H200"].ceilings
+assert _H200
+SET_FOR = {
+    "matmul_tflops": _H200.flops_per_s / 1e12,
+    "copy_gb_per_s": _H200.bytes_per_s / 1e9,
+}
 """Ceilings of the H200 for which the goals were set."""
 
 

@@ -15,9 +15,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
+from benchmarks.gpu.lines import emit
 from benchmarks.gpu.stages import checked
 from benchmarks.gpu.tests_of import QUICK_TEST, TESTS_OF
+from benchmarks.outcome import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8

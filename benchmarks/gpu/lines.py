@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-FAILED, SKIPPED, OK, MARKED = "failed", "skipped", "ok", "marked"
-"""Status of a line. "marked": timed although its check failed."""
+from benchmarks.outcome import OK
 
 
 def emit(name: str, status: str = OK, **fields: Any) -> None:
@@ -22,7 +21,7 @@ def emit(name: str, status: str = OK, **fields: Any) -> None:
 
     Args:
         name: of the figure or check.
-        status: one of `OK`, `FAILED`, `SKIPPED`, `MARKED`.
+        status: one of `benchmarks.outcome`.
         fields: further entries.
     """
     print(json.dumps({"name": name, "status": status, **fields}, default=str), flush=True)

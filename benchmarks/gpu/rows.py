@@ -14,9 +14,10 @@ import traceback
 
 import torch
 
-from benchmarks.gpu.lines import FAILED, MARKED, OK, SKIPPED, emit
+from benchmarks.gpu.lines import emit
 from benchmarks.gpu.stages import STAGES
-from benchmarks.registry import CASES, parse_options
+from benchmarks.outcome import FAILED, SKIPPED, outcome
+from benchmarks.registry import CASES
 
 SPOILED = 9
 """Exit code after which the remaining rows need another process."""
@@ -44,7 +45,7 @@ def main() -> int:
         device = ("device=cpu",) if arguments.dry_run else ()
         began = time.monotonic()
         try:
-            options = parse_options((*words, *device), case.DEFAULTS)
+            options = case.options((*words, *device))
             result = case.run(options)
         except (Exception, SystemExit) as error:  # SystemExit from an unknown option of the case
             traceback.print_exc()
@@ -55,7 +56,7 @@ def main() -> int:
             continue
 
         # Report the result, and free its memory for the next row.
-        status, reason = status_of(result)
+        status, reason = outcome(result)
         failed = failed or status == FAILED
         seconds = round(time.monotonic() - began, 1)
         emit(
@@ -71,29 +72,6 @@ def main() -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return int(failed)
-
-
-def status_of(result: dict[str, object]) -> tuple[str, str]:
-    """Status of a case: failed if its subject failed, marked if it was timed
-    although its check failed.
-    """
-    parts = [
-        result,
-        *(part for part in result.values() if isinstance(part, dict) and "failed" in part),
-    ]
-    if result.get("skipped_because"):
-        return SKIPPED, str(result["skipped_because"])
-    if result.get("marked"):
-        return MARKED, str(result["marked"])
-    faults = []
-    for part in parts:
-        failed = part.get("failed")
-        subject = part.get("subject")
-        if isinstance(failed, dict):
-            faults += [
-                f"{who}: {why}" for who, why in failed.items() if subject is None or who == subject
-            ]
-    return (FAILED, "; ".join(faults)[:400]) if faults else (OK, "")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from typing import Any
 
 from benchmarks.gpu import goals
 from benchmarks.gpu.carried import unpack
-from benchmarks.gpu.lines import FAILED, MARKED, OK, SKIPPED, last_words, run_lines
+from benchmarks.gpu.lines import last_words, run_lines
 from benchmarks.gpu.stages import CEILINGS, ENVIRONMENT, Stage, concerns, within
 from benchmarks.gpu.summary import shown, summary
+from benchmarks.outcome import FAILED, MARKED, OK, SKIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5.0

@@ -15,8 +15,9 @@ import traceback
 import torch
 
 from benchmarks.gpu.checks import Check, Place, Unavailable
-from benchmarks.gpu.lines import FAILED, OK, SKIPPED, emit
+from benchmarks.gpu.lines import emit
 from benchmarks.gpu.stages import checked, concerns
+from benchmarks.outcome import FAILED, OK, SKIPPED
 
 
 def main() -> int:

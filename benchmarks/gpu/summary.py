@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu import goals
-from benchmarks.gpu.lines import FAILED, MARKED, SKIPPED
+from benchmarks.outcome import FAILED, MARKED, SKIPPED
 
 LINES = 80
 WIDTH = 150

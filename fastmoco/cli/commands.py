@@ -43,6 +43,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _words("recipes", "recipe_commands:recipes", "List the recipes."),
         _words("print-config", "recipe_commands:print_config", "Print a recipe's config as JSON."),
         _words("plan", "recipe_commands:plan", "Memory, FLOPs and largest batches on given GPUs."),
+        _words("profile", "recipe_commands:profile", "Where the time of a step goes, by part."),
+        _words("tune", "recipe_commands:tune", "Measure the fastest settings; a launch script."),
         Command("quickstart", "delayed:quickstart", "Train on handwritten digits, in minutes."),
     ),
     "Data": (

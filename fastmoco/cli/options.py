@@ -262,6 +262,8 @@ def expected(option: Option) -> str:
         count = option.count
         one = names.get(parts[0], "a value").removeprefix("a ")
         what = f"{one}s" if count is None else f"{count} {one}s"
+        if of_each := choices(parts[0]):
+            what = f"of {', '.join(of_each)}"
     else:
         kinds = parts if get_origin(hint) in (Union, types.UnionType) else (hint,)
         others = [names[kind] for kind in kinds if kind in names]

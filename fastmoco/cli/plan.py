@@ -356,6 +356,7 @@ def plan_of(
     """
     from dataclasses import replace
 
+    from fastmoco.planning.keys import choose_keys, ring_above
     from fastmoco.planning.plan import best_plan, plan_step, sharded, state_bytes
 
     element = _element(config)
@@ -374,6 +375,15 @@ def plan_of(
         )
     images = config.global_batch_size // gpus
 
+    # How the keys of other GPUs come to the loss, where the objective has a choice.
+    wanted = getattr(config.objective, "keys", None) if gpus > 1 else None
+    keys: dict[str, Any] = {}
+    if wanted is not None:
+        ring, reason = choose_keys(wanted, costs.key_bytes, images, gpus, usable)
+        keys = {"keys": "ring" if ring else "gathered", "keys_reason": reason}
+        above = ring_above(wanted, usable)
+        by_budget = {s: replace(costs, ring_above=above) for s, costs in by_budget.items()}
+
     def planned(share: float, costs: StepCosts) -> StepPlan:
         plan = plan_step(
             costs,
@@ -384,7 +394,7 @@ def plan_of(
             kept=config.batch.kept,
             world_size=gpus,
         )
-        return replace(plan, activation_budget=share)
+        return replace(plan, activation_budget=share, **keys)
 
     chosen = best_plan(planned(share, costs) for share, costs in by_budget.items())
     return chosen, by_budget[chosen.activation_budget], state
@@ -459,6 +469,9 @@ def _print_tables(found: dict[str, Any]) -> None:
         else "not compiled"
     )
     print(f"blocks {blocks}; views as {found['views']}")
+    if chosen["plan"]["keys"]:
+        way = "in a ring" if chosen["plan"]["keys"] == "ring" else "gathered"
+        print(f"keys of the other GPUs {way} ({chosen['plan']['keys_reason']})")
     print(
         "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB "
         "per GPU (! does not fit),\n"

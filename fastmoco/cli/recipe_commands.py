@@ -1,4 +1,6 @@
-"""The commands that take a recipe and overrides: `train`, `print-config` and `plan`; and `recipes`."""
+"""The commands that take a recipe and overrides: `train`, `print-config`, `plan`, `profile` and
+`tune`; and `recipes`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,16 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from fastmoco.cli import plan as cli_plan
+from fastmoco.cli import profile as cli_profile
+from fastmoco.cli import tune as cli_tune
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
-from fastmoco.cli.options import describe
+from fastmoco.cli.options import Described, describe
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
+from fastmoco.cli.profile import ProfileArguments
+from fastmoco.cli.tune import TuneArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
@@ -60,7 +66,7 @@ class ConfigArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments)
+P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments, ProfileArguments, TuneArguments)
 
 FOLLOWS = {
     f"data.{view}.{name}": "model.image_size"
@@ -118,7 +124,8 @@ def _defaults(kind: type[P], config: Config) -> P:
     """The defaults of a command with a recipe."""
     missing: Any = tyro.MISSING
     fields: dict[str, Any] = {"config": config}
-    return kind(**fields | ({"out": missing} if kind is TrainArguments else {}))
+    writes = kind in (TrainArguments, TuneArguments)
+    return kind(**fields | ({"out": missing} if writes else {}))
 
 
 def _split(kind: type[P], args: list[str]) -> tuple[str | None, list[str]]:
@@ -209,6 +216,37 @@ def plan(args: list[str]) -> int:
         return EXIT_REFUSED
     with worded(wording(PlanArguments, parsed.config, args)):
         return cli_plan.plan(parsed)
+
+
+def profile(args: list[str]) -> int:
+    """Where the time of a recipe's steps goes on this machine."""
+    parsed = parse_config(ProfileArguments, "profile", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    with worded(wording(ProfileArguments, parsed.config, args)):
+        return cli_profile.profile(parsed)
+
+
+def tune(args: list[str]) -> int:
+    """Measure what changes only speed, and write a launch script with the fastest settings."""
+    parsed = parse_config(TuneArguments, "tune", args)
+    if parsed is None:
+        return EXIT_REFUSED
+    with worded(wording(TuneArguments, parsed.config, args)):
+        return cli_tune.tune(parsed, _typed(args, describe(TuneArguments, parsed)))
+
+
+def _typed(args: list[str], described: Described) -> dict[str, tuple[str, ...]]:
+    """The options that are typed in a command without mistakes, each with its words."""
+    typed: dict[str, tuple[str, ...]] = {}
+    for name, values in sort_words(args, described).values.items():
+        option = described.named(name)
+        assert option is not None
+        if option.count == 0:
+            typed[name] = (option.flag if values[0] == "True" else option.negative,)
+        else:
+            typed[name] = (option.flag, *values)
+    return typed
 
 
 def train(args: list[str], *, process_ends: bool = False) -> int:

@@ -46,10 +46,21 @@ class MoCoV3Config(ObjectiveConfig):
     head_norm: bool = True
     """Whether projector and predictor have batch norms. Without them they are linear layers and
     ReLUs."""
+    keys: Annotated[Literal["auto", "gathered", "ring"], Resume.FREE] = "auto"
+    """How the keys of other processes come to the loss. `gathered`: all at once. `ring`: in blocks
+    from the neighbour, of which a process holds three, so that memory does not grow with the number
+    of processes. `auto`: gathered, unless they would take more than 5 % of the free memory. Results
+    differ by rounding only."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         require_ema(self.ema_momentum, self.ema_schedule)
+        require(
+            self.keys in ("auto", "gathered", "ring"),
+            "keys",
+            self.keys,
+            "must be auto, gathered or ring",
+        )
 
 
 def require_ema(momentum: float, schedule: str) -> None:

@@ -4,6 +4,7 @@ averaged gradients."""
 from fastmoco.distributed.gather import gather_keys, gather_rows
 from fastmoco.distributed.mesh import World, group_rank, group_size, start_world, stop_world
 from fastmoco.distributed.parallelize import parallelize
+from fastmoco.distributed.ring import start_ring
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "parallelize",
+    "start_ring",
     "start_world",
     "stop_world",
 ]

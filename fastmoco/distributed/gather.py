@@ -46,11 +46,7 @@ def start_gathering(keys: Tensor) -> Callable[[], Tensor]:
     if world_size == 1:
         return lambda: keys
     if keys.device.type == "cpu":
-        rows = _counts(keys)
-        if set(rows) != {keys.shape[0]}:
-            raise ValueError(
-                f"keys per rank={rows}: every rank must have the same number of images in a step"
-            )
+        require_equal_counts(keys)
     gathered = keys.new_empty((world_size * keys.shape[0], *keys.shape[1:]))
     work = all_gather_single(gathered, keys.contiguous(), async_op=True)
 
@@ -129,9 +125,23 @@ def exchange_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     return received
 
 
-def _counts(rows: Tensor) -> list[int]:
+def require_equal_counts(keys: Tensor, group: Any = None) -> None:
+    """Refuse numbers of rows that differ between ranks; the host waits for the device.
+
+    Raises:
+        ValueError: on every rank, with all numbers.
+    """
+    rows = _counts(keys, group)
+    if set(rows) != {keys.shape[0]}:
+        raise ValueError(
+            f"keys per rank={rows}: every rank must have the same number of images in a step"
+        )
+
+
+def _counts(rows: Tensor, group: Any = None) -> list[int]:
     """Length of every rank's tensor."""
     mine = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
-    counts = [torch.empty_like(mine) for _ in range(group_size())]
-    dist.all_gather(counts, mine)
+    ranks = group_size() if group is None else dist.get_world_size(group)
+    counts = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(counts, mine, group=group)
     return [int(count) for count in counts]

@@ -16,6 +16,7 @@ from fastmoco.objectives.interface import Features, Inputs, Objective, Output, P
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 FLOOR = 1e-12
 """Least square of a length that a row is divided by."""
@@ -100,10 +101,12 @@ class BYOL(Objective):
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Heads and loss of the whole batch. There is no accuracy: nothing is compared with other
         images."""
-        with torch.no_grad():
+        with torch.no_grad(), part(KEY_FORWARD):
             targets = self.momentum_encoder.head(by_view(features.target[0]))
-        predictions = self.predictor(self.encoder.head(by_view(features.online[0])))
-        loss = regression_loss(predictions, targets.flip(0))
+        with part(QUERY_FORWARD):
+            predictions = self.predictor(self.encoder.head(by_view(features.online[0])))
+        with part(LOSS):
+            loss = regression_loss(predictions, targets.flip(0))
         return Output(loss, {"queries": predictions.detach(), "keys": targets})
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:

@@ -46,6 +46,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.objectives.prepare import PrepareViews, as_they_are
+from fastmoco_pipelines.step_parts import BACKWARD, QUERY_FORWARD, TRANSFER, part
 
 RandomState = tuple[Tensor, Tensor | None]
 
@@ -161,7 +162,8 @@ class ChunkedStep:
             with self.autocast():
                 features = self.objective.features(self._prepared(chunk), at)
                 output = self.objective.compare(features, at, accuracy=accuracy)
-            with self.average.last() if i == len(chunks) - 1 else self.average.local():
+            average = self.average.last() if i == len(chunks) - 1 else self.average.local()
+            with part(BACKWARD), average:
                 (share * output.loss).backward()  # type: ignore[no-untyped-call]
 
             # What telemetry sees: means of scalars, and rows of the first chunk.
@@ -208,7 +210,7 @@ class ChunkedStep:
         with self.autocast():
             output = self.objective.compare(Features(leaves, tuple(target)), at, accuracy=accuracy)
         del first, later, features, online, target
-        with self.average.local():
+        with part(BACKWARD), self.average.local():
             output.loss.backward()  # type: ignore[no-untyped-call]
 
         # Each chunk's part of that gradient goes on through its trunk.
@@ -220,7 +222,8 @@ class ChunkedStep:
                 again = graphs[i]
             elif state is not None:
                 again = self._again(chunk, at, state)
-            with self.average.last() if i == len(chunks) - 1 else self.average.local():
+            average = self.average.last() if i == len(chunks) - 1 else self.average.local()
+            with part(BACKWARD), average:
                 if again is not None:
                     torch.autograd.backward(again, gradient)
                 elif self.graphs is not None:
@@ -254,7 +257,8 @@ class ChunkedStep:
         this chunk."""
         if self.graphs is None or not self.graphs.fits(chunk):
             return None
-        return self.graphs.features(chunk), None
+        with part(QUERY_FORWARD):  # and of the keys: one replay
+            return self.graphs.features(chunk), None
 
     def _features(self, chunk: Inputs, at: Progress) -> tuple[Features, RandomState]:
         """Features of a chunk, and where the random numbers stood before."""
@@ -267,7 +271,8 @@ class ChunkedStep:
             return self.objective.features(self._prepared(chunk), at, target=False).online
 
     def _prepared(self, chunk: Inputs) -> Inputs:
-        return chunk._replace(views=self.prepare(chunk.views))
+        with part(TRANSFER):
+            return chunk._replace(views=self.prepare(chunk.views))
 
 
 def require_separable(objective: Objective, chunk: int) -> None:

@@ -30,6 +30,7 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
+from fastmoco_pipelines.step_parts import EMA, part
 
 __all__ = [
     "START",
@@ -132,6 +133,8 @@ class Objective(nn.Module, ABC):
         needs_labels: whether `Inputs.labels` must be given.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
+        ring: whether keys of other ranks come to the loss in blocks from the neighbour, else they
+            are gathered; a trainer sets it as its plan says. None: the objective has one way.
     """
 
     encoder: Any
@@ -142,6 +145,7 @@ class Objective(nn.Module, ABC):
     path_draws: PathDraws | None = None
     needs_labels: bool = False
     images_together: int = 1
+    ring: bool | None = None
 
     def inputs(
         self,
@@ -283,7 +287,8 @@ class Objective(nn.Module, ABC):
             for own, average in self.averages().items()
             if own.requires_grad or not torch.equal(own, average)
         ]
-        ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
+        with part(EMA):
+            ema_update_([average for average, _ in pairs], [own for _, own in pairs], ema_momentum)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """Numbers of this step that a log shows, by name: "ema_momentum", "teacher_temperature"."""

@@ -15,12 +15,15 @@ from torch.nn.functional import cross_entropy, normalize
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank
+from fastmoco.distributed.ring import start_ring
 from fastmoco.models.encoder import family_of
 from fastmoco.models.heads import HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
-from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
+from fastmoco_kernels.info_nce.op import InfoNCEResult, symmetric_info_nce_loss
+from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
+from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
 class MoCoV3(Objective):
@@ -47,11 +50,14 @@ class MoCoV3(Objective):
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
         with_predictor: whether queries pass a predictor.
         head_norm: whether the heads have batch norms.
+        ring: see the attribute.
 
     Attributes:
         encoder: the query side; `encoder.head` is its projector.
         momentum_encoder: its average, without gradient.
         predictor: query side only; the identity without a predictor.
+        ring: whether keys of the other ranks come a block at a time; else they are gathered.
+            May change between steps, on all ranks at once; results differ by rounding only.
 
     Raises:
         ValueError: if the temperature is not positive.
@@ -72,11 +78,13 @@ class MoCoV3(Objective):
         ema_schedule: Literal["cosine", "constant"] = "cosine",
         with_predictor: bool = True,
         head_norm: bool = True,
+        ring: bool = False,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
         self.temperature = temperature
+        self.ring = ring
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         usual = moco_v3_forms(family_of(self.encoder))
         for encoder in (self.encoder, self.momentum_encoder):
@@ -106,6 +114,7 @@ class MoCoV3(Objective):
             ema_schedule=own.ema_schedule,
             with_predictor=own.predictor,
             head_norm=own.head_norm,
+            ring=own.keys == "ring",
         )
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -117,7 +126,7 @@ class MoCoV3(Objective):
         return self.momentum.features(inputs, target=target)
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
-        """Heads and loss of the whole batch; keys are gathered over ranks.
+        """Heads and loss of the whole batch; keys of all ranks are gathered, or come in a ring.
 
         Args:
             features: class features of both views, [B, 2, E] of either encoder.
@@ -125,27 +134,59 @@ class MoCoV3(Objective):
             accuracy: whether to count, in the pass of the loss, how the positives rank among all
                 keys.
         """
-        with torch.no_grad():
+        # Keys leave before the queries are computed.
+        with torch.no_grad(), part(KEY_FORWARD):
             keys = self.momentum_encoder.head(by_view(features.target[0]))
             k1, k2 = keys.unbind()
-            finish_gathering = start_gathering(torch.cat([k1, k2], dim=1))
-        queries = self.predictor(self.encoder.head(by_view(features.online[0])))
-        q1, q2 = queries.unbind()
-        keys1, keys2 = finish_gathering().chunk(2, dim=1)
-        offset = group_rank() * len(q1)
-        loss, top1, top5 = symmetric_info_nce_loss(
-            q1,
-            keys2,
-            q2,
-            keys1,
-            temperature=self.temperature,
-            positive_offset=offset,
-            accuracy=accuracy,
-        )
+            compared = self._start_comparing(torch.cat([k1, k2], dim=1), accuracy)
+        with part(QUERY_FORWARD):
+            queries = self.predictor(self.encoder.head(by_view(features.online[0])))
+        with part(LOSS):
+            q1, q2 = queries.unbind()
+            loss, top1, top5 = compared(q1, q2)
         watch = {"queries": queries.detach(), "keys": keys}
         if top1 is not None and top5 is not None:
             watch["accuracy"] = torch.stack([top1, top5])
         return Output(loss, watch)
+
+    def _start_comparing(
+        self, keys: Tensor, accuracy: bool
+    ) -> Callable[[Tensor, Tensor], InfoNCEResult]:
+        """Start to exchange the keys of both views, [B, 2 D], and return what compares the queries
+        of both with those of all ranks."""
+        offset = group_rank() * len(keys)
+        if self.ring:
+            ring = start_ring(keys)
+
+            def from_the_ring(q1: Tensor, q2: Tensor) -> InfoNCEResult:
+                blocks = (
+                    KeyBlock(rank * len(q1), tuple(rows.chunk(2, dim=1))[::-1])
+                    for rank, rows in ring
+                )
+                return info_nce_over_blocks(
+                    (q1, q2),
+                    blocks,
+                    temperature=self.temperature,
+                    positive_offset=offset,
+                    accuracy=accuracy,
+                )
+
+            return from_the_ring
+        finish_gathering = start_gathering(keys)
+
+        def from_all_ranks(q1: Tensor, q2: Tensor) -> InfoNCEResult:
+            keys1, keys2 = finish_gathering().chunk(2, dim=1)
+            return symmetric_info_nce_loss(
+                q1,
+                keys2,
+                q2,
+                keys1,
+                temperature=self.temperature,
+                positive_offset=offset,
+                accuracy=accuracy,
+            )
+
+        return from_all_ranks
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing saved and nothing fused.

@@ -16,6 +16,7 @@ from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder, with_heads
 from fastmoco.objectives.interface import Features, Inputs, Progress
 from fastmoco.objectives.view_pairs import two_views
 from fastmoco.optim.schedule import ema_momentum
+from fastmoco_pipelines.step_parts import KEY_FORWARD, QUERY_FORWARD, part
 
 
 class Momentum:
@@ -107,12 +108,13 @@ class Momentum:
         view1, view2 = two_views(inputs)
         views = (view1, view2)
         tokens = None
-        if self.shares_tokens():
-            tokens = self.encoder.patch_tokens(torch.cat(views))
-        online = _class_features(self.encoder, views, tokens, inputs)
+        with part(QUERY_FORWARD):
+            if self.shares_tokens():
+                tokens = self.encoder.patch_tokens(torch.cat(views))
+            online = _class_features(self.encoder, views, tokens, inputs)
         if not target:
             return Features((online,))
-        with torch.no_grad():
+        with torch.no_grad(), part(KEY_FORWARD):
             return Features((online,), (_class_features(self.momentum_encoder, views, tokens),))
 
     def _stems(self) -> tuple[tuple[int, int, int], ...]:

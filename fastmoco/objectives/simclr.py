@@ -21,6 +21,7 @@ from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.view_pairs import by_view, two_views
 from fastmoco.recipes.simclr import SimCLRConfig
+from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
 
 FLOOR = 1e-12
 """Least length that a row is divided by."""
@@ -105,7 +106,9 @@ class SimCLR(Objective):
             ValueError: if the views differ in shape, or are not two.
         """
         together = self.joint or self.coupling is not Coupling.TRUNK
-        return Features((_encoded(self.encoder, inputs, together=together).transpose(0, 1),))
+        with part(QUERY_FORWARD):
+            rows = _encoded(self.encoder, inputs, together=together)
+        return Features((rows.transpose(0, 1),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector and loss of the whole batch; projections are gathered over ranks.
@@ -116,10 +119,12 @@ class SimCLR(Objective):
             accuracy: whether to count, in the pass of the loss, how the positives rank among all
                 other rows.
         """
-        projections = self._project(by_view(features.online[0]))
-        loss, hits = nt_xent_loss(
-            projections, temperature=self.temperature, scale=self.loss_scale, accuracy=accuracy
-        )
+        with part(QUERY_FORWARD):
+            projections = self._project(by_view(features.online[0]))
+        with part(LOSS):
+            loss, hits = nt_xent_loss(
+                projections, temperature=self.temperature, scale=self.loss_scale, accuracy=accuracy
+            )
         return self._output(loss, projections, hits)
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:

@@ -34,6 +34,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.recipes.supervised import SupervisedConfig
+from fastmoco_pipelines.step_parts import AUGMENT, LOSS, QUERY_FORWARD, part
 
 MIX_TAG = 0x6D6978
 """"mix": second word of the Philox key, so that no other use of the seed shares a stream with
@@ -174,8 +175,9 @@ class Supervised(Objective):
         (view,), labels = inputs.views, _labels(inputs)
         mix = self.mix_of(at, view.shape[-1])
         if mix is not None:
-            view = mixed(view, mix)
-        with torch.no_grad() if self.probes else nullcontext():
+            with part(AUGMENT):
+                view = mixed(view, mix)
+        with part(QUERY_FORWARD), torch.no_grad() if self.probes else nullcontext():
             online = self.encoder(view, *self._paths(inputs))
         if not target:
             return Features((online,))
@@ -186,8 +188,10 @@ class Supervised(Objective):
         """The mean of -sum_c t_c log p_c, and how often the class with the largest target is first,
         and among the first five."""
         (targets,) = features.target
-        logits = self.encoder.head(features.online[0]).to(targets.dtype)
-        loss = -(targets * log_softmax(logits, dim=1)).sum(dim=1).mean()
+        with part(QUERY_FORWARD):
+            logits = self.encoder.head(features.online[0]).to(targets.dtype)
+        with part(LOSS):
+            loss = -(targets * log_softmax(logits, dim=1)).sum(dim=1).mean()
         return Output(loss, self._watch(logits, targets) if accuracy else {})
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:

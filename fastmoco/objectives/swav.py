@@ -29,6 +29,7 @@ from fastmoco.objectives.interface import (
 )
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.tensors import local
+from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
 
 ASSIGNED = 2
 """The first views of an image, those of full size, get codes; all views predict them."""
@@ -150,30 +151,34 @@ class SwAV(Objective):
         Raises:
             ValueError: if there are fewer than two views.
         """
-        return Features((_by_size(inputs, self.encoder),))
+        with part(QUERY_FORWARD):
+            return Features((_by_size(inputs, self.encoder),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector, prototypes, codes and loss of the whole batch. There is no accuracy: nothing
         is compared with other images."""
         rows = features.online[0].transpose(0, 1)
         views, images = rows.shape[:2]
-        embeddings = unit_rows(self.encoder.head(rows.flatten(0, 1)))
+        with part(QUERY_FORWARD):
+            embeddings = unit_rows(self.encoder.head(rows.flatten(0, 1)))
 
-        # Scores of views and queue in one call: sharded prototypes are gathered for each.
-        fills = self._fills(at)
-        part = self._part_of_queue().to(embeddings.dtype) if fills else embeddings[:0]
-        scores = self.prototypes(torch.cat([embeddings, part.flatten(0, -2)]))
-        scores, queued = scores.tensor_split([views * images])
-        scores = scores.view(views, images, -1)
+            # Scores of views and queue in one call: sharded prototypes are gathered for each.
+            fills = self._fills(at)
+            queue = self._part_of_queue().to(embeddings.dtype) if fills else embeddings[:0]
+            scores = self.prototypes(torch.cat([embeddings, queue.flatten(0, -2)]))
+            scores, queued = scores.tensor_split([views * images])
+            scores = scores.view(views, images, -1)
 
         # Codes, which are constants, and the loss.
-        embeddings = embeddings.detach().view(views, images, -1)
-        with torch.no_grad():
-            queued = queued.view(ASSIGNED, -1, queued.shape[1])
-            codes = self.assign(scores[:ASSIGNED].detach(), queued)
-        self._pushed = embeddings[:ASSIGNED] if fills else None
-        log_shares = F.log_softmax(scores / self.temperature, dim=-1)
-        return Output(swapped_loss(log_shares, codes), _watch(embeddings, log_shares, codes))
+        with part(LOSS):
+            embeddings = embeddings.detach().view(views, images, -1)
+            with torch.no_grad():
+                queued = queued.view(ASSIGNED, -1, queued.shape[1])
+                codes = self.assign(scores[:ASSIGNED].detach(), queued)
+            self._pushed = embeddings[:ASSIGNED] if fills else None
+            log_shares = F.log_softmax(scores / self.temperature, dim=-1)
+            loss = swapped_loss(log_shares, codes)
+            return Output(loss, _watch(embeddings, log_shares, codes))
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: scores of all ranks are gathered and assigned in one matrix, and

@@ -13,6 +13,7 @@ from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels import LARS, AdamWEMA, ema_update_
 from fastmoco_kernels.tensors import local
+from fastmoco_pipelines.step_parts import EMA, part
 
 Pair = tuple[Tensor, Tensor]
 """An average and its weight."""
@@ -90,7 +91,10 @@ class AveragedOptimizer(ABC):
             # With momentum 1 an average does not change. float64, as the schedule.
             given = torch.full_like(skip, ema_momentum, dtype=torch.float64)
             momentum = given.masked_fill_(skip > 0, 1.0)
-        ema_update_([average for average, _ in pairs], [weight for _, weight in pairs], momentum)
+        with part(EMA):
+            ema_update_(
+                [average for average, _ in pairs], [weight for _, weight in pairs], momentum
+            )
 
 
 class SweptAdamW(AveragedOptimizer):

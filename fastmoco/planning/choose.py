@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fastmoco.config import Config
@@ -10,8 +11,9 @@ from fastmoco.distributed.mesh import World
 from fastmoco.distributed.parallelize import Strategy
 from fastmoco.models.compiled import BUDGETS
 from fastmoco.objectives.interface import Objective
-from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.planning.costs import StepCosts, key_bytes, measure_costs
 from fastmoco.planning.free_memory import free_bytes
+from fastmoco.planning.keys import choose_keys, ring_above
 from fastmoco.planning.plan import (
     HEADROOM,
     StepPlan,
@@ -62,11 +64,23 @@ def choose_plan(
         reason="",
         activation_budget=budgets[0],
     )
+    exchanged = objective.ring is not None and world.world_size > 1
+    if batch.chunk == "none" and not exchanged:
+        return replace(at_once, reason="requested")
+
+    # How the keys of other processes come, if there are any.
+    memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
+    above = math.inf
+    if exchanged:
+        way = getattr(config.objective, "keys", "auto")
+        size = key_bytes(config, next(objective.parameters()).element_size())
+        ring, reason = choose_keys(way, size, images, world.world_size, memory)
+        at_once = replace(at_once, keys="ring" if ring else "gathered", keys_reason=reason)
+        above = ring_above(way, memory)
     if batch.chunk == "none":
         return replace(at_once, reason="requested")
 
     # Most steps are small: an upper bound is enough for them.
-    memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
     if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
         return replace(at_once, reason="small compared with the free memory")
 
@@ -77,6 +91,7 @@ def choose_plan(
         costs = measure_costs(
             config, precision, attention=attention, compiled=compiled, budget=budget, levels=levels
         )
+        costs = replace(costs, ring_above=above)
         taken, costs = _beside(config, costs, world, strategy, objective)
         if batch.cuda_graphs:  # a captured pass never frees its temporary memory
             size = min(images, busy_chunk(tokens))
@@ -90,7 +105,12 @@ def choose_plan(
             kept=batch.kept,
             world_size=world.world_size,
         )
-        return replace(plan, activation_budget=budget)
+        return replace(
+            plan,
+            activation_budget=budget,
+            keys=at_once.keys,
+            keys_reason=at_once.keys_reason,
+        )
 
     return best_plan(map(plan_within, budgets))
 

@@ -8,6 +8,8 @@ FLOPs. Two batch sizes separate the bytes per image from those that do not grow 
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.config import Config
 from fastmoco.models.blocks import Attention, Recompute
@@ -24,7 +27,9 @@ from fastmoco.objectives.build import build_model
 from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective, Progress
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco.planning.live_bytes import LiveBytes
+from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_pipelines.spec import each_view
+from fastmoco_pipelines.step_parts import BACKWARD, QUERY_FORWARD, Collector, collecting, part
 
 SIZES = (4096, 8192)
 """Batch sizes that are measured, large enough that activations, not weights, determine the peak."""
@@ -98,7 +103,7 @@ class StepCosts:
     """What a chunk keeps per image: the features of all encoders, copied once, and a gradient of
     the online ones."""
     key_bytes: float
-    """Keys of one image of another rank."""
+    """Keys of one image of another rank: both views, as received and as normalised."""
     graph: Line
     """Kept between forward and backward of the query trunk."""
     train: Line
@@ -130,6 +135,8 @@ class StepCosts:
     separate: bool = False
     """Whether nothing couples images: heads and loss run in chunks too, and nothing is computed
     twice (`Coupling.NONE`)."""
+    ring_above: float = math.inf
+    """Bytes of gathered keys above which the keys come in a ring (`fastmoco.planning.keys`)."""
 
 
 def measure_costs(
@@ -158,6 +165,8 @@ def measure_costs(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
         objective = build_model(config)
+        if objective.ring:
+            objective.ring = False  # one process is measured, and others' keys are a formula
         own = list(objective.parameters())
         for module in objective.modules():
             if isinstance(module, Attention):
@@ -196,7 +205,7 @@ def measure_costs(
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
         + sum(2 * rows.nbytes for rows in features.target),
-        key_bytes=2 * 2 * config.model.projection_dim * element,
+        key_bytes=key_bytes(config, element),
         graph=Line(*sizes["graph"]),
         train=Line(*sizes["train"]),
         forward=Line(*sizes["forward"]),
@@ -210,6 +219,58 @@ def measure_costs(
         lean_train=Line(*lean["train"]) if lean else None,
         lean_flops=twice["train"][0] - flops["train"][0],
     )
+
+
+def part_flops(
+    config: Config,
+    precision: str,
+    images: int,
+    *,
+    attention: str = "sdpa",
+    images_twice: int = 0,
+) -> dict[str, float]:
+    """FLOPs of the matrix products, convolutions and attention of a step, by part
+    (`fastmoco_pipelines.step_parts`).
+
+    Args:
+        config: its model, heads and views are used.
+        precision: "bf16", "fp32" or "fp64".
+        images: of the step, on this process alone.
+        attention: as of `measure_costs`.
+        images_twice: of these, that pass the query trunk a second time, because the step runs in
+            micro-batches that do not keep their graphs.
+    """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    with FakeTensorMode(), _default_dtype(dtype):
+        objective = build_model(config)
+        for module in objective.modules():
+            if isinstance(module, Attention):
+                module.backend = attention if attention in ("explicit", "reference") else "sdpa"
+        views = each_view(config.data.views)
+        pieces = _Pieces(
+            objective,
+            [view.size for view in views],
+            precision == "bf16",
+            view_preparation(views, precision),
+            levels=False,
+        )
+        run = pieces.whole_step(images)
+        run()  # what a first run does once is no part of a step
+        with collecting() as collector, _FlopsOfParts(collector) as counter:
+            run()
+        again = _FlopsOfParts(None)
+        if images_twice:
+            with again:
+                pieces.query(images_twice)
+    found = dict(counter.flops)
+    if images_twice:
+        found[QUERY_FORWARD] = found.get(QUERY_FORWARD, 0.0) + again.flops[""]
+    return found
+
+
+def key_bytes(config: Config, element: int) -> float:
+    """`StepCosts.key_bytes` of a config with `element` bytes a number."""
+    return 2 * 2 * config.model.projection_dim * element
 
 
 def _units(objective: Objective, size: int) -> Units:
@@ -243,6 +304,38 @@ def _units(objective: Objective, size: int) -> Units:
         frozen=frozen,
         bytes=size,
     )
+
+
+class _FlopsOfParts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up FLOPs by the part under way; without a collector all are of the part ""."""
+
+    def __init__(self, collector: Collector | None) -> None:
+        # Imported here because it imports Triton, which runs that count nothing do not need.
+        from torch.utils.flop_counter import flop_registry
+
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: defaultdict[str, float] = defaultdict(float)
+        self._collector = collector
+        self._registry: dict[Any, Any] = flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        shaped: Any = CPU_ATTENTION.get(packet)
+        part = (self._collector.current() if self._collector else None) or ""
+        if shaped is not None:
+            shapes = (arg.shape if isinstance(arg, Tensor) else arg for arg in args)
+            self.flops[part] += float(shaped(*shapes))
+        elif packet in self._registry:
+            self.flops[part] += float(self._registry[packet](*args, **kwargs, out_val=out))
+        elif func._schema.name == "fastmoco::info_nce":
+            (images, dim), directions = args[0].shape, 1 if args[2] is None else 2
+            gradients = {"gradient": args[8], "key_gradient": args[9]}
+            self.flops[part] += loss_cost.flops(
+                images, len(args[1]), dim, directions=directions, **gradients
+            )
+        return out
 
 
 Figures = dict[str, tuple[float, ...]]
@@ -378,6 +471,27 @@ class _Pieces:
             return 0
 
         return {"query": query, "train": train, "forward": forward, "heads": heads}
+
+    def query(self, images: int) -> None:
+        """The forward of the query trunk."""
+        views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
+        with torch.no_grad(), self._autocast():
+            self.objective.features(self.inputs(views), self.at, target=False)
+
+    def whole_step(self, images: int) -> Callable[[], None]:
+        """Forward and backward of a whole batch, with the marks of a trainer."""
+        views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
+
+        def run() -> None:
+            inputs = self.inputs(views)
+            with self._autocast():
+                features = self.objective.features(inputs, self.at)
+                loss = self.objective.compare(features, self.at).loss
+            with part(BACKWARD):
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.objective.zero_grad(set_to_none=True)
+
+        return run
 
     def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
         """What the trunks read of some views."""

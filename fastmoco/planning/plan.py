@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from fastmoco.planning.costs import Line, StepCosts
+from fastmoco.planning.keys import gib, other_keys_bytes
 from fastmoco_pipelines.text import counted
 
 HEADROOM = 0.9
@@ -80,8 +81,16 @@ class StepPlan:
     """Whether the step fits into the memory that the plan was made for."""
     activation_budget: float = 1.0
     """Of compiled blocks; see `fastmoco.models.compiled`."""
+    keys: Literal["", "gathered", "ring"] = ""
+    """How the keys of other processes come to the loss; empty where there are none."""
+    keys_reason: str = ""
+    """The reason, as a clause."""
 
     def __str__(self) -> str:
+        keys = f"; keys {'in a ring' if self.keys == 'ring' else 'gathered'} ({self.keys_reason})"
+        return self._chunks() + (keys if self.keys else "")
+
+    def _chunks(self) -> str:
         within = (
             f", activations within {self.activation_budget:g} of the compiler's"
             if self.activation_budget < 1
@@ -242,13 +251,13 @@ def plan_step(
         world_size: processes whose keys are compared.
     """
     whole = whole_bytes(costs, images, world_size)
-    free = f"{_gib(budget)} free"
+    free = f"{gib(budget)} free"
     if (
         chunk == "none"
         or (chunk == "auto" and (whole <= budget or costs.coupling_reason))
         or chunk == images
     ):
-        reason = "requested" if chunk != "auto" else f"about {_gib(whole)} of {free}"
+        reason = "requested" if chunk != "auto" else f"about {gib(whole)} of {free}"
         if chunk == "auto" and whole > budget:
             reason += f", too much; chunks would help, but {costs.coupling_reason}"
         again = costs.recompute_flops / costs.step_flops
@@ -309,8 +318,8 @@ def _in_chunks(
         overhead=((1 - kept_images / images) * twice + costs.recompute_flops) / costs.step_flops,
         peak_bytes=peak,
         fits=peak <= budget,
-        reason=f"about {_gib(peak)} of {_gib(budget)} free{short}; "
-        f"all at once would take {_gib(whole)}",
+        reason=f"about {gib(peak)} of {gib(budget)} free{short}; "
+        f"all at once would take {gib(whole)}",
     )
 
 
@@ -395,9 +404,6 @@ def _resident(costs: StepCosts, images: int) -> float:
 
 
 def _heads(costs: StepCosts, images: int, world_size: int) -> float:
-    """Heads and loss, with the keys of the other ranks: once as received, once normalised."""
-    return costs.heads.at(images) + 2 * (world_size - 1) * images * costs.key_bytes
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:.0f} GiB"
+    """Heads and loss, with the keys of the other ranks, gathered or in a ring."""
+    keys = other_keys_bytes(costs.key_bytes, images, world_size, costs.ring_above)
+    return costs.heads.at(images) + keys

@@ -25,6 +25,7 @@ from fastmoco.objectives.interface import START, Objective, Output, Progress
 from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import each_view
+from fastmoco_pipelines.step_parts import BACKWARD, TRANSFER, part
 
 
 class ForwardBackward:
@@ -97,6 +98,8 @@ class ForwardBackward:
             levels=levels,
             reserved=reserved,
         )
+        if self.plan.keys:
+            objective.ring = self.plan.keys == "ring"
         self.prepare = view_preparation(
             each_view(config.data.views), precision, compiled=possible.compiled
         )
@@ -190,8 +193,11 @@ class ForwardBackward:
         if self._chunked is not None:
             return self._chunked(*views, **rest)
         with self._autocast():
-            output: Output = self._forward(*self.prepare(views), **rest)
-        output.loss.backward()  # type: ignore[no-untyped-call]
+            with part(TRANSFER):
+                views = self.prepare(views)
+            output: Output = self._forward(*views, **rest)
+        with part(BACKWARD):
+            output.loss.backward()  # type: ignore[no-untyped-call]
         return output
 
 

@@ -17,6 +17,7 @@ from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_kernels.tensors import local, sent
 from fastmoco_pipelines import Batch
+from fastmoco_pipelines.step_parts import OPTIMIZER, TRANSFER, part
 
 
 class StepResult(NamedTuple):
@@ -87,28 +88,31 @@ class TrainStep:
         """
         lr = self.learning_rate(at)
         set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
-        views = [view.to(self._device, non_blocking=True) for view in batch.views]
-        labels = {}
-        if batch.labels is not None:
-            labels["labels"] = sent(torch.from_numpy(batch.labels), self._device)
-        self._objective.zero_grad(set_to_none=True)
+        with part(TRANSFER):
+            views = [view.to(self._device, non_blocking=True) for view in batch.views]
+            labels = {}
+            if batch.labels is not None:
+                labels["labels"] = sent(torch.from_numpy(batch.labels), self._device)
 
         # The forward writes buffers. The guard copies them, and restores them after a bad step.
-        self._guard.begin()
+        with part(OPTIMIZER):
+            self._objective.zero_grad(set_to_none=True)
+            self._guard.begin()
         output = self.forward_backward(*views, **labels, at=at, accuracy=accuracy)
 
         # An optimizer leaves parameters without a gradient as they are: no decay, no momentum.
         for name in self._objective.frozen(at) & self._trainable.keys():
             self._trainable[name].grad = None
 
-        # One pass computes the norms of gradients for guard, clipping, telemetry and rollback.
-        norms = gradient_norms(self._trainable.items(), self._places)
-        skip = self._guard.judge(output.loss, norms["total"])
-        self._clip(norms["total"])
+        with part(OPTIMIZER):
+            # One pass computes the norms of gradients for guard, clipping, telemetry and rollback.
+            norms = gradient_norms(self._trainable.items(), self._places)
+            skip = self._guard.judge(output.loss, norms["total"])
+            self._clip(norms["total"])
 
-        # Update weights and averages, then queues and centres. A skipped step changes none of them.
-        self._optimizer.step(ema_momentum=self._objective.ema_momentum(at), skip=skip)
-        self._objective.after_step(skip, at)
+            # Update weights and averages, then queues and centres. A skipped step changes none.
+            self._optimizer.step(ema_momentum=self._objective.ema_momentum(at), skip=skip)
+            self._objective.after_step(skip, at)
         return StepResult(output, norms, at, lr)
 
     @torch.no_grad()

@@ -107,18 +107,19 @@ class StepGuard:
             One float32 on the device, the same on all ranks: 1 for a step to skip, else 0. No host
             sync.
         """
-        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
+        # Zero times a finite number is 0, else it is NaN, which differs from 0: half the operators
+        # of two calls of `isfinite`.
+        bad = (0 * loss.detach() + 0 * gradient_norm) != 0
         found = largest(bad.to(torch.float32))
         bad = found > 0
 
-        # Restore the buffers, and count.
+        # Restore the buffers, and count in place.
         for copy in self._copies:
             copy.restore(bad)
-        number = bad.to(torch.int64)
-        row = (self._counts[1] + number) * number
-        self._counts = torch.stack(
-            [self._counts[0] + number, row, torch.maximum(self._counts[2], row)]
-        )
+        every, row, longest = self._counts.unbind()
+        every += bad
+        row.add_(1).mul_(bad)
+        torch.maximum(longest, row, out=longest)
         return found
 
     def forget(self) -> None:

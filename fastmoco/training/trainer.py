@@ -49,6 +49,7 @@ from fastmoco.training.start import Start, find_start, finished_already, give_ba
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
+from fastmoco_pipelines.step_parts import LOG, part
 from fastmoco_pipelines.text import counted
 
 
@@ -425,6 +426,11 @@ class Trainer:
             result = self.step(batch)
 
         # Record. Norms stay on the device until a log step.
+        with part(LOG):
+            self._record(result)
+
+    def _record(self, result: StepResult) -> None:
+        """Record the step that is done, and act on what the records show."""
         number = self.step_count
         self.recorder.gradients(number, result.norms)
         self.rollback.record(number, result.norms)

@@ -13,6 +13,7 @@ from fastmoco_kernels.cut_views.op import cut_views
 from fastmoco_kernels.ema.op import ema_update_
 from fastmoco_kernels.gelu_bias.op import gelu
 from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
+from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
@@ -25,6 +26,7 @@ __all__ = [
     "AdamWEMA",
     "AttentionChoice",
     "InfoNCEResult",
+    "KeyBlock",
     "ViewColorParameters",
     "adamw_ema_step_",
     "attention",
@@ -34,6 +36,7 @@ __all__ = [
     "gaussian_blur",
     "gelu",
     "info_nce_loss",
+    "info_nce_over_blocks",
     "lars_step_",
     "residual_norm",
     "split_qkv",

@@ -7,10 +7,29 @@ describing views needs no torch, DALI is imported when a loader begins, webdatas
 
 from __future__ import annotations
 
+import os
+from collections.abc import MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fastmoco_pipelines.openmp import limit_spinning
+OPENMP_SPINS = "10000"
+"""How often a waiting thread of OpenMP looks before it sleeps."""
+
+
+def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set `GOMP_SPINCOUNT`, unless the user has set it or `OMP_WAIT_POLICY`. Called before torch
+    is imported.
+
+    By default a waiting thread of libgomp spins for milliseconds. If other threads, such as those
+    of a loader or of another process, need the cores, a small model becomes several times slower
+    and takes more than twice the processor time. No number depends on it.
+
+    libgomp reads the variable when it is loaded, which is with torch, and has no function to change
+    it later: a program that imports torch first sets the variable itself.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+
 
 limit_spinning()
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.stages import STAGES, Row, Stage, checked, chosen, within
 from benchmarks.gpu.summary import LINES, shown, summary
 from benchmarks.gpu.tests_of import TESTS_OF
 from benchmarks.measure import commit, machine
-from benchmarks.registry import CASES, parse_options
+from benchmarks.registry import CASES
 
 ROWS = [row for stage in STAGES for row in stage.rows]
 CEILINGS = {"matmul_tflops": 395.0, "copy_gb_per_s": 2150.0}
@@ -32,7 +32,7 @@ CEILINGS = {"matmul_tflops": 395.0, "copy_gb_per_s": 2150.0}
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_case_with_its_options(row):
-    parse_options((*row.options, *row.dry, "device=cpu"), CASES[row.case].DEFAULTS)
+    CASES[row.case].options((*row.options, *row.dry, "device=cpu"))
 
 
 def test_stages_are_chosen_by_name_or_run_and_keep_their_order():

@@ -9,22 +9,25 @@ import pytest
 from benchmarks import step_sides
 from benchmarks.cases import loader, view_color
 from benchmarks.gpu import end_to_end
-from benchmarks.gpu.rows import status_of
+from benchmarks.outcome import outcome
+from benchmarks.registry import CASES
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("no decoder"), ValueError("no size"), ImportError("no module")]
 )
 def test_colours_are_measured_whatever_dali_does(monkeypatch, error):
-    def fails(*_):
+    def fails(*_, **__):
         raise error
 
     monkeypatch.setattr(view_color, "_has_dali", lambda: True)
-    monkeypatch.setattr(view_color, "_pipeline_contest", fails)
-    result = view_color.run({"device": "cpu", "images": 2, "size": 16, "rounds": 1, "threads": 1})
+    monkeypatch.setattr("fastmoco_pipelines.views.dali.ViewPipeline", fails)
+    case = CASES["view_color"]
+    result = case.run(case.options(["device=cpu", "images=2", "size=16", "rounds=1"]))
     assert result["view1"]["speedup"]
-    assert result["pipeline"] == {"failed": {"DALI": f"{type(error).__name__}: {error}"}}
-    assert status_of(result) == ("failed", f"DALI: {type(error).__name__}: {error}")
+    reason = f"{type(error).__name__}: {error}"
+    assert result["pipeline"]["failed"] == {"exact": reason, "dali": reason}
+    assert outcome(result) == ("failed", f"exact: {reason}")
 
 
 def test_without_webdataset_nothing_that_packs_shards_is_begun(monkeypatch, capsys):

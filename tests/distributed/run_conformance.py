@@ -64,6 +64,9 @@ VARIANTS = {
         MoCoV3Config, {"pooling": "mean", "positions": "learned", "freeze_patch_embed": False}
     ),
     "patches that train": Variant(SimCLRConfig, {"freeze_patch_embed": False}),
+    "keys in a ring": Variant(
+        MoCoV3Config, objective={"keys": "ring"}, ways=("ddp", "fsdp chunked")
+    ),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
     "frozen trunk": Variant(
         SupervisedConfig,

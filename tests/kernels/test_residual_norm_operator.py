@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.cases import residual_norm as case
+from benchmarks.registry import CASES
 from fastmoco_kernels import residual_norm
 from fastmoco_kernels.residual_norm import launch, op, operator
 from fastmoco_kernels.residual_norm.cost import (
@@ -305,10 +305,11 @@ def test_bytes_an_element_of_the_usual_types():
 
 
 def test_the_benchmark_checks_every_contender_before_it_times_them():
-    found = case.run(case.DEFAULTS | {"rows": 20, "E": 32, "compile": 0, "rounds": 1})
+    case = CASES["residual_norm"]
+    found = case.run(case.options(["rows=20", "E=32", "compile=0", "rounds=1"]))
     assert not found["failed"]
     assert set(found["errors"]) == {"residual_norm", "eager"}
     assert set(found["speedup"]) == {"eager"}
     assert found["bytes"]["forward"] < found["bytes"]["eager_forward"]
     with pytest.raises(ValueError, match="dtype='int8' is none of bf16, fp16, fp32"):
-        case.run(case.DEFAULTS | {"dtype": "int8"})
+        case.run(case.options(["dtype=int8"]))

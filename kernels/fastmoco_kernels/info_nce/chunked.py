@@ -113,20 +113,14 @@ def info_nce_chunked(
         # Blocks of queries against all keys.
         blocks = []
         for start in range(0, B, rows):
-            block = _rows(
-                u_BD[start : start + rows],
-                wide,
-                request.positive_offset + start,
-                request,
-                tile,
-                columns,
-            )
+            inside, first = slice(start, start + rows), request.positive_offset + start
+            u_RD = u_BD[inside]
+            sums = _Sums(u_RD, v_ND[first : first + len(u_RD)], request)
+            sums.add(wide, first, tile, columns)
+            block = sums.finish()
             blocks.append(block)
             if block.dq is not None:
-                inside = slice(start, start + rows)
-                dq_SBD[s, inside] = _through_norm(
-                    block.dq.mul_(factor), u_BD[inside], q_norm[inside]
-                )
+                dq_SBD[s, inside] = _through_norm(block.dq.mul_(factor), u_RD, q_norm[inside])
 
         losses.append(torch.cat([block.loss for block in blocks]))
         dtemperatures += [block.dtemperature for block in blocks if block.dtemperature is not None]
@@ -140,15 +134,91 @@ def info_nce_chunked(
             dv_ND = _key_pass(u_BD, v_ND, lse, share, request, tile, (rows, columns)).mul_(factor)
             dkeys = _through_norm(dv_ND, v_ND, key_norm)
 
-    nothing = torch.empty(0, dtype=dtype, device=device)
+    return _added(losses, dtemperatures, ranks, dq_SBD, dkeys, request.scale / B)
+
+
+class ChunkedBlocks:
+    """The same pass over keys that arrive in blocks, of which none is kept but the positives.
+
+    Memory: `O(S (B + n) D)` for B queries and blocks of n keys, and one tile.
+
+    Args:
+        queries: S of [B, D].
+        request: without a gradient of the keys; its `positive_offset` is not read.
+    """
+
+    def __init__(self, queries: Sequence[Tensor], request: Request) -> None:
+        self._request = request
+        self._dtype = accumulation_dtype(queries[0])
+        self._queries = [_unit_rows(q, self._dtype) for q in queries]
+        self._sums: list[list[_Sums]] = []
+        on_cpu = queries[0].device.type == "cpu"
+        self._rows, self._columns = TILE_CPU if on_cpu else TILE
+
+    def add(self, keys: Sequence[Tensor], first: int) -> None:
+        """Add a block; the first one must hold every positive.
+
+        Args:
+            keys: S of [n, D], not needed after the call.
+            first: the positive of query i is row `first + i` of the block, if there is such a row.
+        """
+        B = self._queries[0][0].shape[0]
+        size = min(self._rows, B) * min(self._columns, keys[0].shape[0])
+        tile = torch.empty(size, dtype=self._dtype, device=keys[0].device)
+        starts = range(0, B, self._rows)
+        begin = not self._sums
+        for s, ((u_BD, _), k) in enumerate(zip(self._queries, keys, strict=True)):
+            wide, _ = _unit_rows(k, self._dtype, more=ONES)
+            D = u_BD.shape[1]
+            wide[:, D] = 1
+            if begin:
+                positive_BD = wide[first : first + B, :D].contiguous()
+                self._sums.append(
+                    [
+                        _Sums(u_BD[inside], positive_BD[inside], self._request)
+                        for inside in (slice(start, start + self._rows) for start in starts)
+                    ]
+                )
+            for start, sums in zip(starts, self._sums[s], strict=True):
+                sums.add(wide, first + start, tile, self._columns)
+
+    def finish(self) -> OnePass:
+        """Loss and gradients, after the last block."""
+        request, unit = self._request, self._queries[0][0]
+        B = unit.shape[0]
+        factor = request.scale / (B * request.temperature)
+        losses, dtemperatures, ranks, dq = [], [], [], []
+        for (u_BD, q_norm), blocks in zip(self._queries, self._sums, strict=True):
+            for start, sums in zip(range(0, B, self._rows), blocks, strict=True):
+                found, inside = sums.finish(), slice(start, start + self._rows)
+                losses.append(found.loss)
+                if found.dtemperature is not None:
+                    dtemperatures.append(found.dtemperature)
+                if found.rank is not None:
+                    ranks.append(found.rank)
+                if found.dq is not None:
+                    dq.append(_through_norm(found.dq.mul_(factor), u_BD[inside], q_norm[inside]))
+        nothing = unit.new_empty(0)
+        dq_SBD = torch.cat(dq).view(len(self._queries), *unit.shape) if dq else nothing
+        return _added(losses, dtemperatures, ranks, dq_SBD, nothing.clone(), request.scale / B)
+
+
+def _added(
+    losses: list[Tensor],
+    dtemperatures: list[Tensor],
+    ranks: list[Tensor],
+    dq: Tensor,
+    dkeys: Tensor,
+    factor: float,
+) -> OnePass:
+    """The results of all rows, from those of each block; `factor`: of every row."""
+    nothing = dq.new_empty(0)
     return OnePass(
-        loss=torch.cat(losses).sum() * (request.scale / B),
-        dq=dq_SBD,
+        loss=torch.cat(losses).sum() * factor,
+        dq=dq,
         dkeys=dkeys,
-        dtemperature=torch.cat(dtemperatures).sum() * (request.scale / B)
-        if dtemperatures
-        else nothing,
-        hits=_hits(torch.cat(ranks), dtype) if ranks else nothing.clone(),
+        dtemperature=torch.cat(dtemperatures).sum() * factor if dtemperatures else nothing,
+        hits=_hits(torch.cat(ranks), dq.dtype) if ranks else nothing.clone(),
     )
 
 
@@ -174,54 +244,83 @@ def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     return gradient.addcmul_(along, unit, value=-1).div_(norm.clamp_min(EPS))
 
 
-def _rows(
-    u_RD: Tensor, wide: Tensor, first: int, request: Request, tile: Tensor, columns: int
-) -> _Rows:
-    """One block of queries against all keys; the positive of its row r is key `first + r`.
+class _Sums:
+    """Running sums of a block of queries over the keys, their positives left out.
 
-    `wide` [N, D + ONES] holds the keys and the column of ones.
+    Keys are added in any parts and in any order: with the constant reference parts simply add; with
+    a running maximum the sums so far are rescaled when it rises.
+
+    Args:
+        u_RD: the queries at unit length.
+        positive_RD: the positive of each at unit length.
+        request: what is wanted.
     """
-    (R, D), temperature = u_RD.shape, request.temperature
-    bounded = not isinstance(temperature, Tensor) and temperature >= SMALLEST_UNSHIFTED
-    v_ND, values = wide[:, :D], wide if request.gradient else wide[:, D:]
-    positive_RD = v_ND[first : first + R]
 
-    # The positive's own logit, and the bar that a negative must reach to rank before it.
-    own_R = (u_RD * positive_RD).sum(1) / temperature
-    scaled_RD = u_RD / temperature
-    rank_R = torch.zeros(R, dtype=torch.int64, device=u_RD.device) if request.accuracy else None
-    # Ties within 64 units in the last place: equal rows must tie in any order of summation.
-    bar_R1 = (own_R - 64 * torch.finfo(own_R.dtype).eps / temperature)[:, None]
+    def __init__(self, u_RD: Tensor, positive_RD: Tensor, request: Request) -> None:
+        (R, D), temperature = u_RD.shape, request.temperature
+        self._u_RD, self._positive_RD, self._request = u_RD, positive_RD, request
+        self._bounded = not isinstance(temperature, Tensor) and temperature >= SMALLEST_UNSHIFTED
 
-    # Stream the keys, the positives left out.
-    sums = u_RD.new_zeros(R, values.shape[1])
-    # The positive's logit is the first maximum; every larger logit replaces it.
-    reference_R = torch.zeros_like(own_R) if bounded else own_R.clone()
-    for start in range(0, v_ND.shape[0], columns):
-        inside = slice(start, start + columns)
-        s_RC = _logits(scaled_RD, v_ND[inside], tile)
-        _diagonal(s_RC, first - start).fill_(-torch.inf)
-        if rank_R is not None:
-            rank_R += (~(s_RC < bar_R1)).sum(1)  # NaN ranks last; positives are -inf
-        if not bounded:
-            higher_R = torch.maximum(reference_R, s_RC.amax(1))
-            sums *= (reference_R - higher_R).exp_()[:, None]
-            s_RC -= higher_R[:, None]
-            reference_R = higher_R
-        sums.addmm_(s_RC.exp_(), values[inside])
+        # The positive's own logit, and the bar that a negative must reach to rank before it.
+        self._own_R = (u_RD * positive_RD).sum(1) / temperature
+        # Ties within 64 units in the last place: equal rows must tie in any order of summation.
+        eps = torch.finfo(self._own_R.dtype).eps
+        self._bar_R = self._own_R - 64 * eps / temperature
+        self._rank_R = None
+        if request.accuracy:
+            self._rank_R = torch.zeros(R, dtype=torch.int64, device=u_RD.device)
 
-    # Bring in the positive: loss and share of the negatives.
-    negatives_R = sums[:, -ONES]
-    odds_R = negatives_R.log() + reference_R - own_R  # log of all negatives over the positive
-    loss_R = torch.logaddexp(odds_R, torch.zeros_like(odds_R))
-    share_R = odds_R.sigmoid()
-    if not request.gradient:
-        return _Rows(loss_R, own_R + loss_R, share_R, None, None, rank_R)
-    # Without negatives (one key) the sums are zero, and so is the share.
-    some_R = torch.where(negatives_R > 0, negatives_R, torch.ones_like(negatives_R))
-    dq_RD = sums[:, :D].div_(some_R[:, None]).sub_(positive_RD).mul_(share_R[:, None])
-    dtemperature_R = (u_RD * dq_RD).sum(1) * (-1 / (temperature * temperature))
-    return _Rows(loss_R, own_R + loss_R, share_R, dq_RD, dtemperature_R, rank_R)
+        # The positive's logit is the first maximum; every larger logit replaces it.
+        own_R = self._own_R
+        self._reference_R = torch.zeros_like(own_R) if self._bounded else own_R.clone()
+        self._sums = u_RD.new_zeros(R, D + ONES if request.gradient else ONES)
+
+    def add(self, wide: Tensor, first: int, tile: Tensor, columns: int) -> None:
+        """Add a part of the keys.
+
+        Args:
+            wide: [n, D + ONES] the keys at unit length and the column of ones.
+            first: the positive of query r is row `first + r`, if there is such a row.
+            tile: memory of the logits.
+            columns: of one tile.
+        """
+        D = self._u_RD.shape[1]
+        v_ND, values = wide[:, :D], wide if self._request.gradient else wide[:, D:]
+        scaled_RD = self._u_RD / self._request.temperature
+        bar_R1 = self._bar_R[:, None]
+        for start in range(0, v_ND.shape[0], columns):
+            inside = slice(start, start + columns)
+            s_RC = _logits(scaled_RD, v_ND[inside], tile)
+            _diagonal(s_RC, first - start).fill_(-torch.inf)
+            if self._rank_R is not None:
+                self._rank_R += (~(s_RC < bar_R1)).sum(1)  # NaN ranks last; positives are -inf
+            if not self._bounded:
+                higher_R = torch.maximum(self._reference_R, s_RC.amax(1))
+                self._sums *= (self._reference_R - higher_R).exp_()[:, None]
+                s_RC -= higher_R[:, None]
+                self._reference_R = higher_R
+            self._sums.addmm_(s_RC.exp_(), values[inside])
+
+    def finish(self) -> _Rows:
+        """Bring in the positive: loss, share of the negatives, gradient of the unit queries.
+
+        It overwrites the sums.
+        """
+        D, temperature = self._u_RD.shape[1], self._request.temperature
+        own_R, negatives_R = self._own_R, self._sums[:, -ONES]
+        # Log of all negatives over the positive.
+        odds_R = negatives_R.log() + self._reference_R - own_R
+        loss_R = torch.logaddexp(odds_R, torch.zeros_like(odds_R))
+        share_R = odds_R.sigmoid()
+        if not self._request.gradient:
+            return _Rows(loss_R, own_R + loss_R, share_R, None, None, self._rank_R)
+
+        # Without negatives (one key) the sums are zero, and so is the share.
+        some_R = torch.where(negatives_R > 0, negatives_R, torch.ones_like(negatives_R))
+        mean_RD = self._sums[:, :D].div_(some_R[:, None])
+        dq_RD = mean_RD.sub_(self._positive_RD).mul_(share_R[:, None])
+        dtemperature_R = (self._u_RD * dq_RD).sum(1) * (-1 / (temperature * temperature))
+        return _Rows(loss_R, own_R + loss_R, share_R, dq_RD, dtemperature_R, self._rank_R)
 
 
 def _logits(scaled_RD: Tensor, v_CD: Tensor, tile: Tensor) -> Tensor:

@@ -69,6 +69,35 @@ def added_parts(
 
 
 @triton.jit
+def info_nce_fold_kernel(
+    acc_ptr,  # [splits, rows, D] as the stream kernel wrote them, for all directions
+    sum_ptr,  # [splits, rows]
+    count_ptr,  # [splits, rows]
+    new_acc_ptr,  # [rows, D]
+    new_sum_ptr,  # [rows]
+    new_count_ptr,  # [rows]
+    rows,
+    splits,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Add the parts of the keys so far, in order: they become one part of the next."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    total, acc, count = added_parts(
+        sum_ptr, acc_ptr, count_ptr, row, rows, splits, live, D, ROWS, GRADIENT, COUNT
+    )
+    tl.store(new_sum_ptr + row, total, mask=live)
+    if COUNT:
+        tl.store(new_count_ptr + row, count, mask=live)
+    if GRADIENT:
+        column = tl.arange(0, D)
+        tl.store(new_acc_ptr + row[:, None] * D + column[None, :], acc, mask=live[:, None])
+
+
+@triton.jit
 def info_nce_finish_kernel(
     q1_ptr,  # [B, dim]
     q2_ptr,

@@ -2,7 +2,7 @@
 
 Four launches whatever the number of directions: queries to unit length, keys to unit length, the
 pass, the epilogue; and one sum. Ranks add a small launch, gradients of the keys a pass and its
-epilogue.
+epilogue. Of keys in blocks every block takes two launches, and after the first a third.
 
 Legend: B queries, N keys, D dimension (padded in scratch), S directions.
 """
@@ -10,6 +10,7 @@ Legend: B queries, N keys, D dimension (padded in scratch), S directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +70,85 @@ def info_nce_triton(
     with device_guard(queries[0]):
         q, k = _unit_rows(queries, request.precision), _unit_rows(keys, request.precision)
         N, B = keys[0].shape[0], queries[0].shape[0]
-        swept = _stream(q.unit, k.unit, N, request.positive_offset, request, None, tile, splits)
+        first = request.positive_offset
+        own = _own(q.unit, k.unit, N, first) if request.accuracy else None
+        swept = _stream(q.unit, k.unit, N, first, request, own=own, tile=tile, splits=splits)
         rows, dq, bias, share = _finish(q, k, swept, request)
         dkeys = rows.new_empty(0)
         if request.key_gradient:
-            back = _stream(k.unit, q.unit, B, -request.positive_offset, request, bias, tile, splits)
+            back = _stream(k.unit, q.unit, B, -first, request, bias=bias, tile=tile, splits=splits)
             dkeys = _finish_keys(q, k, back, share, request)
+    return _added(rows, dq, dkeys, request)
+
+
+class TritonBlocks:
+    """The same pass over keys that arrive in blocks, of which none is kept but the positives.
+
+    Each block is one launch of the streaming kernel, whose sums stay in a workspace; those of the
+    blocks before are added to it in the order of the calls, so the same calls give the same bits.
+
+    Args:
+        queries: S of [B, D], D <= 512, not float64.
+        request: without a gradient of the keys; its `positive_offset` is not read.
+        tile: instead of the measured one.
+        splits: parts of every block, instead of the computed number.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[Tensor],
+        request: Request,
+        *,
+        tile: Tile | None = None,
+        splits: int | None = None,
+    ) -> None:
+        self._request, self._tile, self._splits = request, tile, splits
+        with device_guard(queries[0]):
+            self._q = _unit_rows(queries, request.precision)
+        self._positives: _Units | None = None
+        self._own: Tensor | None = None
+        self._swept: _Pass | None = None
+
+    def add(self, keys: Sequence[Tensor], first: int) -> None:
+        """Add a block; the first one must hold every positive.
+
+        Args:
+            keys: S of [n, D], not needed after the call; those of the first call must stay.
+            first: the positive of query i is row `first + i` of the block, if there is such a row.
+        """
+        n = keys[0].shape[0]
+        with device_guard(keys[0]):
+            k = _unit_rows(keys, self._request.precision)
+            if self._positives is None:
+                # Of the first block the raw rows and lengths stay, for the epilogue.
+                self._positives, self._first = k._replace(unit=k.norm), first
+                if self._request.accuracy:
+                    self._own = _own(self._q.unit, k.unit, n, first)
+            swept = _stream(
+                self._q.unit,
+                k.unit,
+                n,
+                first,
+                self._request,
+                own=self._own,
+                tile=self._tile,
+                splits=self._splits,
+                before=self._swept,
+            )
+            self._swept = swept
+
+    def finish(self) -> OnePass:
+        """Loss and gradients, after the last block."""
+        assert self._positives is not None
+        assert self._swept is not None
+        request = replace(self._request, positive_offset=self._first)
+        with device_guard(self._q.raw[0]):
+            rows, dq, _, _ = _finish(self._q, self._positives, self._swept, request)
+        return _added(rows, dq, rows.new_empty(0), request)
+
+
+def _added(rows: Tensor, dq: Tensor, dkeys: Tensor, request: Request) -> OnePass:
+    """The results of all rows, from those of each row, [4, S, B]."""
     # Sums of one shape have one order.
     loss, *others = (
         rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
@@ -116,30 +190,49 @@ def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
     return _Units((first, second), unit, norm)
 
 
+def _own(x: Tensor, y: Tensor, y_rows: int, positive_shift: int) -> Tensor:
+    """[S, x_padded] the cosine of each x and its positive, for the ranks."""
+    S, x_padded, D = x.shape
+    own = torch.empty((S, x_padded), dtype=torch.float32, device=x.device)
+    block = _epilogue_rows(D)
+    triton_kernels.info_nce_own_kernel[(x_padded // block, S)](
+        x, y, own, x_padded, y.shape[1], y_rows, positive_shift, D=D, ROWS=block, num_warps=4
+    )
+    return own
+
+
 def _stream(
     x: Tensor,
     y: Tensor,
     y_rows: int,
     positive_shift: int,
     request: Request,
-    bias: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    own: Tensor | None = None,
     tile: Tile | None,
     splits: int | None,
+    before: _Pass | None = None,
 ) -> _Pass:
-    """Stream the rows of y past those of x, with the best tile; x replaces arguments not needed."""
+    """Stream the rows of y past those of x, with the best tile; x replaces arguments not needed.
+
+    Args:
+        x: [S, x_padded, D] rows that stay.
+        y: [S, y_padded, D] rows that stream past.
+        y_rows: those that are not padding.
+        positive_shift: the positive of x row i is y row `i + positive_shift`.
+        request: what is wanted.
+        bias: of the second pass.
+        own: the positives' cosines, where ranks are counted.
+        tile: instead of the measured one.
+        splits: instead of the computed number.
+        before: sums of other y, which become the first part of the result.
+    """
     S, x_padded, D = x.shape
     kind, processors = _chip(x.device)
     gradient = request.gradient or bias is not None
-    counting = request.accuracy and bias is None
-
-    # The positive's cosine, where ranks are counted.
-    own = x
-    if counting:
-        own = torch.empty((S, x_padded), dtype=torch.float32, device=x.device)
-        block = _epilogue_rows(D)
-        triton_kernels.info_nce_own_kernel[(x_padded // block, S)](
-            x, y, own, x_padded, y.shape[1], y_rows, positive_shift, D=D, ROWS=block, num_warps=4
-        )
+    counting = own is not None
+    lead = 0 if before is None else 1
 
     def run(tile: Tile) -> _Pass:
         tiles = _cdiv(y_rows, tile.block_y)
@@ -153,20 +246,21 @@ def _stream(
 
         acc = total = count = x
         if gradient:
-            acc = torch.empty((parts, S, x_padded, D), dtype=torch.float32, device=x.device)
+            acc = torch.empty((lead + parts, S, x_padded, D), dtype=torch.float32, device=x.device)
         if bias is None:
-            total = torch.empty((parts, S, x_padded), dtype=torch.float32, device=x.device)
+            total = torch.empty((lead + parts, S, x_padded), dtype=torch.float32, device=x.device)
         if counting:
-            count = torch.empty((parts, S, x_padded), dtype=torch.int32, device=x.device)
+            count = torch.empty((lead + parts, S, x_padded), dtype=torch.int32, device=x.device)
+        new = (acc, total, count)
+        if lead:
+            new = (acc[lead:] if gradient else x, total[lead:], count[lead:] if counting else x)
         triton_kernels.info_nce_stream_kernel[(x_padded // tile.block_x, parts, S)](
             x,
             y,
-            acc,
-            total,
-            count,
-            own,
-            own if bias is None else bias,
-            *_temperature(request, own),
+            *new,
+            x if own is None else own,
+            x if bias is None else bias,
+            *_temperature(request, x),
             x_padded,
             y_rows,
             y.shape[1],
@@ -183,7 +277,7 @@ def _stream(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return _Pass(acc, total, count, parts)
+        return _Pass(acc, total, count, lead + parts)
 
     if tile is None:
         choices = candidates(kind, D, request.precision)
@@ -191,7 +285,33 @@ def _stream(
         wants += "+ranks" if counting else ""
         key = (S, x_padded, y_rows, D, request.precision, wants)
         tile = tuned("info_nce", key, choices, choices[0], run, x.device)
-    return run(tile)
+    swept = run(tile)
+    if before is not None:
+        _fold(before, swept, gradient=gradient, counting=counting)
+    return swept
+
+
+def _fold(before: _Pass, after: _Pass, *, gradient: bool, counting: bool) -> None:
+    """Add all parts of `before`, in order, into the first part of `after`."""
+    _, S, x_padded = after.total.shape
+    D = after.acc.shape[-1]
+    block = _epilogue_rows(D) if gradient else 1024
+    rows = S * x_padded
+    epilogue_kernels.info_nce_fold_kernel[(_cdiv(rows, block),)](
+        before.acc if gradient else before.total,
+        before.total,
+        before.ranks if counting else before.total,
+        after.acc if gradient else after.total,
+        after.total,
+        after.ranks if counting else after.total,
+        rows,
+        before.splits,
+        D=D if gradient else 1,
+        ROWS=block,
+        GRADIENT=gradient,
+        COUNT=counting,
+        num_warps=4,
+    )
 
 
 def _finish(

@@ -100,10 +100,10 @@ def info_nce_loss(
         >>> round(info_nce_loss(q, torch.eye(4), temperature=0.2).item(), 4)
         0.008
     """
-    _check(q, keys, temperature, positive_offset, precision, "info_nce_loss")
+    check_arguments(q, keys, temperature, positive_offset, precision, "info_nce_loss")
     if not key_gradients:
         keys = keys.detach()
-    chosen = _backend(q, temperature, precision, backend, "info_nce_loss")
+    chosen = chosen_backend(q, temperature, precision, backend, "info_nce_loss")
     if chosen == "reference":
         return info_nce_reference(
             q,
@@ -115,11 +115,11 @@ def info_nce_loss(
         )
     request = Request(
         temperature=temperature,
-        scale=_inner_scale(temperature, scale),
+        scale=inner_scale(temperature, scale),
         positive_offset=positive_offset,
-        gradient=_wants_gradient(q, keys, temperature),
+        gradient=wants_gradient(q, keys, temperature),
         key_gradient=torch.is_grad_enabled() and keys.requires_grad,
-        precision=_precision(temperature, precision),
+        precision=chosen_precision(temperature, precision),
     )
     loss, _ = one_pass((q,), (keys,), request, triton=chosen == "triton")
     return loss * (2 * temperature) if isinstance(temperature, Tensor) and scale is None else loss
@@ -171,23 +171,23 @@ def symmetric_info_nce_loss(
         1.0
     """
     name = "symmetric_info_nce_loss"
-    _check(q1, k2, temperature, positive_offset, precision, name)
+    check_arguments(q1, k2, temperature, positive_offset, precision, name)
     for (first, one), (second, two) in ((("q1", q1), ("q2", q2)), (("k2", k2), ("k1", k1))):
         if (one.shape, one.dtype, one.device) != (two.shape, two.dtype, two.device):
             raise ValueError(
                 f"{name}: {first} is {one.dtype} {tuple(one.shape)} on {one.device} but "
                 f"{second} is {two.dtype} {tuple(two.shape)} on {two.device}"
             )
-    chosen = _backend(q1, temperature, precision, backend, name)
+    chosen = chosen_backend(q1, temperature, precision, backend, name)
     if chosen == "reference":
         return _symmetric_reference(((q1, k2), (q2, k1)), temperature, positive_offset, accuracy)
     request = Request(
         temperature=temperature,
-        scale=_inner_scale(temperature, None),
+        scale=inner_scale(temperature, None),
         positive_offset=positive_offset,
-        gradient=_wants_gradient(q1, q2, temperature),
+        gradient=wants_gradient(q1, q2, temperature),
         accuracy=accuracy,
-        precision=_precision(temperature, precision),
+        precision=chosen_precision(temperature, precision),
     )
     loss, hits = one_pass((q1, q2), (k2.detach(), k1.detach()), request, triton=chosen == "triton")
     if isinstance(temperature, Tensor):
@@ -213,11 +213,11 @@ def _symmetric_reference(
     return InfoNCEResult(one + two, *((ranks < first).to(one.dtype).mean() for first in (1, 5)))
 
 
-def _backend(
+def chosen_backend(
     q: Tensor, temperature: float | Tensor, precision: str, backend: str, name: str
 ) -> str:
     """The backend; "auto" takes chunks for what the kernels cannot do, "triton" raises."""
-    smallest = smallest_temperature(_precision(temperature, precision))
+    smallest = smallest_temperature(chosen_precision(temperature, precision))
     limits = []
     if q.dtype == torch.float64:
         limits.append("float64 input (its kernels sum in float32)")
@@ -239,26 +239,28 @@ def _backend(
     return chosen
 
 
-def _precision(temperature: float | Tensor, precision: str) -> str:
+def chosen_precision(temperature: float | Tensor, precision: str) -> str:
+    """What "auto" means for this temperature."""
     if precision != "auto":
         return precision
     return "tf32" if not isinstance(temperature, Tensor) and temperature <= TF32_BELOW else "bf16"
 
 
-def _inner_scale(temperature: float | Tensor, scale: float | None) -> float:
+def inner_scale(temperature: float | Tensor, scale: float | None) -> float:
     """The factor inside the operator; a temperature on the device multiplies its result instead."""
     if scale is not None:
         return float(scale)
     return 1.0 if isinstance(temperature, Tensor) else 2.0 * temperature
 
 
-def _wants_gradient(*inputs: float | Tensor) -> bool:
+def wants_gradient(*inputs: float | Tensor) -> bool:
+    """Whether the pass has to compute one."""
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in inputs
     )
 
 
-def _check(
+def check_arguments(
     q: Tensor,
     keys: Tensor,
     temperature: float | Tensor,

@@ -123,14 +123,14 @@ def _info_nce(*arguments: Any) -> _Results:
 def _as_results(found: OnePass, q: Tensor, keys: Tensor, *, learnt: bool) -> _Results:
     return (
         found.loss,
-        found.dq.to(_kept_dtype(q)),
-        found.dkeys.to(_kept_dtype(keys)),
+        found.dq.to(kept_dtype(q)),
+        found.dkeys.to(kept_dtype(keys)),
         found.dtemperature if learnt and found.dtemperature.numel() else found.loss.new_empty(0),
         found.hits,
     )
 
 
-def _kept_dtype(tensor: Tensor) -> torch.dtype:
+def kept_dtype(tensor: Tensor) -> torch.dtype:
     """float32 for fp16, which would flush gradients that a loss scaler has not scaled yet."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
@@ -144,8 +144,8 @@ def _(*arguments: Any) -> _Results:
     learnt = values.gradient and values.temperature is not None
     return (
         q.new_empty((), dtype=dtype),
-        q.new_empty((directions, *q.shape) if values.gradient else (0,), dtype=_kept_dtype(q)),
-        keys.new_empty(tuple(keys.shape) if values.key_gradient else (0,), dtype=_kept_dtype(keys)),
+        q.new_empty((directions, *q.shape) if values.gradient else (0,), dtype=kept_dtype(q)),
+        keys.new_empty(tuple(keys.shape) if values.key_gradient else (0,), dtype=kept_dtype(keys)),
         q.new_empty(() if learnt else (0,), dtype=dtype),
         q.new_empty((2,) if values.accuracy else (0,), dtype=dtype),
     )
@@ -172,7 +172,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         result = (incoming * gradient).to(dtype)
         if torch.is_grad_enabled():  # create_graph=True: what the forward computed has no graph
-            return _once(result)
+            return once_differentiable(result)
         return result
 
     both = scaled(dq, q_dtype) if wanted[0] and wanted[2] else None  # one launch instead of two
@@ -218,7 +218,8 @@ class _OnceOnly(torch.autograd.Function):
         )
 
 
-def _once(gradient: Tensor) -> Tensor:
+def once_differentiable(gradient: Tensor) -> Tensor:
+    """The gradient, whose own derivative is refused in words."""
     gate = torch.zeros((), requires_grad=True)
     result: Tensor = _OnceOnly.apply(gradient, gate)  # type: ignore[no-untyped-call]
     return result

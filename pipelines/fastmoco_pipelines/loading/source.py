@@ -7,11 +7,13 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmoco_pipelines import step_parts
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.healer import Healer, Trial
 from fastmoco_pipelines.loading.batch import Batch
@@ -100,6 +102,7 @@ class Source:
                             prepared.encoded,
                             prepared.draws,
                             before_output=None if self.places is None else self.places.wait,
+                            finishing=partial(step_parts.part, step_parts.AUGMENT, helpers=True),
                         )
                     )
                 self.clock.within(DECODE, AUGMENT, self.pipeline.augment_seconds)

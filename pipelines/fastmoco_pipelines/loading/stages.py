@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from fastmoco_pipelines import step_parts
+
 READ, DRAW = "read", "draw"
 DECODE, AUGMENT, TRANSFER, HEAL = "decode", "augment", "transfer", "heal"
 STAGES = {
@@ -26,6 +28,15 @@ STAGES = {
 FAST_ENOUGH = 0.05
 """Share of the time that a trainer may wait before its loader is called slow."""
 _READER = (READ, DRAW)
+_PARTS = {
+    READ: step_parts.READ,
+    DRAW: step_parts.AUGMENT,
+    DECODE: step_parts.DECODE,
+    AUGMENT: step_parts.AUGMENT,
+    TRANSFER: step_parts.TRANSFER,
+    HEAL: step_parts.READ,
+}
+"""The part of a step that a stage belongs to."""
 _ADVICE = {
     READ: "a faster disk, a local copy, or smaller images (fastmoco data pack --max-side)",
     DRAW: "more CPU cores for this process",
@@ -132,7 +143,8 @@ class StageClock:
         thread = READ if name in _READER else DECODE
         self._doing[thread] = (name, step, start)
         try:
-            yield
+            with step_parts.part(_PARTS[name], helpers=thread != READ):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             self._doing.pop(thread, None)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -135,6 +136,7 @@ class ViewPipeline:
         draws: Sequence[ViewDraws],
         *,
         before_output: Callable[[], None] | None = None,
+        finishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[Tensor, ...]:
         """Make all views of a batch.
 
@@ -143,6 +145,7 @@ class ViewPipeline:
             draws: of each view, in the order of the views (`draw_batch`): B rows in the order of
                 `encoded`.
             before_output: called once before memory is taken for the views.
+            finishing: makes the contexts of the work that `augment_seconds` counts.
 
         Returns:
             A tensor [B, 3, size, size] for each view, of the size of the view: float32 normalised
@@ -179,7 +182,7 @@ class ViewPipeline:
                 for view, some in drawn
             ]
 
-        return tuple(self._engine.run(encoded, inputs, finish, before_output))
+        return tuple(self._engine.run(encoded, inputs, finish, before_output, finishing))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
         """One output of DALI's graph that is a view, or a view before its color operations."""

@@ -91,6 +91,7 @@ class Engine:
         inputs: Inputs,
         finish: Finish,
         before_output: Callable[[], None] | None = None,
+        finishing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> list[Tensor]:
         """Run one batch, and its outputs through `finish`; every tensor returned owns its memory.
 
@@ -99,6 +100,7 @@ class Engine:
             inputs: called for each part of the rows.
             finish: called with the outputs of each part; a part's first dimension is its rows.
             before_output: called once, before memory is taken for the batch.
+            finishing: makes the contexts of the work on DALI's outputs.
 
         Raises:
             DecodeError: if an image's structure is broken, with rows of the batch, or DALI fails.
@@ -135,7 +137,7 @@ class Engine:
             try:
                 if before_output is not None and not first:
                     before_output()
-                with self._own_stream():
+                with finishing(), self._own_stream():
                     whole = _gathered(whole, finish(outputs, rows), rows, count)
             finally:
                 self.finish_seconds += time.perf_counter() - start

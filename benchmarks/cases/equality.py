@@ -1,0 +1,231 @@
+"""Losses of fastmoco and of the baseline over the same steps: same shards, samples, draws and start
+weights, in float64, float32 and under bf16 autocast.
+
+Both train on the views of the baseline, because rounding of the views would hide that of the
+training; how far fastmoco's own views are from them is reported apart. The limits are 1e-9, 1e-5
+and 1e-3.
+
+    python -m benchmarks.cases.equality benchmarks/results/equality.jsonl OUT
+
+draws the differences of the newest line of each precision.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.baseline import data
+from benchmarks.baseline.trainer import Baseline
+from benchmarks.baseline.views import library
+from benchmarks.photos import sample_shards
+from fastmoco.config import (
+    Config,
+    DataConfig,
+    KnnConfig,
+    MoCoV3Config,
+    ModelConfig,
+    OptimConfig,
+)
+from fastmoco.distributed.mesh import start_world
+from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines import Batch
+from fastmoco_pipelines.spec import moco_v3_views
+
+NAME = "equality"
+DEFAULTS = {
+    "shards": "",
+    "precisions": "fp64,fp32,bf16",
+    "architecture": "vit_nano",
+    "size": 32,
+    "patch": 8,
+    "batch": 256,
+    "hidden": 1024,
+    "steps": 200,
+    "lr": 1.5e-4,
+    "warmup_steps": 200,
+    "total_steps": 1500,
+    "loader_steps": 10,
+}
+QUICK = {"batch": 32, "hidden": 64, "steps": 4, "loader_steps": 2, "precisions": "fp64,fp32"}
+LIMITS = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-3}
+"""Largest difference of a loss, by precision."""
+COLORS = {"fp64": "#0072B2", "fp32": "#E69F00", "bf16": "#009E73"}
+"""Told apart with any color vision."""
+Precision = Literal["fp64", "fp32", "bf16"]
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Train both side by side.
+
+    Args:
+        options: `shards` (empty: cut from sample photographs); `precisions`, with a comma between
+            them; `architecture`, `size` of the images, `patch` and `hidden` width of the heads;
+            images of a `batch`; `steps`; base `lr`, `warmup_steps` and `total_steps` of the
+            schedule, which determine how fast rounding errors grow; `loader_steps`, the first
+            steps, in which fastmoco's own loader is compared.
+
+    Returns:
+        By precision: `largest_difference` of a loss and its `limit`, `differences` of all steps,
+        `losses` of both in every tenth step. `failed` with the precisions beyond their limits.
+        `views`: whether fastmoco's loader gave the same samples, and how far its views are from
+        those of the baseline.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    precisions = options["precisions"].split(",")
+    for word in precisions:
+        if word not in LIMITS:
+            raise ValueError(f"precisions: {word!r} is none of {', '.join(LIMITS)}")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        shards = options["shards"] or sample_shards(folder, options["batch"])
+        pairs = {}
+        for precision in precisions:
+            config = config_of(options, shards, cast(Precision, precision))
+            with redirect_stdout(sys.stderr):  # the output has the result alone
+                trainer = Trainer.build(config, folder / precision, start_world("cpu"))
+            stack.callback(trainer.close)
+            count = trainer.loader.sample_count
+            baseline = Baseline(config, torch.device("cpu"), sample_count=count)
+            baseline.load_from(trainer.objective)
+            pairs[precision] = trainer, baseline
+        return _train(pairs, options)
+
+
+def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Config:
+    """A small ViT on the views of MoCo v3, with a schedule of whole steps."""
+    size, batch = options["size"], options["batch"]
+    view1, view2 = moco_v3_views(size)
+    # The schedule is given in steps; the config counts epochs of the set.
+    epoch = max(1, _count(shards) // batch)
+    return Config(
+        recipe="equality",
+        device="cpu",
+        threads=1,
+        precision=precision,
+        epochs=options["total_steps"] / epoch,
+        global_batch_size=batch,
+        log_every_steps=10**6,
+        model=ModelConfig(
+            architecture=options["architecture"],
+            image_size=size,
+            patch_size=options["patch"],
+            hidden_dim=options["hidden"],
+            projection_dim=256,
+        ),
+        objective=MoCoV3Config(),
+        optim=OptimConfig(lr=options["lr"], warmup_epochs=options["warmup_steps"] / epoch),
+        data=DataConfig(shards=shards, view1=view1, view2=view2, threads=1),
+        knn=KnnConfig(every_epochs=0),
+    )
+
+
+def _count(shards: str) -> int:
+    """Images of some shards."""
+    return data.sample_count(Config(data=DataConfig(shards=shards)))
+
+
+def _train(pairs: dict[str, tuple[Trainer, Baseline]], options: dict[str, Any]) -> dict[str, Any]:
+    """All steps of all precisions on the same batches."""
+    first = next(iter(pairs.values()))[0]
+    losses: dict[str, list[tuple[float, float]]] = {precision: [] for precision in pairs}
+    apart = Apart()
+    batches = data.batches(first.config)
+    for step in range(options["steps"]):
+        view1, view2, ids = next(batches)
+        if step < options["loader_steps"]:
+            apart.add(first.loader.next(), (view1, view2), ids, first.config)
+        for precision, (trainer, baseline) in pairs.items():
+            batch = Batch(views=(view1, view2), sample_ids=ids.numpy(), step=step)
+            ours = trainer.step(batch).loss.item()
+            losses[precision].append((ours, baseline.step(view1, view2).item()))
+
+    result: dict[str, Any] = {"failed": {}, "views": apart.to_json()}
+    for precision, of_both in losses.items():
+        differences = [abs(ours - plain) for ours, plain in of_both]
+        largest, limit = max(differences), LIMITS[precision]
+        if not largest <= limit:
+            result["failed"][precision] = f"a loss differs by {largest:.2g}, limit {limit}"
+        result[precision] = {
+            "largest_difference": largest,
+            "limit": limit,
+            "differences": [float(f"{value:.3g}") for value in differences],
+            "losses": {
+                name: [of_step[side] for of_step in of_both[::10]]
+                for side, name in enumerate(("fastmoco", "baseline"))
+            },
+        }
+    if not apart.same_samples:
+        result["failed"]["samples"] = "fastmoco's loader delivers other samples than the baseline's"
+    return result
+
+
+class Apart:
+    """How far fastmoco's own views are from those of the baseline, in levels of 255."""
+
+    def __init__(self) -> None:
+        self.same_samples = True
+        self._views = self._other_views = self._pixels = self._other_pixels = 0
+        self._largest = 0.0
+
+    def add(self, batch: Batch, pair: tuple[Tensor, Tensor], ids: Tensor, config: Config) -> None:
+        """Compare a batch of both."""
+        self.same_samples &= batch.sample_ids.tolist() == ids.tolist()
+        for ours, plain, spec in zip(batch.views, pair, config.data.views, strict=True):
+            std = torch.tensor(spec.std).view(3, 1, 1)
+            levels = ((ours - plain) * 255 * std).abs().round()
+            self._views += len(levels)
+            self._other_views += int((levels.flatten(1) > 0).any(1).sum())
+            self._pixels += levels.numel()
+            self._other_pixels += int((levels > 0).sum())
+            self._largest = max(self._largest, float(levels.max()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures."""
+        return {
+            "library": library(),
+            "same_samples": self.same_samples,
+            "compared": self._views,
+            "views_that_differ": self._other_views,
+            "share_of_levels_that_differ": self._other_pixels / max(1, self._pixels),
+            "largest_difference_in_levels": self._largest,
+        }
+
+
+def plot(lines: Path, out: Path) -> None:
+    """Draw the differences of the newest line of each precision."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines.read_text().splitlines():
+        result = json.loads(line)["result"]
+        found |= {name: result[name] for name in LIMITS if name in result}
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for name, of_one in found.items():
+        # An equal loss has no logarithm; it is drawn at the bottom.
+        values = [max(value, 1e-17) for value in of_one["differences"]]
+        axes.semilogy(values, ".", markersize=3, color=COLORS[name], label=name)
+        axes.axhline(of_one["limit"], color=COLORS[name], linewidth=0.8, linestyle="--")
+    axes.set_xlabel("step")
+    axes.set_ylabel("|loss of fastmoco - loss of the baseline|")
+    axes.legend(loc="upper left", ncols=3, title="dashed: limit")
+    axes.set_ylim(5e-18, 1)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+if __name__ == "__main__":
+    plot(Path(sys.argv[1]), Path(sys.argv[2]))
