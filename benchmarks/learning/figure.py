@@ -108,4 +108,4 @@ def _range(figures: Mapping[str, float]) -> str:
 def _ratio(ratio: Mapping[str, float] | None) -> str:
     if ratio is None:
         return ""
-    return f"{ratio['median']:.2f}x ({ratio['smallest']:.2f} to {ratio['largest']:.2f})"
+    return f"{ratio['median']:.2f}x ({ratio['q20']:.2f} to {ratio['q80']:.2f})"
