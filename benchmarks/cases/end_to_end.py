@@ -117,7 +117,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             `batch`; `width`, `depth` and `heads` of the ViT, `hidden` width of its heads;
             `threads` of torch, and of the loader: threads of fastmoco, worker processes of the
             baseline; first losses `checked`; `steps` of a turn at the largest size, more at
-            smaller ones, so that turns take about as long; `rounds`.
+            smaller ones, inversely proportional to the size; `rounds`.
 
     Returns:
         By size: `losses` of the first steps, `failed` with reasons, `first_step` with the time of
@@ -203,7 +203,7 @@ def _options(options: dict[str, Any], size: int, largest: int) -> dict[str, Any]
     """The options of one size."""
     return options | {
         "size": size,
-        "steps": max(1, round(options["steps"] * (largest / size) ** 2)),
+        "steps": max(1, round(options["steps"] * largest / size)),
     }
 
 
@@ -231,12 +231,10 @@ def _in_turns(
             for name in failed:
                 del children[size, name]
 
-        # Images per CPU-second, after one round of warm-up.
+        # Images per CPU-second. The first losses were the warm-up.
         rounds = next(iter(by_size.values()))["rounds"]
         if "rate" in measured:
             turns = {key: partial(_rate, child) for key, child in children.items()}
-            for turn in turns.values():
-                turn()
             rates = interleave({f"{s} {n}": turn for (s, n), turn in turns.items()}, rounds=rounds)
             for size in by_size:
                 own = {n: rates[f"{size} {n}"] for s, n in children if s == size}

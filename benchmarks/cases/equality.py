@@ -52,6 +52,7 @@ DEFAULTS = {
     "hidden": 1024,
     "steps": 200,
     "lr": 1.5e-4,
+    "eps": 1e-8,
     "warmup_steps": 200,
     "total_steps": 1500,
     "loader_steps": 10,
@@ -70,8 +71,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: `shards` (empty: cut from sample photographs); `precisions`, with a comma between
             them; `architecture`, `size` of the images, `patch` and `hidden` width of the heads;
-            images of a `batch`; `steps`; base `lr`, `warmup_steps` and `total_steps` of the
-            schedule, which determine how fast rounding errors grow; `loader_steps`, the first
+            images of a `batch`; `steps`; base `lr`, `eps` of AdamW, `warmup_steps` and
+            `total_steps` of the schedule, which determine how fast rounding errors grow; `loader_steps`, the first
             steps, in which fastmoco's own loader is compared.
 
     Returns:
@@ -155,7 +156,9 @@ def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Con
             projection_dim=256,
         ),
         objective=MoCoV3Config(),
-        optim=OptimConfig(lr=options["lr"], warmup_epochs=options["warmup_steps"] / epoch),
+        optim=OptimConfig(
+            lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_steps"] / epoch
+        ),
         data=DataConfig(shards=shards, view1=view1, view2=view2, threads=1),
         knn=KnnConfig(every_epochs=0),
     )

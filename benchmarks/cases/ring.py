@@ -177,7 +177,7 @@ class _Sides:
         for query, key in zip(self.queries, self.keys.chunk(2, dim=1), strict=True):
             key += 0.3 * query
 
-    def loss_and_gradients(self, way: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_and_gradients(self, way: str, temperature: float) -> tuple[Tensor, ...]:
         """The loss of both directions, and the gradients of the queries."""
         q1, q2 = (query.detach().requires_grad_() for query in self.queries)
         offset = group_rank() * len(q1)
