@@ -134,7 +134,7 @@ def table(result: Mapping[str, Any]) -> str:
     """A row for each task and side, then what was skipped, failed or unstable."""
     lines = [markdown(*figure.rows(result))]
     for key in ("skipped", "failed", "unstable"):
-        lines += [f"{key}: {name}: {reason}" for name, reason in result[key].items()]
+        lines += [f"{key}: {name}: {reason}" for name, reason in result.get(key, {}).items()]
     return "\n\n".join(lines)
 
 
