@@ -107,7 +107,6 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
             check=False,
         )
         shutil.rmtree(folder, ignore_errors=True)
-        _git(root, "worktree", "prune")
         signal.signal(signal.SIGTERM, before)
 
 

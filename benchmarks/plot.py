@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,15 @@ def _about(line: Mapping[str, Any]) -> str:
     )
 
 
+def _differences(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each line of a case the options that other lines have otherwise, for titles."""
+    options = [{**line["options"]} for line in lines]
+    names = [n for n in dict.fromkeys(n for o in options for n in o) if len(lines) > 1]
+    differ = [n for n in names if len({str(o.get(n)) for o in options}) > 1]
+    shown_ = [", ".join(f"{n}={o[n]}" for n in differ if n in o) for o in options]
+    return [f" ({text})" if text else "" for text in shown_]
+
+
 def _charts(line: Mapping[str, Any]) -> list[Chart]:
     case = CASES.get(line["case"])
     return (case.charts if case else shown.charts)(line["result"])
@@ -123,7 +133,11 @@ def write(*, check: bool) -> int:
         if case and case.draw:  # the newest line
             case.draw(lines[-1]["result"], IMAGES / f"{name}.svg")
             continue
-        drawn = [chart for line in lines for chart in _charts(line)]
+        drawn = [
+            replace(chart, title=chart.title + what)
+            for line, what in zip(lines, _differences(lines), strict=True)
+            for chart in _charts(line)
+        ]
         if drawn:
             draw(drawn, IMAGES / f"{name}.svg")
     print("wrote docs/performance.md and docs/images/performance/")

@@ -162,8 +162,8 @@ def charts(result: Mapping[str, Any]) -> list[Chart]:
     """The speed-ups of a result's contests."""
     return [
         Bars(
-            title=f"{name}: speed-up of {subject_of(part)}".removeprefix(": "),
-            unit="times, over",
+            title=f"{name}: speed-up of {subject_of(part)} over".removeprefix(": "),
+            unit="times",
             bars={who: (s["median"], *low_high(s)) for who, s in part["speedup"].items()},
             equal=1.0,
         )

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.ranks import run_ranks
 from benchmarks.scale_child import UNITS, config_of
+from benchmarks.shown import Bars, Chart, markdown, number
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.plan import StepPlan
 from fastmoco.planning.scale.layout import Layout, layout_of
@@ -132,6 +133,34 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             if abs(row["wall_s"]["error"]) > options["largest_error"]
         ],
     }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each checked step."""
+    rows = [
+        (
+            row["step"],
+            row["strategy"],
+            str(row["ranks"]),
+            number(sum(row["wall_s"]["predicted_ms"].values())),
+            number(row["wall_s"]["measured_ms"]),
+            f"{100 * row['wall_s']['error']:.1f}",
+        )
+        for row in result.get("steps", [])
+    ]
+    return markdown(
+        ("step", "strategy", "ranks", "predicted, ms", "measured, ms", "error, %"), rows
+    )
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The error of each checked step."""
+    bars = {
+        f"{row['step']} {row['strategy']}, {row['ranks']} ranks": abs(100 * row["wall_s"]["error"])
+        for row in result.get("steps", [])
+    }
+    spread = {name: (error, error, error) for name, error in bars.items()}
+    return [Bars(title="Error of the model of a step", unit="%", bars=spread)] if bars else []
 
 
 def _measured(options: dict[str, Any], ranks: int) -> dict[str, dict[str, float]]:

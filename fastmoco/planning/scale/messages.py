@@ -45,7 +45,7 @@ class Message(NamedTuple):
     """weights, gradients, keys, batch norms or agreement."""
     kind: Kind
     bytes: float
-    count: float
+    number: float
     group: Group
     """Ranks: all, those that share a copy of the state, or those with the same shard."""
     phase: Phase

@@ -335,7 +335,11 @@ class Search:
             row.ratio = statistics.median(ratios[id(row)])
         if not left:  # no time, or failed combinations: the best of the rounds before
             left = [row for row in finalists if row.alive and row.ratio]
-        return max(left, key=lambda row: row.ratio or 0.0, default=None)
+        winner = max(left, key=lambda row: row.ratio or 0.0, default=None)
+        for row in finalists:
+            if row.alive and row is not winner:
+                row.state, row.reason = "out", "slower finalist"
+        return winner
 
     def _final_steps(self, finalists: int, planned: Schedule) -> int:
         """Steps with which all finalists are measured twice, if they can."""

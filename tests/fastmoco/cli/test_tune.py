@@ -169,7 +169,7 @@ def test_a_real_search_writes_a_script_that_trains(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """One candidate: attention and compiled blocks are given."""
-    monkeypatch.setattr(halving, "MOST_PAIRS", 2)
+    monkeypatch.setattr(halving, "MOST_PAIRS", 1)
     out = tmp_path / "fast.sh"
     words = ["--data.shards", digits[0], "--threads", "1", *TINY]
     words += ["--model.attention", "sdpa", "--model.compile", "False", "--only", "blocks"]

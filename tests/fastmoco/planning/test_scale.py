@@ -88,7 +88,7 @@ def test_parameters_are_padded_to_the_shards() -> None:
 def test_ddp_sends_every_gradient_once(config: Config, layout: Layout, chunk: int) -> None:
     plan = replace(WHOLE, chunk=chunk)
     sent = step_messages(config, layout, Ranks(total=4), plan, "fp32")
-    gradients = sum(m.bytes * m.count for m in sent if m.part == "gradients")
+    gradients = sum(m.bytes * m.number for m in sent if m.part == "gradients")
     assert gradients == 4 * sum(layout.trained)
     assert not [m for m in sent if m.part == "weights"]
     assert step_messages(config, layout, Ranks(total=1), plan, "fp32") == []
@@ -107,7 +107,7 @@ def test_chunks_gather_weights_again_but_reduce_gradients_once(
     def totals(plan: StepPlan) -> tuple[float, float]:
         sent = step_messages(config, layout, Ranks(total=4, shards=4), plan, "fp32")
         return tuple(  # type: ignore[return-value]
-            sum(m.bytes * m.count for m in sent if m.part == part)
+            sum(m.bytes * m.number for m in sent if m.part == part)
             for part in ("weights", "gradients")
         )
 
@@ -125,7 +125,7 @@ def test_a_ring_of_keys_sends_what_a_gather_receives(config: Config, layout: Lay
 
     (gathered,) = keys(Ranks(total=8))
     (sent,) = keys(Ranks(total=8, ring=True))
-    assert sent.bytes * sent.count == gathered.bytes * 7 / 8
+    assert sent.bytes * sent.number == gathered.bytes * 7 / 8
     assert len(keys(Ranks(total=8, on_cpu=True))) == 2
 
 
@@ -150,7 +150,7 @@ def test_hidden_messages_never_add_more_than_they_take(
     hidden = step_time(WORK, MACHINE, sent, fabric, ranks)
     shown = step_time(WORK, replace(MACHINE, overlaps=False), sent, fabric, ranks)
     for name, part in hidden.parts.items():
-        assert part.exposed_s > 0 or part.count == 0
+        assert part.exposed_s > 0 or part.messages == 0
         assert part.exposed_s <= part.seconds == shown.parts[name].exposed_s
     # The only bucket of DDP is complete when the backward ends.
     assert (hidden.seconds < shown.seconds) == (shards > 1)

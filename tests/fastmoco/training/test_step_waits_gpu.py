@@ -52,7 +52,7 @@ def at_each_fetch(trainer: Trainer, look: Callable[[int], None]) -> None:
 @pytest.mark.parametrize(
     ("device", "chunk", "compiled", "backend"),
     [
-        ("cpu", 20, False, "fastmoco"),
+        ("cpu", 20, False, "torch"),  # there fastmoco's sweep reads its numbers on the host
         pytest.param("cuda", "none", False, "fastmoco", marks=pytest.mark.gpu),
         pytest.param("cuda", "none", False, "torch", marks=pytest.mark.gpu),
         pytest.param("cuda", 20, False, "fastmoco", marks=pytest.mark.gpu),
