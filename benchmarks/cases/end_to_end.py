@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.baseline.views import library
 from benchmarks.end_to_end_child import BASELINE, CONTENDERS
 from benchmarks.measure import interleave, ratios
 from benchmarks.photos import sample_shards
+from benchmarks.shown import low_high, markdown, number
 from fastmoco_pipelines.views.runtime import has_dali
 
 NAME = "end_to_end"
@@ -155,6 +157,46 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 found = {name: _memory(own | {"contender": name}) for name in names}
                 result.setdefault(str(size), {})["memory"] = found
     return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For each size a row for each contender, then its parts of a step."""
+    sizes = {n: p for n, p in result.items() if n.isdigit() and isinstance(p, Mapping)}
+    text = []
+    for size, part in sizes.items():
+        names = list(dict.fromkeys((*part.get("median", {}), *part.get("memory", {}))))
+        rows = []
+        for name in names:
+            ratios_ = [part.get(key, {}).get(name) for key in ("speedup", "speedup_compiled")]
+            rows.append(
+                (
+                    name,
+                    number(part["median"][name]) if name in part.get("median", {}) else "",
+                    *(_spread(ratio) for ratio in ratios_),
+                    *_peaks(part.get("memory", {}).get(name, {})),
+                )
+            )
+        head = ("contender", "images per CPU-second", "speed-up of fastmoco over it")
+        keys = [f"{key}, MB" for key in next(iter(part.get("memory", {}).values()), {})]
+        heads = (*head, "speed-up of fastmoco compiled over it", *keys)
+        text.append(f"**{size} pixels**\n\n{markdown(heads, rows)}")
+        if parts := part.get("parts"):
+            steps = list(dict.fromkeys(step for own in parts.values() for step in own))
+            rows = [(n, *(number(own.get(s, 0.0)) for s in steps)) for n, own in parts.items()]
+            text.append("CPU milliseconds per image by part of a step:")
+            text.append(markdown(("contender", *steps), rows))
+        text += [f"{name} failed: {why}." for name, why in part.get("failed", {}).items()]
+    return "\n\n".join(text)
+
+
+def _spread(ratio: Mapping[str, float] | None) -> str:
+    if not ratio:
+        return ""
+    return f"{number(ratio['median'])} ({' to '.join(map(number, low_high(ratio)))})"
+
+
+def _peaks(memory: Mapping[str, Any]) -> list[str]:
+    return [f"{value / 1e6:,.1f}" if isinstance(value, int) else "" for value in memory.values()]
 
 
 def _options(options: dict[str, Any], size: int, largest: int) -> dict[str, Any]:

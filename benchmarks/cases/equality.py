@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +27,7 @@ from benchmarks.baseline import data
 from benchmarks.baseline.trainer import Baseline
 from benchmarks.baseline.views import library
 from benchmarks.photos import sample_shards
+from benchmarks.shown import Chart, Lines, markdown
 from fastmoco.config import (
     Config,
     DataConfig,
@@ -100,6 +102,36 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             baseline.load_from(trainer.objective)
             pairs[precision] = trainer, baseline
         return _train(pairs, options)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each precision."""
+    rows = [
+        (
+            name,
+            str(len(part["differences"])),
+            f"{part['largest_difference']:.1e}",
+            f"{part['limit']:.0e}",
+        )
+        for name, part in _precisions(result).items()
+    ]
+    return markdown(("precision", "steps", "largest difference of a loss", "limit"), rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The difference of the losses by step."""
+    lines = {
+        name: [(i, d) for i, d in enumerate(part["differences"], start=1) if d > 0]
+        for name, part in _precisions(result).items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    title = "Difference of the loss from the baseline's"
+    return [Lines(title=title, x="step", y="difference", lines=lines, log=True)] if lines else []
+
+
+def _precisions(result: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {name: part for name, part in result.items() if isinstance(part, Mapping)}
+    return {name: part for name, part in parts.items() if "differences" in part}
 
 
 def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Config:

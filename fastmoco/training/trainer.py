@@ -49,6 +49,7 @@ from fastmoco.training.start import Start, find_start, finished_already, give_ba
 from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
+from fastmoco_pipelines.loading.arenas import keep_freed_memory
 from fastmoco_pipelines.step_parts import LOG, part
 from fastmoco_pipelines.text import counted
 
@@ -173,6 +174,9 @@ class Trainer:
             CheckpointError: if `out` contains checkpoints but none verifies.
         """
         threads = setup.share_cores(config)
+        if world.device.type == "cpu":
+            # The steps allocate the same tensors again and again.
+            keep_freed_memory()
         with contextlib.ExitStack() as undo:
             # The folder is locked, and every rank sees the same checkpoint.
             start = start or find_start(out, world, trust=trust)

@@ -61,7 +61,7 @@ def _run(program: str, argument: str, **environment: str) -> list[str]:
     ours = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+        if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
     }
     command = [sys.executable, "-c", COUNT + program, argument]
     done = subprocess.run(
@@ -134,3 +134,38 @@ def test_what_dead_cycles_held_goes_back_to_the_system(given: bool) -> None:
         check=True,
     )
     assert (int(done.stdout) > 50e6) is given
+
+
+FAULTS = """
+import resource
+from fastmoco_pipelines.loading.arenas import keep_freed_memory
+kept = sys.argv[1] == "kept" and keep_freed_memory()
+size = 64 << 20
+b"x" * size
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    b"x" * size
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_freed_block_is_the_next_one_of_its_size() -> None:
+    told, pages = _run(FAULTS, "returned")
+    assert told == "False"
+    assert int(pages) > 3 * (64 << 20) // 65536  # else this test shows nothing
+    told, pages = _run(FAULTS, "kept")
+    assert told == "True"
+    assert int(pages) < 100
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"},
+    ],
+)
+def test_a_users_own_thresholds_stay(setting: dict[str, str]) -> None:
+    told, pages = _run(FAULTS, "kept", **setting)
+    assert told == "False"
+    assert int(pages) > 1000
