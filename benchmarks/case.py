@@ -7,12 +7,15 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from benchmarks import shown
 from benchmarks.contest import Task, contest
+from benchmarks.outcome import FAILED, outcome
 from fastmoco_pipelines.text import first_sentence
 
 Options = dict[str, Any]
@@ -31,7 +34,9 @@ class Case:
         defaults: its options and their values.
         quick: values of some options, with which the whole case takes at most 20 CPU-seconds.
         run: checks, then measures; the result has JSON values.
-        table: the result as text, if a table shows it better than a line of JSON.
+        table: a result in Markdown, instead of the table of `benchmarks.shown`.
+        charts: a result as charts, instead of those of `benchmarks.shown`.
+        draw: draws a result into a file, where charts do not show it.
     """
 
     name: str
@@ -39,12 +44,19 @@ class Case:
     defaults: Mapping[str, Any]
     quick: Mapping[str, Any]
     run: Callable[[Options], dict[str, Any]]
-    table: Callable[[Mapping[str, Any]], str] | None = None
+    table: Callable[[Mapping[str, Any]], str] = shown.table
+    charts: Callable[[Mapping[str, Any]], list[shown.Chart]] = shown.charts
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None
 
     @property
     def summary(self) -> str:
         """The first sentence of its description."""
         return first_sentence(self.doc)
+
+    def shown(self, result: Mapping[str, Any]) -> str:
+        """A result in Markdown; a failed check comes first."""
+        status, reason = outcome(result)
+        return f"The check failed: {reason}.\n\n" * (status == FAILED) + self.table(result)
 
     def options(self, given: Sequence[str] = (), *, quick: bool = False) -> Options:
         """The default options, those of the quick form if asked for, and given `name=value`s."""
@@ -54,7 +66,7 @@ class Case:
 def case_of(module: ModuleType) -> Case:
     """The case that a module of `cases/` defines by its names.
 
-    All have `NAME`, a docstring, `DEFAULTS` and `QUICK`. One has `run(options)`, and measures by
+    All have `NAME`, a docstring, `DEFAULTS` and `QUICK`, and some `table` and `charts`. One has `run(options)`, and measures by
     itself. Another has `tasks(options, device)`, the tasks for this harness: one, or several by
     name. It may have `SHAPES`, by type of device the values of options that are 0, without those
     devices that it does not run on, and `together(result, options)`, figures of all its tasks.
@@ -68,7 +80,9 @@ def case_of(module: ModuleType) -> Case:
         defaults=defaults,
         quick=module.QUICK,
         run=run,
-        table=getattr(module, "table", None),
+        table=getattr(module, "table", shown.table),
+        charts=getattr(module, "charts", shown.charts),
+        draw=getattr(module, "draw", None),
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: list the cases, run some or all of them, append results as JSON lines."""
+"""The command line: list the cases, run some or all of them, compare two commits, draw results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plot
 from benchmarks.case import Case, Options, near
+from benchmarks.compare import compare
 from benchmarks.measure import machine
 from benchmarks.outcome import FAILED, MARKED, outcome
 from benchmarks.registry import CASES
@@ -34,21 +36,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner.add_argument("--quick", action="store_true", help="small: seconds for each case")
     runner.add_argument("--set", action="append", default=[], metavar="name=value")
     runner.add_argument("--out", type=Path, help="append results to this file of JSON lines")
-    runner.add_argument("--table", action="store_true", help="a table, not a line of JSON (growth)")
+    runner.add_argument("--table", action="store_true", help="a table, not a line of JSON")
+    other = verbs.add_parser("compare", help="cases of two commits, a run of each in turn")
+    other.add_argument("commits", nargs=2, metavar="COMMIT", help="such as main and HEAD")
+    other.add_argument("words", nargs="*", metavar="CASE|name=value", help="none: all, --quick")
+    other.add_argument("--quick", action="store_true", help="small: seconds for each case")
+    other.add_argument("--set", action="append", default=[], metavar="name=value")
+    other.add_argument("--rounds", type=int, default=3, help="runs of each commit")
+    plotter = verbs.add_parser("plot", help="write docs/performance.md and its images")
+    plotter.add_argument("--check", action="store_true", help="fail if the page is outdated")
     given = parser.parse_args(argv)
     if given.verb == "list":
         return _list()
+    if given.verb == "plot":
+        return plot.write(check=given.check)
 
     cases = [find(word) for word in given.words if "=" not in word]
     settings = [*(word for word in given.words if "=" in word), *given.set]
+    if given.verb == "compare":
+        if settings and len(cases) != 1:
+            parser.error(f"{settings[0]}: options go to one case, not to several")
+        if cases:
+            cases[0].options(settings)  # refuses what the case does not know
+        asked = {"rounds": given.rounds, "quick": given.quick or not cases, "settings": settings}
+        return compare(given.commits, cases or list(CASES.values()), **asked)
     if given.all == bool(cases):
         parser.error("name the cases, or give --all")
     if len(cases) != 1:
         if settings:
             parser.error(f"{settings[0]}: options go to one case, not to several")
         return run_all(cases or list(CASES.values()), quick=given.quick, out=given.out)
-    if given.table and cases[0].table is None:
-        parser.error(f"{cases[0].name} has no table: omit --table")
     options = cases[0].options(settings, quick=given.quick)
     return run_one(cases[0], options, out=given.out, table=given.table)
 
@@ -86,7 +103,7 @@ def run_one(case: Case, options: Options, *, out: Path | None, table: bool = Fal
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     text = json.dumps(line)
-    print(case.table(result) if table and case.table else text)
+    print(case.shown(result) if table else text)
     if out:
         with open(out, "a") as file:
             file.write(text + "\n")

@@ -39,7 +39,7 @@ def config_of(name: str, ranks: int) -> Config:
     recipe = quickstart_digits()
     model = replace(
         recipe.model,
-        architecture=architecture,
+        architecture=architecture,  # type: ignore[arg-type]
         image_size=int(side),
         patch_size={"vit_nano": 2, "vit_micro": 4, "vit_tiny": 16}[architecture],
         hidden_dim=int(hidden),
@@ -180,7 +180,7 @@ def main(options: dict[str, Any]) -> None:
         stop_world()
     else:  # processes that compute at the same time, each alone
         ranks, rank = int(os.environ.pop("WORLD_SIZE")), int(os.environ.pop("RANK"))
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, rank == 0
         )
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.baseline.trainer import Baseline
 from benchmarks.contest import relative_error
-from benchmarks.step_profile import profiled
 from fastmoco.config import BatchConfig, Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.objectives.build import build_model
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
+from fastmoco.training.profiling.events import by_part
 from fastmoco.training.trainer import Trainer
 
 SIDES = ("fastmoco", "eager", "compiled")
@@ -40,6 +40,8 @@ SIDES = ("fastmoco", "eager", "compiled")
 COMPILED_IMAGES = 1024
 """Largest batch of the compiled opponent, because every batch that does not fit
 costs a compilation first."""
+LARGEST = 12
+"""Kernels that are listed."""
 SEGMENTS = "expandable_segments:True"
 """Setting of torch's allocator: a large step with changing shapes then does not return its memory
 and allocate it again."""
@@ -84,6 +86,29 @@ def config_of(options: dict[str, Any]) -> Config:
     )
 
 
+def _profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The kernels of one call after warm-up, on a CPU its operators: their number, the sum of
+    their times, and the largest.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    found = by_part(profiler.events(), largest=10**6)
+    busy = sum(ms for _, ms, _ in found.top)
+    return {
+        "launches": sum(calls for _, _, calls in found.top),
+        "busy_ms": round(busy, 2),
+        "largest_kernels": [
+            f"{ms:.2f} ms {ms / max(busy, 1e-9):.1%} x{calls} {name[:80]}"
+            for name, ms, calls in found.top[:LARGEST]
+        ],
+    }
+
+
 class Side:
     """One implementation of a step.
 
@@ -117,7 +142,7 @@ class Side:
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         self.result["peak_bytes"] = peak
         if profile:
-            self.result |= profiled(self._step, self._device)
+            self.result |= _profiled(self._step, self._device)
 
     def images_per_s(self, steps: int) -> float:
         """Time of some consecutive steps."""

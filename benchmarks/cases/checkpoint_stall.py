@@ -18,8 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.measure import interleave
+from benchmarks.shown import Bars, Chart, low_high, markdown, number
 from fastmoco.checkpoint import Saver
+from fastmoco.checkpoint.folder import list_checkpoints
+from fastmoco.checkpoint.loading import load_checkpoint
 from fastmoco.config import KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe, with_image_size
@@ -51,7 +56,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             `rounds`; `folder` on the disk to be measured (empty: the temporary folder).
 
     Returns:
-        `state_mb`; `step_s`, the median second of a step; `blocked` and `added`, each for `sync`
+        `failed`, for each kind of save whose checkpoint differs from the state, and then nothing
+        else; `state_mb`; `step_s`, the median second of a step; `blocked` and `added`, each for `sync`
         and `async`, in steps: median, smallest and largest; `async_over_sync` of the blocked time;
         `share_of_a_run`, the blocked time of a save over the default interval between two.
     """
@@ -93,6 +99,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             measure()  # fills caches and allocates the memory of the copy
         blocked = {name: [] for name in savers}
         figures = interleave(measures, rounds=options["rounds"])
+        for name, saver in savers.items():
+            tensors, rest = trainer._state()
+            (saver.save if name == "sync" else saver.save_in_background)(
+                step=next(number), tensors=tensors, state=rest
+            )
+            saver.settle()
+        failed = {name: fault for name in savers if (fault := _fault(folder / name, trainer))}
+        if failed:
+            return {"failed": failed}
         megabytes = sum(tensor.nbytes for tensor in trainer._state()[0].values()) / 1e6
     step = statistics.median(figures["none"]) / options["steps"]
     added = {
@@ -104,6 +119,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     }
     interval = get_recipe(options["recipe"]).checkpoint.every_minutes * 60
     return {
+        "failed": failed,
         "state_mb": round(megabytes, 1),
         "step_s": round(step, 3),
         "blocked": {
@@ -117,6 +133,41 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             name: float(f"{statistics.median(v) / interval:.3g}") for name, v in blocked.items()
         },
     }
+
+
+def _fault(folder: Path, trainer: Trainer) -> str:
+    """What differs between the state of a run and the checkpoint of it; "" if nothing."""
+    saved = load_checkpoint(list_checkpoints(folder)[-1]).tensors
+    state = trainer._state()[0]
+    if saved.keys() != state.keys():
+        return "the names of tensors differ from the state"
+    wrong = [name for name, tensor in state.items() if not torch.equal(saved[name], tensor.cpu())]
+    return f"differs from the state in {', '.join(wrong[:3])}" if wrong else ""
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each kind of save."""
+    rows = [
+        (
+            name,
+            *(
+                f"{number(spread['median'])} ({' to '.join(map(number, low_high(spread)))})"
+                for spread in (result["blocked"][name], result["added"][name])
+            ),
+            number(100 * result["share_of_a_run"][name]),
+        )
+        for name in result.get("blocked", {})
+    ]
+    head = ("save", "steps that the call takes", "steps until it is committed", "% of a run")
+    return markdown(head, rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """How long training waits for a save."""
+    bars = {name: (s["median"], *low_high(s)) for name, s in result.get("blocked", {}).items()}
+    return (
+        [] if not bars else [Bars(title="Training waits for a checkpoint", unit="steps", bars=bars)]
+    )
 
 
 def _trainer(options: Mapping[str, Any], folder: Path) -> Trainer:

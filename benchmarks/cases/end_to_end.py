@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.baseline.views import library
 from benchmarks.end_to_end_child import BASELINE, CONTENDERS
 from benchmarks.measure import interleave, ratios
 from benchmarks.photos import sample_shards
+from benchmarks.shown import low_high, markdown, number
 from fastmoco_pipelines.views.runtime import has_dali
 
 NAME = "end_to_end"
@@ -115,7 +117,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             `batch`; `width`, `depth` and `heads` of the ViT, `hidden` width of its heads;
             `threads` of torch, and of the loader: threads of fastmoco, worker processes of the
             baseline; first losses `checked`; `steps` of a turn at the largest size, more at
-            smaller ones, so that turns take about as long; `rounds`.
+            smaller ones, inversely proportional to the size; `rounds`.
 
     Returns:
         By size: `losses` of the first steps, `failed` with reasons, `first_step` with the time of
@@ -157,11 +159,51 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """For each size a row for each contender, then its parts of a step."""
+    sizes = {n: p for n, p in result.items() if n.isdigit() and isinstance(p, Mapping)}
+    text = []
+    for size, part in sizes.items():
+        names = list(dict.fromkeys((*part.get("median", {}), *part.get("memory", {}))))
+        rows = []
+        for name in names:
+            ratios_ = [part.get(key, {}).get(name) for key in ("speedup", "speedup_compiled")]
+            rows.append(
+                (
+                    name,
+                    number(part["median"][name]) if name in part.get("median", {}) else "",
+                    *(_spread(ratio) for ratio in ratios_),
+                    *_peaks(part.get("memory", {}).get(name, {})),
+                )
+            )
+        head = ("contender", "images per CPU-second", "speed-up of fastmoco over it")
+        keys = [f"{key}, MB" for key in next(iter(part.get("memory", {}).values()), {})]
+        heads = (*head, "speed-up of fastmoco compiled over it", *keys)
+        text.append(f"**{size} pixels**\n\n{markdown(heads, rows)}")
+        if parts := part.get("parts"):
+            steps = list(dict.fromkeys(step for own in parts.values() for step in own))
+            rows = [(n, *(number(own.get(s, 0.0)) for s in steps)) for n, own in parts.items()]
+            text.append("CPU milliseconds per image by part of a step:")
+            text.append(markdown(("contender", *steps), rows))
+        text += [f"{name} failed: {why}." for name, why in part.get("failed", {}).items()]
+    return "\n\n".join(text)
+
+
+def _spread(ratio: Mapping[str, float] | None) -> str:
+    if not ratio:
+        return ""
+    return f"{number(ratio['median'])} ({' to '.join(map(number, low_high(ratio)))})"
+
+
+def _peaks(memory: Mapping[str, Any]) -> list[str]:
+    return [f"{value / 1e6:,.1f}" if isinstance(value, int) else "" for value in memory.values()]
+
+
 def _options(options: dict[str, Any], size: int, largest: int) -> dict[str, Any]:
     """The options of one size."""
     return options | {
         "size": size,
-        "steps": max(1, round(options["steps"] * (largest / size) ** 2)),
+        "steps": max(1, round(options["steps"] * largest / size)),
     }
 
 
@@ -189,12 +231,10 @@ def _in_turns(
             for name in failed:
                 del children[size, name]
 
-        # Images per CPU-second, after one round of warm-up.
+        # Images per CPU-second. The first losses were the warm-up.
         rounds = next(iter(by_size.values()))["rounds"]
         if "rate" in measured:
             turns = {key: partial(_rate, child) for key, child in children.items()}
-            for turn in turns.values():
-                turn()
             rates = interleave({f"{s} {n}": turn for (s, n), turn in turns.items()}, rounds=rounds)
             for size in by_size:
                 own = {n: rates[f"{size} {n}"] for s, n in children if s == size}

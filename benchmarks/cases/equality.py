@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +27,7 @@ from benchmarks.baseline import data
 from benchmarks.baseline.trainer import Baseline
 from benchmarks.baseline.views import library
 from benchmarks.photos import sample_shards
+from benchmarks.shown import Chart, Lines, markdown
 from fastmoco.config import (
     Config,
     DataConfig,
@@ -50,6 +52,7 @@ DEFAULTS = {
     "hidden": 1024,
     "steps": 200,
     "lr": 1.5e-4,
+    "eps": 1e-8,
     "warmup_steps": 200,
     "total_steps": 1500,
     "loader_steps": 10,
@@ -68,8 +71,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Args:
         options: `shards` (empty: cut from sample photographs); `precisions`, with a comma between
             them; `architecture`, `size` of the images, `patch` and `hidden` width of the heads;
-            images of a `batch`; `steps`; base `lr`, `warmup_steps` and `total_steps` of the
-            schedule, which determine how fast rounding errors grow; `loader_steps`, the first
+            images of a `batch`; `steps`; base `lr`, `eps` of AdamW, `warmup_steps` and
+            `total_steps` of the schedule, which determine how fast rounding errors grow; `loader_steps`, the first
             steps, in which fastmoco's own loader is compared.
 
     Returns:
@@ -101,6 +104,36 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         return _train(pairs, options)
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each precision."""
+    rows = [
+        (
+            name,
+            str(len(part["differences"])),
+            f"{part['largest_difference']:.1e}",
+            f"{part['limit']:.0e}",
+        )
+        for name, part in _precisions(result).items()
+    ]
+    return markdown(("precision", "steps", "largest difference of a loss", "limit"), rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The difference of the losses by step."""
+    lines = {
+        name: [(i, d) for i, d in enumerate(part["differences"], start=1) if d > 0]
+        for name, part in _precisions(result).items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    title = "Difference of the loss from the baseline's"
+    return [Lines(title=title, x="step", y="difference", lines=lines, log=True)] if lines else []
+
+
+def _precisions(result: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {name: part for name, part in result.items() if isinstance(part, Mapping)}
+    return {name: part for name, part in parts.items() if "differences" in part}
+
+
 def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Config:
     """A small ViT on the views of MoCo v3, with a schedule of whole steps."""
     size, batch = options["size"], options["batch"]
@@ -123,7 +156,9 @@ def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Con
             projection_dim=256,
         ),
         objective=MoCoV3Config(),
-        optim=OptimConfig(lr=options["lr"], warmup_epochs=options["warmup_steps"] / epoch),
+        optim=OptimConfig(
+            lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_steps"] / epoch
+        ),
         data=DataConfig(shards=shards, view1=view1, view2=view2, threads=1),
         knn=KnnConfig(every_epochs=0),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth_inputs import make_set, write_metrics
+from benchmarks.shown import Chart, Lines
 from benchmarks.startup import environment, startup_cpu_s
 
 NAME = "growth"
@@ -32,7 +33,7 @@ DEFAULTS = {
     "most_lines_before": 2000,
     "folder": "",
 }
-QUICK = {"sizes": "2000,20000", "lines": "200,2000", "banks": "2000", "ranks": 2, "rounds": 1}
+QUICK = {"sizes": "2000,20000", "lines": "2000", "banks": "2000", "ranks": 2, "rounds": 1}
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = ROOT / "benchmarks" / "growth_child.py"
 NEW = ("open again", "sample")
@@ -177,6 +178,25 @@ def table(result: Mapping[str, Any]) -> str:
         f"Above their limit: {', '.join(result['failed']) or 'none'}.",
     ]
     return "\n".join(lines)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """CPU-seconds of this tree by size."""
+    lines = {
+        row["figure"]: [(int(size), cost["cpu_s"]) for size, cost in row["costs"].items()]
+        for row in result["rows"]
+        if row["tree"] == "this"
+    }
+    kept = {name: [p for p in points if p[1] > 0] for name, points in lines.items()}
+    return [
+        Lines(
+            title="Cost of one operation by the size of its input",
+            x="samples, rows or lines",
+            y="CPU-seconds",
+            lines={name: points for name, points in kept.items() if points},
+            log=True,
+        )
+    ]
 
 
 def _cell(value: float | None, form: str) -> str:

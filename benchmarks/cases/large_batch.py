@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import run_ranks, status_bytes
+from benchmarks.shown import Bars, Chart, markdown, number
 from fastmoco.config import BatchConfig, Config, KnnConfig, MoCoV3Config, OptimConfig
 from fastmoco.distributed.mesh import start_world, stop_world
 from fastmoco.recipes import quickstart_digits
@@ -40,6 +42,8 @@ DEFAULTS = {
     "epochs": 300.0,
     "warmup_epochs": 40.0,
 }
+LIMITS = {"fp32": 1e-5, "fp64": 1e-9, "bf16": 1e-2, "fp16": 1e-2}
+"""Largest difference of a loss from that of the whole batch, by precision."""
 QUICK = {"batch": 64, "chunk": 16, "steps": 2, "processes": 2}
 
 
@@ -54,7 +58,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         By side: losses, peak bytes of a process, seconds per step. The largest difference of a loss
-        from that of the whole batch, and the peak of each side as a share of the whole batch's.
+        from that of the whole batch, `failed` where it is above its limit, and otherwise the peak of each
+        side as a share of the whole batch's.
     """
     sides = {
         "whole": _side(options, 1, "none"),
@@ -64,14 +69,46 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     losses, peak = sides["whole"]["losses"], sides["whole"]["peak_bytes"]
+    largest = {
+        name: max(abs(a - b) for a, b in zip(side["losses"], losses, strict=True))
+        for name, side in sides.items()
+    }
+    limit = LIMITS[options["precision"]]
+    failed = {
+        name: f"a loss differs by {value:.3g} > {limit:.3g}"
+        for name, value in largest.items()
+        if not value <= limit
+    }
+    result = {"sides": sides, "largest_loss_difference": largest, "failed": failed}
+    if failed:
+        return result
     return {
-        "sides": sides,
-        "largest_loss_difference": {
-            name: max(abs(a - b) for a, b in zip(side["losses"], losses, strict=True))
-            for name, side in sides.items()
-        },
+        **result,
         "peak_share": {name: round(side["peak_bytes"] / peak, 4) for name, side in sides.items()},
     }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each side."""
+    shares = result.get("peak_share", {})
+    rows = [
+        (
+            name,
+            number(side["peak_bytes"] / 1e6),
+            number(shares[name]) if name in shares else "",
+            f"{result['largest_loss_difference'][name]:.1e}",
+        )
+        for name, side in result["sides"].items()
+    ]
+    head = ("side", "peak MB of a process", "share of the whole batch's", "largest loss difference")
+    return markdown(head, rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The peak of each side."""
+    peaks = {name: side["peak_bytes"] / 1e6 for name, side in result["sides"].items()}
+    bars = {name: (peak, peak, peak) for name, peak in peaks.items()}
+    return [Bars(title="Peak memory of a process", unit="MB", bars=bars)]
 
 
 def _side(options: dict[str, Any], processes: int, chunk: int | str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from benchmarks.learning.curves import Curve, task_result
 from benchmarks.learning.figure import draw, rows
 from benchmarks.learning.tasks import TASKS, Data, MissingData, config_of, prepare
 from benchmarks.measure import commit
+from benchmarks.shown import markdown
 
 __all__ = ["DEFAULTS", "NAME", "QUICK", "draw", "rows", "run", "table"]
 
@@ -42,6 +43,7 @@ DEFAULTS = {
     "budget_s": 36.0,
     "points": 6,
     "every": 40,
+    "every_other": 20,
     "agree": 0.02,
     "attention": "sdpa",
     "workers": 0,
@@ -49,7 +51,15 @@ DEFAULTS = {
     "photos": "/usr/share/wallpapers",
     "folder": "",
 }
-QUICK = {"tasks": "digits", "seeds": 1, "budget_s": 0.5, "points": 1, "every": 10, "agree": 0.06}
+QUICK = {
+    "tasks": "digits",
+    "seeds": 1,
+    "budget_s": 0.5,
+    "points": 1,
+    "every": 10,
+    "every_other": 10,
+    "agree": 0.06,
+}
 SIDES = ("fastmoco", "baseline")
 
 
@@ -60,8 +70,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         options: `tasks` of `fashion`, `patches` and `digits`; `sides`, the first is the subject;
             `seeds`, their number; `budget_s`, CPU-seconds of each run; `points` that every run of
             the first side has at least, `every` so many steps: where they end `make learning`
-            judges; `agree`, the largest difference of the sides' mean kNN after the same images;
-            `attention` of the baseline, `sdpa` or `explicit`; `workers` of its DataLoader,
+            judges; `every_other`, steps between the points of another side, which sees fewer images
+            in its budget; `agree`, the largest difference of the sides' mean kNN after the same
+            images; `attention` of the baseline, `sdpa` or `explicit`; `workers` of its DataLoader,
             0: its batches are made in the process of the training; `fashion` and `photos`, folders
             of the source files; `folder`, which keeps sets, and finished runs of an unmodified
             commit, so that the same command continues (empty: a temporary one).
@@ -72,11 +83,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         `failed`, reasons by task; `unstable`, signs of instability by run; `speedup` by task.
 
     Raises:
-        ValueError: for an unknown task or side.
+        ValueError: for an unknown task or side, or points that the sides do not share.
     """
     names, sides = (str(options[each]).split(",") for each in ("tasks", "sides"))
     _require_known("tasks", names, tuple(TASKS))
     _require_known("sides", sides, SIDES)
+    if options["every"] % options["every_other"]:
+        raise ValueError(
+            f"every={options['every']}: must be a multiple of every_other={options['every_other']}"
+        )
     result: dict[str, Any] = {
         "tasks": {},
         "skipped": {},
@@ -117,12 +132,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """A row for each task and side, then what was skipped, failed or unstable."""
-    header, body = figure.rows(result)
-    lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
-    lines.insert(1, "|---" * len(header) + "|")
+    lines = [markdown(*figure.rows(result))]
     for key in ("skipped", "failed", "unstable"):
-        lines += [f"{key}: {name}: {reason}" for name, reason in result[key].items()]
-    return "\n".join(lines)
+        lines += [f"{key}: {name}: {reason}" for name, reason in result.get(key, {}).items()]
+    return "\n\n".join(lines)
 
 
 def _require_known(option: str, given: list[str], known: tuple[str, ...]) -> None:
@@ -134,12 +147,20 @@ def _require_known(option: str, given: list[str], known: tuple[str, ...]) -> Non
 def _curves(
     name: str, data: Data, sides: list[str], options: Mapping[str, Any], folder: Path
 ) -> dict[str, list[Curve]]:
-    """Curves by side. The first side has all the points; another one ends with its budget."""
+    """Curves by side. The first side has all the points; another one has the first of them at
+    least, and ends with its budget.
+    """
     found: dict[str, list[Curve]] = {side: [] for side in sides}
     for seed in range(options["seeds"]):
         for side in sides:
-            points = options["points"] if side == sides[0] else 1
-            settings = {"points": points, **{k: options[k] for k in ("every", "budget_s")}}
+            first = side == sides[0]
+            settings = {
+                "points": options["points"]
+                if first
+                else options["every"] // options["every_other"],
+                "every": options["every"] if first else options["every_other"],
+                "budget_s": options["budget_s"],
+            }
             if side == "baseline":
                 settings |= {k: options[k] for k in ("attention", "workers")}
             given = {"task": name, "side": side, "seed": seed, "data": asdict(data), **settings}

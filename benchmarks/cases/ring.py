@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks, status_bytes
+from benchmarks.shown import Chart, Lines, markdown, number
 from fastmoco.distributed.gather import start_gathering
 from fastmoco.distributed.mesh import group_rank, start_world, stop_world
 from fastmoco.distributed.ring import start_ring
@@ -88,6 +89,33 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return {"ranks": by_ranks, "cpu_ratio": round(median(ratios), 3), "failed": failed}
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """A row for each number of ranks and rows of a rank."""
+    rows = [
+        (
+            ranks,
+            count,
+            *(number(one["peak_bytes"][way] / 1e6) for way in WAYS),
+            *(number(one["cpu_seconds"][way]) for way in WAYS),
+            f"{side['difference']['loss']:.1e}",
+            f"{side['difference']['gradient']:.1e}",
+        )
+        for ranks, side in result.get("ranks", {}).items()
+        for count, one in side["rows"].items()
+    ]
+    peaks, times = [f"peak MB, {w}" for w in WAYS], [f"CPU-seconds, {w}" for w in WAYS]
+    head = ("ranks", "rows of a rank", *peaks, *times, "loss differs by", "gradient differs by")
+    return markdown(head, rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """Peak memory by ranks, for the most rows of a rank."""
+    sides = {int(n): list(side["rows"].values())[-1] for n, side in result.get("ranks", {}).items()}
+    lines = {w: [(n, one["peak_bytes"][w] / 1e6) for n, one in sides.items()] for w in WAYS}
+    title = "Peak memory of a rank, loss and backward"
+    return [Lines(title=title, x="ranks", y="MB", lines=lines)] if sides else []
+
+
 def _largest_process(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The peaks of the largest process and the mean CPU time, of both ways."""
     unit = found[0]["unit_bytes"]
@@ -149,7 +177,7 @@ class _Sides:
         for query, key in zip(self.queries, self.keys.chunk(2, dim=1), strict=True):
             key += 0.3 * query
 
-    def loss_and_gradients(self, way: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_and_gradients(self, way: str, temperature: float) -> tuple[Tensor, ...]:
         """The loss of both directions, and the gradients of the queries."""
         q1, q2 = (query.detach().requires_grad_() for query in self.queries)
         offset = group_rank() * len(q1)

@@ -7,15 +7,19 @@ a training run; it is at most
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.measure import interleave, ratios
+from benchmarks.shown import Bars, Chart, low_high, markdown, number
 from fastmoco.config import Config, KnnConfig
 from fastmoco.distributed.mesh import start_world
 from fastmoco.recipes import get_recipe
@@ -36,6 +40,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             while the other trainer ran.
 
     Returns:
+        `failed`, for a side whose batches or loss are not those of a run, and then nothing else;
         images/s of each side by round, and their ratios.
     """
     with ExitStack() as stack:
@@ -50,17 +55,61 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             data=replace(config.data, shards=shards),
         )
         measures: dict[str, Callable[[], float]] = {}
+        trainers: dict[str, Trainer] = {}
         for name, synthetic in (("dali", False), ("synthetic", True)):
             side = replace(config, data=replace(config.data, synthetic=synthetic))
             trainer = Trainer.build(side, folder / name, start_world(side.device))
             stack.callback(trainer.close)
+            trainers[name] = trainer
             measures[name] = _images_per_s(trainer, side, options["steps"], options["warm_steps"])
             measures[name]()
         figures = interleave(measures, rounds=options["rounds"])
+        failed = {name: fault for name, each in trainers.items() if (fault := _fault(each))}
+    if failed:
+        return {"failed": failed}
     return {
+        "failed": failed,
         "images_per_s": {name: [round(x, 1) for x in values] for name, values in figures.items()},
         "dali_over_synthetic": ratios(figures["dali"], figures["synthetic"]),
     }
+
+
+def _fault(trainer: Trainer) -> str:
+    """What is wrong with the next batches of a trainer, or with their loss; "" if nothing."""
+    one, two = (trainer.loader.next().views[0].float() for _ in range(2))
+    if torch.equal(one, two) != trainer.config.data.synthetic:
+        return "one batch again and again" if torch.equal(one, two) else "no constant batch"
+    if not 0.05 < float(one.std()) < 300:
+        return f"views of deviation {float(one.std()):.3g} are not those of pictures"
+    loss = float(trainer.step(trainer.loader.next()).loss)
+    return "" if math.isfinite(loss) else f"the loss is {loss}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The one ratio."""
+    rows = [
+        (
+            "images/s from shards over those of a constant batch",
+            number(ratio["median"]),
+            " to ".join(map(number, low_high(ratio))),
+        )
+        for ratio in _ratio(result)
+    ]
+    return markdown(("ratio", "median", "range"), rows)
+
+
+def charts(result: Mapping[str, Any]) -> list[Chart]:
+    """The one ratio."""
+    title = "Images/s relative to a constant batch"
+    return [
+        Bars(title=title, unit="", bars={"from shards": (r["median"], *low_high(r))}, equal=1.0)
+        for r in _ratio(result)
+    ]
+
+
+def _ratio(result: Mapping[str, Any]) -> list[dict[str, float]]:
+    """None, after a failed check."""
+    return [result["dali_over_synthetic"]] if "dali_over_synthetic" in result else []
 
 
 def _images_per_s(

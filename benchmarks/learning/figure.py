@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.shown import low_high
+
 COLORS = {"fastmoco": "#0072B2", "baseline": "#D55E00"}
 """Two colors of Okabe and Ito, which most color-blind people can tell apart."""
 LINES = {"fastmoco": ("-", "o"), "baseline": ("--", "s")}
@@ -81,7 +83,7 @@ def _draw_side(panel: Any, side: str, curves: Sequence[Mapping[str, Any]], axis:
 def rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the table: one row for each task and side."""
     found: list[tuple[str, ...]] = []
-    for task, own in result["tasks"].items():
+    for task, own in result.get("tasks", {}).items():
         for side, figures in own["sides"].items():
             by_images, speedup = figures["by_images"], own.get("speedup", {}).get(side, {})
             found.append(
@@ -108,4 +110,5 @@ def _range(figures: Mapping[str, float]) -> str:
 def _ratio(ratio: Mapping[str, float] | None) -> str:
     if ratio is None:
         return ""
-    return f"{ratio['median']:.2f}x ({ratio['smallest']:.2f} to {ratio['largest']:.2f})"
+    low, high = low_high(ratio)
+    return f"{ratio['median']:.2f}x ({low:.2f} to {high:.2f})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ IDX_FILES = tuple(
     for prefix in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 )
+SPLITS = ("train", "test")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 FEWEST_PHOTOS = 10
 """Photographs below which their patches make no task."""
@@ -134,23 +134,21 @@ def prepare(name: str, options: Mapping[str, Any], folder: Path) -> Data:
             )
         source = _digest(files)
 
-    # A finished set has its record; what a killed process has left is packed again.
+    # A set gets its name when it is complete, so that a killed process leaves none.
     out = folder / "sets" / f"{name}-{source}"
-    record = out / "data.json"
-    if record.exists():
-        return Data(**json.loads(record.read_text()))
-    if task.make is None:
-        train, test = pack_digits(out, overwrite=True)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fastmoco-images-", dir=folder) as images:
-            task.make(where, Path(images))
-            train, test = (
-                pack_folder(Path(images) / split, out, prefix=split, overwrite=True).pattern
-                for split in ("train", "test")
-            )
-    data = {"train": train, "test": test, "source": source}
-    record.write_text(json.dumps(data))
-    return Data(**data)
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fastmoco-set-", dir=out.parent) as made:
+            packed = Path(made) / "packed"
+            if task.make is None:
+                pack_digits(packed)
+            else:
+                task.make(where, Path(made) / "images")
+                for split in SPLITS:
+                    pack_folder(Path(made) / "images" / split, packed, prefix=split)
+            packed.rename(out)
+    train, test = (str(out / f"{split}-*.tar") for split in SPLITS)
+    return Data(train=train, test=test, source=source)
 
 
 def _digest(files: Iterable[Path]) -> str:

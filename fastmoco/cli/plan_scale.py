@@ -34,6 +34,8 @@ GPUS_PER_NODE = 8
 DECODE_MS = {"gpu": 1.7, "cpu": 5.0}
 """Core-milliseconds of an image of 224 pixels by where views are made: decoding alone, or all."""
 SCALE_GPUS = (8, 64, 512, 4096)
+SHOWN_GPUS = (64, 4096)
+"""Those of `SCALE_GPUS` whose limits are printed; JSON has all of them."""
 SCALE_BATCHES = (32_768, 2**20)
 SETS = (1_281_167, 100_000_000)
 
@@ -236,8 +238,8 @@ def print_step(step: dict[str, Any]) -> None:
             name,
             f"{1e3 * part['seconds']:.2f}",
             f"{1e3 * part['exposed_s']:.2f}",
-            f"{part['count']:g}" if part["count"] else "",
-            f"{1e-9 * part['bytes']:.3g}" if part["count"] else "",
+            f"{part['messages']:g}" if part["messages"] else "",
+            f"{1e-9 * part['bytes']:.3g}" if part["messages"] else "",
         )
     for name, seconds in step["loader_s"].items():
         hidden = max(0.0, seconds - sum(p["exposed_s"] for p in step["parts"].values()))
@@ -289,7 +291,9 @@ def print_scale(found: dict[str, Any]) -> None:
             f"| {step['memory_bytes'] / 2**30:.1f}{'' if step['fits'] else ' !'} | {extra:+.1%} "
             f"| {first} {step['limits'][first]:.2g} |"
         )
-    _print_limits("of one GPU", found["limits"])
+    ends = tuple(f"on {gpus} GPUs" for gpus in SHOWN_GPUS)
+    shown = {name: rows for name, rows in found["limits"].items() if name.endswith(ends)}
+    _print_limits("of one GPU", shown or found["limits"])
     _print_limits("of a set", found["sets"])
 
 
@@ -310,4 +314,4 @@ def _amount(value: float, unit: str) -> str:
                 return f"{value / size:.3g} {name}"
     if unit == "share":
         return f"{value:.1%}"
-    return f"{value:,.3g} {unit}".rstrip() if value < 1e4 else f"{value:,.0f} {unit}".rstrip()
+    return f"{value:,.0f} {unit}" if value >= 1e3 else f"{value:.3g} {unit}".rstrip()

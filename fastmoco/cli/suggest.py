@@ -80,6 +80,7 @@ COMMAND_MEANINGS = {
     "recipes": "models list-recipes archs recipe ls",
     "print-config": "config show-config cfg show print",
     "plan": "memory estimate flops",
+    "profile": "trace bottleneck timing perf",
     "quickstart": "demo example tutorial try",
     "data pack": "pack prepare convert make-shards shard create write",
     "data index": "index",

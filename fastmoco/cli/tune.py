@@ -297,10 +297,10 @@ def _planned(options: TuneArguments) -> tuple[Settings, list[str], dict[str, Any
     Raises:
         ValueError: if nothing fits.
     """
-    from fastmoco.cli.plan import describe, parse_bytes
+    from fastmoco.cli.plan import count, describe, parse_bytes
 
     memory = parse_bytes(options.memory)
-    found = describe(options.config, options.gpus, memory)
+    found = describe(count(options.config), options.gpus, memory, gpus_per_node=options.gpus)
     shared = found["chosen"]["state_over"]
     rows = [row for row in found["settings"] if row["state_over"] == shared and row["fits"]]
     if not rows:

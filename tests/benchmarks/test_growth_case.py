@@ -283,6 +283,3 @@ def test_the_command_prints_a_table(monkeypatch, capsys):
     monkeypatch.setitem(CASES, "growth", case)
     assert main(["run", "growth", "sizes=5", "--table"]) == 0
     assert capsys.readouterr().out == "table of 5\n"
-    with pytest.raises(SystemExit):
-        main(["run", "ema", "--table"])
-    assert "ema has no table: omit --table" in capsys.readouterr().err

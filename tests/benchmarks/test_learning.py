@@ -117,6 +117,8 @@ def test_a_missing_package_is_named(tmp_path, capsys):
     assert "dataset-fashion-mnist" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         again.newest(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="multiple of every_other=25"):
+        learning.run(learning.DEFAULTS | nowhere | {"every_other": 25})
     with pytest.raises(ValueError, match="'mnist' is none of"):
         learning.run(learning.DEFAULTS | {"tasks": "mnist"})
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.baseline.trainer import Baseline
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.config import (
     BatchConfig,
@@ -98,6 +99,22 @@ def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:
         trainer.close()
 
 
+def run_beside_baseline(out: Path, world: World) -> dict[str, Any]:
+    """Losses of this rank, and those of the plain PyTorch trainer on the same batches."""
+    trainer = Trainer.build(with_strategy("ddp"), out, world)
+    try:
+        baseline = Baseline(trainer.config, world.device, sample_count=trainer.loader.sample_count)
+        baseline.load_from(trainer.objective)
+        losses, plain = [], []
+        for _ in range(CUT):
+            batch = trainer.loader.next()
+            losses.append(trainer.step(batch).loss.item())
+            plain.append(baseline.step(*batch.views).item())
+        return {"losses": losses, "plain": plain}
+    finally:
+        trainer.close()
+
+
 def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
     """Every case, in the order of their dependencies."""
     return {
@@ -110,6 +127,7 @@ def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
         "ddp as fsdp": lambda world: run_continued(
             with_strategy("fsdp", 2), out / "ddp", out / "as fsdp", world
         ),
+        "baseline": lambda world: run_beside_baseline(out / "baseline", world),
         "flipped bit": lambda world: run_flipped_bit(out / "flipped", world),
     }
 

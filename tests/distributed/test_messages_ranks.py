@@ -44,7 +44,7 @@ def test_every_collective_of_a_real_step_is_counted(
         plan,
         config.precision,
     ):
-        counted[message.kind, message.bytes] += message.count
+        counted[message.kind, message.bytes] += message.number
     assert config.global_batch_size == IMAGES * 2
     for rank in ranks:
         assert cast("Counter[Any]", rank[name]) == counted

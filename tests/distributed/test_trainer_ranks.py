@@ -47,6 +47,14 @@ def test_one_continues_what_the_other_began(
     assert max(abs(a[1] - b[1]) for a, b in zip(case["losses"], expected, strict=True)) <= 1e-9
 
 
+def test_losses_equal_those_of_the_plain_trainer_under_ddp(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["baseline"]
+        assert found["losses"] == pytest.approx(found["plain"], abs=1e-10)
+        assert len(set(found["losses"])) == len(found["losses"])  # weights move
+    assert ranks[0]["baseline"]["plain"] != ranks[1]["baseline"]["plain"]
+
+
 def test_a_flipped_bit_stops_the_run_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         case = rank["flipped bit"]

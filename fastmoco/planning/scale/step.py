@@ -106,7 +106,7 @@ class Part(NamedTuple):
     """Not hidden: what it adds to the step."""
     bytes: float = 0.0
     """Of the whole, summed over messages."""
-    count: float = 0.0
+    messages: float = 0.0
     """Messages."""
 
 
@@ -137,7 +137,7 @@ def step_time(
         part: str, phases: Iterable[Phase] = ("forward", "heads", "backward", "end")
     ) -> float:
         return sum(
-            message.count * one
+            message.number * one
             for message, one in zip(messages, took, strict=True)
             if message.part == part and message.phase in phases
         )
@@ -175,8 +175,8 @@ def step_time(
         parts[part] = Part(
             seconds=total(part),
             exposed_s=alone,
-            bytes=sum(message.bytes * message.count for message in own),
-            count=sum(message.count for message in own),
+            bytes=sum(message.bytes * message.number for message in own),
+            messages=sum(message.number for message in own),
         )
     return StepTime(parts)
 

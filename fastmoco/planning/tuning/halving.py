@@ -79,16 +79,20 @@ def schedule(candidates: int, left_s: float, cost: Cost) -> Schedule:
         cost: of a measurement of the defaults.
 
     Raises:
-        BudgetError: if there is not even time to measure the defaults a second time.
+        BudgetError: if there is no time for the defaults beside a single candidate.
     """
     least = cost.of(LEAST_STEPS)
-    if left_s < least:
+    needed = (Round(1, LEAST_STEPS).measurements + 2 * LEAST_PAIRS) * least
+    if left_s < needed:
         raise BudgetError(
             f"measuring the defaults once took {least:.0f} s, and {max(0.0, left_s):.0f} s are "
-            f"left: {_minutes(least * (2 + 2 * LEAST_PAIRS + 4))} or more would compare something"
+            f"left, too few to compare anything with them: take {_minutes(2 * (needed + least))} "
+            "or more"
         )
     pairs = max(PAIRS_SHARE * left_s, 2 * LEAST_PAIRS * least)
     finalists = FINALISTS_SHARE * left_s
+    if finalists < (2 + 1) * least:  # no time to compare two of them
+        finalists = 0.0
     halving = left_s - pairs - finalists
     count = candidates
     while count and _seconds(_rounds(count, LEAST_STEPS), cost) > halving:

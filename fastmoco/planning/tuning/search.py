@@ -162,7 +162,7 @@ class Search:
         """Measure, within the budget.
 
         Raises:
-            BudgetError: if it does not suffice to measure the defaults twice.
+            BudgetError: if it does not suffice for a single candidate beside the defaults.
             ValueError: if the defaults cannot be measured.
         """
         default = self._first()
@@ -333,7 +333,13 @@ class Search:
         left = [row for row in finalists if row.alive and ratios[id(row)]]
         for row in left:
             row.ratio = statistics.median(ratios[id(row)])
-        return max(left, key=lambda row: row.ratio or 0.0, default=None)
+        if not left:  # no time, or failed combinations: the best of the rounds before
+            left = [row for row in finalists if row.alive and row.ratio]
+        winner = max(left, key=lambda row: row.ratio or 0.0, default=None)
+        for row in finalists:
+            if row.alive and row is not winner:
+                row.state, row.reason = "out", "slower finalist"
+        return winner
 
     def _final_steps(self, finalists: int, planned: Schedule) -> int:
         """Steps with which all finalists are measured twice, if they can."""
@@ -424,7 +430,9 @@ class Search:
                 row.state, row.reason = "late", "the time of its round was used up"
                 self._changed(row)
             return None
-        limit = max(self._cost.of(steps), min(self._limit(steps), left))
+        # Twice what the defaults take, even if that is after the end of the round.
+        most = max(2 * self._cost.of(steps), min(self._limit(steps), left))
+        limit = min(most, self._left())
         found = self._measured(row.settings, steps, limit)
         if isinstance(found, Failure):
             row.state, row.reason = "failed", found.reason

@@ -18,9 +18,9 @@ from fastmoco.config import Config
 from fastmoco.planning.tuning.machine import COMPILERS, Machine
 from fastmoco.planning.tuning.settings import Settings, Value
 
-Group = Literal["cores", "chunks", "blocks", "loader", "allocator", "waiting", "binding"]
+Group = Literal["cores", "allocator", "chunks", "blocks", "loader", "waiting", "binding"]
 GROUPS: tuple[Group, ...] = get_args(Group)
-"""Groups of settings, in the order of the table in docs/tuning.md."""
+"""Groups of settings, the most promising first."""
 LEAST_CHUNK = 8
 """Images below which a chunk keeps no processor busy."""
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -88,10 +88,10 @@ def space(
     on_gpu = resolved["device_type"] == "cuda"
     makers: dict[Group, Iterator[Found]] = {
         "cores": _cores(machine, on_gpu),
+        "allocator": _allocator(machine, on_gpu),
         "chunks": _chunks(config, resolved, on_gpu),
         "blocks": _blocks(config, machine, resolved, on_gpu),
         "loader": _loader(config, resolved, on_gpu),
-        "allocator": _allocator(machine, on_gpu),
         "waiting": _waiting(on_gpu),
         "binding": _binding(machine, processes),
     }

@@ -1,7 +1,8 @@
 """The events of torch's profiler, by part of a step.
 
-An event belongs to the innermost part that the training thread was in when it began. So the work of
-autograd's own thread, which a GPU's backward runs in, belongs to the backward.
+An event belongs to the innermost part that its thread was in when it began, and a kernel to that of
+its launch. The threads of autograd, in which a GPU's backward runs, are in the parts of the training
+thread.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch._C._autograd import DeviceType
 
-from fastmoco_pipelines.step_parts import OPTIMIZER, RANGE
+from fastmoco_pipelines.step_parts import DECODE, OPTIMIZER, RANGE
 
 _SYNCHRONISING = (
     "cudaStreamSynchronize",
@@ -26,6 +27,10 @@ _SYNCHRONISING = (
     "hipEventSynchronize",
 )
 """Calls of the runtime in which the host waits for the device."""
+_RUNTIME = ("cuda", "cu", "hip")
+"""How the names of calls of a runtime begin; those that launch have the number of their kernel."""
+_DECODER = ("dali", "nvjpeg")
+"""In the names of kernels that the loader's own threads launch."""
 
 
 @dataclass(slots=True)
@@ -57,34 +62,55 @@ def by_part(events: Iterable[Any], largest: int) -> TracedParts:
         largest: how many operators are listed.
     """
     events = list(events)
-    ranges = [e for e in events if e.name.startswith(RANGE) and e.device_type == DeviceType.CPU]
-    trainer = next((e.thread for e in ranges if e.name == RANGE + OPTIMIZER), None)
-    own = [e for e in ranges if e.thread == trainer]
-    loaders = {e.thread for e in ranges} - {trainer}
-    segments = _Segments(own)
+    on_host = [e for e in events if e.device_type == DeviceType.CPU]
     found = TracedParts()
-    inner = {id(e.cpu_parent) for e in events if e.cpu_parent is not None and _is_operator(e)}
     times: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
 
+    # The parts of each thread. Autograd's threads are in those of the trainer's.
+    ranges: defaultdict[Any, list[Any]] = defaultdict(list)
+    for event in on_host:
+        if event.name.startswith(RANGE):
+            ranges[event.thread].append(event)
+    names = {thread: {e.name for e in own} for thread, own in ranges.items()}
+    trainer = next((t for t, own in names.items() if RANGE + OPTIMIZER in own), None)
+    segments = {thread: _Segments(own) for thread, own in ranges.items()}
+    of_trainer = segments.get(trainer, _Segments(()))
+    loaders = ranges.keys() - {trainer}
+    autograd = {e.thread for e in on_host if e.name.startswith("autograd::")} - loaders
+    segments |= dict.fromkeys(autograd, of_trainer)
+
+    # Kernels, by the time of their launch.
+    launches = {
+        e.id: (e.thread, e.time_range.start) for e in on_host if e.name.startswith(_RUNTIME)
+    }
     for event in events:
-        if event.device_type != DeviceType.CPU or event.thread in loaders:
+        if event.device_type == DeviceType.CPU or event.name.startswith(RANGE):
             continue
-        part = segments.at(event.time_range.start)
-        kernels = [k for k in event.kernels if not k.name.startswith(RANGE)]
-        found.launches[part] += len(kernels)
-        found.device_ms[part] += sum(k.duration for k in kernels) / 1e3
-        for kernel in kernels:
-            times[kernel.name] += kernel.duration / 1e3
-            calls[kernel.name] += 1
-        if event.name in _SYNCHRONISING:
+        thread, start = launches.get(event.id, (None, 0.0))
+        part = segments[thread].at(start) if thread in segments else ""
+        if any(word in event.name.lower() for word in _DECODER):
+            part = DECODE
+        elapsed = (event.time_range.end - event.time_range.start) / 1e3
+        found.launches[part] += 1
+        found.device_ms[part] += elapsed
+        times[event.name] += elapsed
+        calls[event.name] += 1
+
+    # Waits, and operators that contain no other one.
+    inner = {id(e.cpu_parent) for e in on_host if e.cpu_parent is not None and _is_operator(e)}
+    for event in on_host:
+        if event.thread in loaders:
+            continue
+        part = of_trainer.at(event.time_range.start)
+        if event.name in _SYNCHRONISING and event.thread in (trainer, *autograd):
             found.waits[part] += 1
         if _is_operator(event) and id(event) not in inner:
             found.operators[part] += 1
 
     # Without a GPU, operators by the time that they spend themselves.
     if not times:
-        for event in events:
+        for event in on_host:
             if _is_operator(event) and event.thread not in loaders:
                 times[event.name] += event.self_cpu_time_total / 1e3
                 calls[event.name] += 1

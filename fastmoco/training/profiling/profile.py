@@ -161,7 +161,7 @@ def profile_steps(
     """
     traced = min(steps, TRACED)
     with short_run(config, world) as trainer:
-        needed = warm_up + steps + traced + 1
+        needed = warm_up + steps + traced + 2
         total = trainer.resolved.total_steps
         if needed > total:
             raise ValueError(
@@ -195,14 +195,14 @@ def _measured(trainer: Trainer, steps: int) -> _Measured:
     # On a CPU from one moment at which the loader is idle to another: it makes as many batches as
     # are trained on, whose processor time counts.
     settle(trainer, loader=on_cpu)
-    before, compiled = _memory(device), _graphs()
+    before, compiled = memory(device), _graphs()
     waited = trainer.loader.figures().wait_s
     with collecting(helpers=torch.get_num_threads() == 1) as collector:
         trainer.run(steps)
         settle(trainer, loader=on_cpu)
         wall_s, cpu_s, parts = collector.wall_s, collector.cpu_s, collector.figures()
     wait_s = trainer.loader.figures().wait_s - waited
-    after = _memory(device)
+    after = memory(device)
     return _Measured(
         parts=parts,
         wall_s=wall_s,
@@ -235,7 +235,10 @@ def _traced(trainer: Trainer, steps: int, trace: Path | None) -> TracedParts:
 
 
 def _counted(trainer: Trainer) -> StepCounter | None:
-    """One step under a counter of operators; None where the profiler's figures are better."""
+    """One step under a counter of operators, if possible one that is not logged; None where the
+    profiler's figures are better."""
+    if (trainer.step_count + 1) % trainer.config.log_every_steps == 0:
+        trainer.run(1)
     if trainer.world.device.type != "cpu" or trainer.forward_backward.compile.compiled:
         return None
     with collecting() as collector, StepCounter(collector) as counter:
@@ -264,13 +267,17 @@ def _assembled(
         calls: dict[str, float] = dict(counter.by_part(counter.operators))
         waits: dict[str, float] = dict(counter.by_part(counter.waits))
         named = {f"{part or REST}: {name}": count for (part, name), count in counter.waits.items()}
-        counted = "operators that do work, in one step"
+        counted = "operators that do work, in one step that is not logged"
     else:
         found = seen.launches if on_gpu else seen.operators
         calls = {part: count / traced for part, count in found.items()}
         waits = {part: count / traced for part, count in seen.waits.items()}
         named = {part or REST: count for part, count in seen.waits.items() if count}
-        counted = "kernels, copies and fills" if on_gpu else "innermost operators in the trace"
+        counted = (
+            "kernels, copies and fills, log steps included"
+            if on_gpu
+            else "innermost operators in the trace"
+        )
 
     # A row for each part; what is in none is the rest.
     busy_ms = sum(seen.device_ms.values()) / traced
@@ -385,8 +392,8 @@ def _graphs() -> int:
     return int(utils.counters["stats"]["unique_graphs"]) if utils is not None else 0
 
 
-def _memory(device: torch.device) -> dict[str, int]:
-    """What is allocated at a moment between two steps."""
+def memory(device: torch.device) -> dict[str, int]:
+    """What is allocated at a moment between two steps, by name (`StepProfile.growth`)."""
     gc.collect()
     storages = {}
     for value in gc.get_objects():

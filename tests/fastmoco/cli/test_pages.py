@@ -22,7 +22,7 @@ from fastmoco.recipes import RECIPES, get_recipe
 from tests.command_line import main
 
 SCREEN = 50
-RECIPE_COMMANDS = ("train", "print-config", "plan", "tune")
+RECIPE_COMMANDS = ("train", "print-config", "plan", "profile", "tune")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,14 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 
 from fastmoco.cli.main import main
 from fastmoco.cli.plan import parse_bytes
+from fastmoco.cli.plan_scale import parse_rate, print_scale, print_step
 
 SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
 
 
 def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--gpus", "2", "--memory", "40MiB", "--json", "--data.synthetic", *SMALL]
+    options += ["--nodes", "2", "--network", "100Gbit"]
     assert main(["plan", "quickstart_digits", *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["gpus"], found["memory_bytes"], found["local_batch_size"]) == (2, 40 * 2**20, 128)
@@ -35,6 +38,24 @@ def test_json_names_everything_and_holds_together(capsys: pytest.CaptureFixture[
     whole = [by_setting[how, 1]["largest_batch_whole"] for how in ("none", "selective", "full")]
     assert whole == sorted(whole)
     assert found["chosen"] == by_setting["none", 1]
+    _holds_together(found["step"])
+    print_step(found["step"])
+    shown = capsys.readouterr().out
+    assert "one step on 2 x H100 in 2 x 100 Gbit, 128 images each (model, not measured)" in shown
+    assert "batch norms" in shown
+    assert "nearest limits" in shown
+
+
+def _holds_together(step: dict[str, Any]) -> None:
+    """The model of a step: its parts add up to it."""
+    assert (step["gpus"], step["nodes"], step["images_per_gpu"]) == (2, 2, 128)
+    assert step["network_bytes_per_s"] == 12.5e9
+    assert step["label"] == "model, not measured"
+    exposed = sum(part["exposed_s"] for part in step["parts"].values())
+    longest = max(exposed, *step["loader_s"].values())
+    assert step["step_s"] == pytest.approx(longest + step["checkpoint"]["per_step_s"])
+    assert step["images_per_s"] == pytest.approx(256 / step["step_s"])
+    assert step["limits"][step["first_limit"]] == max(step["limits"].values())
 
 
 @pytest.mark.parametrize(
@@ -162,3 +183,49 @@ def test_units() -> None:
     ]
     with pytest.raises(ValueError, match="memory='0GiB'"):
         parse_bytes("0GiB")
+
+
+def test_what_breaks_first_is_shown_for_several_batches_and_sets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "quickstart_digits", *SMALL, "--data.synthetic", "--scale"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    cases = {(step["batch"], step["gpus"]) for step in found["steps"]}
+    assert {(256, 64), (32_768, 4096), (2**20, 8)} < cases
+    assert (256, 512) not in cases
+    plain = {
+        name: next(row["value"] for row in rows if row["what"] == "logits of a plain loss")
+        for name, rows in found["limits"].items()
+    }
+    assert plain["batch 32768 on 8 GPUs"] == 4 * 4 * 32_768 / 8 * 32_768
+    assert {"1281167 images, 64 GPUs", "100000000 images, 64 GPUs"} == set(found["sets"])
+    print_scale(found)
+    assert "| logits of a plain loss |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "32", "--nodes", "3"], "--nodes 3: must divide --gpus 32"),
+        (["--network", "400"], "--network 400: must be a number with one of Mbit, Gbit"),
+        (["--network", "400Gbyte"], "--network 400Gbyte: must be"),
+        (["--storage", "0GB/s"], "--storage 0GB/s: must be"),
+        (["--chip", "V100"], "--chip V100: must be one of A100, H100, H200, B200"),
+        (["--cores", "0"], "--cores 0: must be positive"),
+        (["--link-latency-us", "-1"], "--link-latency-us -1: must not be negative"),
+    ],
+)
+def test_a_wrong_cluster_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["plan", "quickstart_digits", *SMALL, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("400Gbit", 50e9), ("400 Gbit/s", 50e9), ("1.5GB/s", 1.5e9), ("800Mbit", 1e8)],
+)
+def test_a_rate_is_bits_or_bytes(text: str, rate: float) -> None:
+    assert parse_rate(text, "network") == rate

@@ -281,7 +281,7 @@ def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
 
 
 FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
-model.init optim.fused_backend data.shards data.images data.max_side data.threads data.view_dtype
+model.init objective.keys optim.fused_backend data.shards data.images data.max_side data.threads data.view_dtype
 data.prefetch data.sub_batch data.cache_dir
 data.cache_size_gb data.max_bad_share data.timeout_s knn.* accuracy.* checkpoint.* faults.*"""
 WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum

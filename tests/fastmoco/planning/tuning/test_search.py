@@ -182,7 +182,22 @@ def test_a_candidate_that_fails_is_a_row_with_its_reason(reason: str) -> None:
     assert machine.now <= 1000
 
 
-@pytest.mark.parametrize("budget_s", [6, 12, 25, 60, 150, 400])
+def test_if_the_combinations_fail_the_best_single_candidate_is_compared() -> None:
+    class Fragile(Machine):
+        def __call__(self, settings: Settings, **more: Any) -> Measurement | Failure:
+            if len(settings.options) > 1:
+                self.now += 100.0
+                return Failure("out of memory")
+            return super().__call__(settings, **more)
+
+    machine = Fragile({"a1": 1.2, "b1": 1.1})
+    result = searched(machine, 400.0)[0].run()
+    assert dict(result.chosen.options) == {"a1": 1}
+    assert all(ratio == pytest.approx(1.2) for ratio in result.ratios())
+    assert "| failed: out of memory |" in table.table(result.rows)
+
+
+@pytest.mark.parametrize("budget_s", [23, 30, 60, 150, 400])
 def test_a_search_ends_within_its_budget(budget_s: float) -> None:
     machine = Machine(FACTORS)
     search, notes = searched(machine, budget_s)
@@ -193,10 +208,13 @@ def test_a_search_ends_within_its_budget(budget_s: float) -> None:
         assert any("candidates fit into the budget" in note for note in notes)
 
 
-def test_a_budget_for_less_than_two_measurements_is_refused_with_one_that_suffices() -> None:
-    search, _ = searched(Machine(FACTORS), 4.0)
-    with pytest.raises(BudgetError, match=r"once took 3 s, and 1 s are left: --budget 1m or more"):
-        search.run()
+def test_a_budget_that_compares_nothing_is_refused_with_one_that_suffices() -> None:
+    for budget_s in (4.0, 22.0):
+        search, _ = searched(Machine(FACTORS), budget_s)
+        with pytest.raises(
+            BudgetError, match=r"took 3 s, and 1?\d s are left.*--budget 1m or more"
+        ):
+            search.run()
     machine = Machine(FACTORS, broken={"defaults": "never"})
     hangs: Callable[..., Failure] = lambda *_, **more: Failure("not ended after 4 s")  # noqa: E731
     search = Search(hangs, lambda *_: ([], []), budget_s=4.0, clock=machine.clock)
@@ -230,7 +248,7 @@ def test_an_interrupted_search_knows_the_best_so_far() -> None:
 
 def test_rounds_fit_their_time_and_the_last_comparison_keeps_its_own() -> None:
     cost = Cost(START, STEP)
-    for left in (10.0, 50.0, 200.0, 1000.0):
+    for left in (30.0, 50.0, 200.0, 1000.0):
         found = schedule(24, left, cost)
         used = sum(one.measurements * cost.of(one.steps) for one in found.rounds)
         assert used <= found.halving_s
@@ -245,20 +263,20 @@ def test_rounds_fit_their_time_and_the_last_comparison_keeps_its_own() -> None:
 @pytest.mark.parametrize(
     ("precision", "loss", "norm", "differs"),
     [
-        ("fp32", 1 + 5e-6, 1.001, ""),
+        ("fp32", 1 + 5e-6, 1.0001, ""),
         ("fp32", 1 + 5e-5, 1.0, "loss of step 2"),
-        ("fp32", 1.0, 1.02, "gradient norm of step 2"),
+        ("fp32", 1.0, 1.002, "gradient norm of step 0"),
         ("fp32", float("nan"), 1.0, "loss of step 2"),
         ("bf16", 1.005, 1.3, ""),
         ("bf16", 1.02, 1.0, "loss of step 2"),
-        ("bf16", 1.0, 2.0, "gradient norm of step 2"),
+        ("bf16", 1.0, 2.0, "gradient norm of step 0"),
         ("fp64", 1 + 1e-8, 1.0, "loss of step 2"),
     ],
 )
 def test_rounding_is_told_from_another_model(
     precision: str, loss: float, norm: float, differs: str
 ) -> None:
-    found = difference(precision, (1.0,) * 4, (1.0, 1.0, loss, 9.0), (1.0,) * 4, (1.0, 1.0, norm))
+    found = difference(precision, (1.0,) * 4, (1.0, 1.0, loss, 9.0), (1.0,) * 4, (norm, 9.0))
     assert found.startswith(differs)
     assert bool(found) == bool(differs)
 
