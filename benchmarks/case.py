@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Case:
         run: checks, then measures; the result has JSON values.
         table: a result in Markdown, instead of the table of `benchmarks.shown`.
         charts: a result as charts, instead of those of `benchmarks.shown`.
+        draw: draws a result into a file, where charts do not show it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Case:
     run: Callable[[Options], dict[str, Any]]
     table: Callable[[Mapping[str, Any]], str] = shown.table
     charts: Callable[[Mapping[str, Any]], list[shown.Chart]] = shown.charts
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None
 
     @property
     def summary(self) -> str:
@@ -79,6 +82,7 @@ def case_of(module: ModuleType) -> Case:
         run=run,
         table=getattr(module, "table", shown.table),
         charts=getattr(module, "charts", shown.charts),
+        draw=getattr(module, "draw", None),
     )
 
 

@@ -57,7 +57,7 @@ def page(results: Path = RESULTS) -> str:
     for name, lines in lines_of(results).items():
         case = CASES.get(name)
         parts.append(f"## {name}\n\n{case.summary if case else 'A case of an earlier tree.'}")
-        if any(_charts(line) for line in lines):
+        if (case and case.draw) or any(_charts(line) for line in lines):
             parts.append(f"![{name}](images/performance/{name}.svg)")
         for line in lines:
             parts += [_about(line), (case.shown if case else shown.table)(line["result"])]
@@ -129,6 +129,10 @@ def write(*, check: bool) -> int:
     matplotlib.use("svg")
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, lines in lines_of().items():
+        case = CASES.get(name)
+        if case and case.draw:  # the newest line
+            case.draw(lines[-1]["result"], IMAGES / f"{name}.svg")
+            continue
         drawn = [
             replace(chart, title=chart.title + what)
             for line, what in zip(lines, _differences(lines), strict=True)

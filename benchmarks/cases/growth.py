@@ -33,7 +33,7 @@ DEFAULTS = {
     "most_lines_before": 2000,
     "folder": "",
 }
-QUICK = {"sizes": "2000,20000", "lines": "200,2000", "banks": "2000", "ranks": 2, "rounds": 1}
+QUICK = {"sizes": "2000,20000", "lines": "2000", "banks": "2000", "ranks": 2, "rounds": 1}
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = ROOT / "benchmarks" / "growth_child.py"
 NEW = ("open again", "sample")

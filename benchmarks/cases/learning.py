@@ -31,6 +31,7 @@ from benchmarks.learning.curves import Curve, task_result
 from benchmarks.learning.figure import draw, rows
 from benchmarks.learning.tasks import TASKS, Data, MissingData, config_of, prepare
 from benchmarks.measure import commit
+from benchmarks.shown import markdown
 
 __all__ = ["DEFAULTS", "NAME", "QUICK", "draw", "rows", "run", "table"]
 
@@ -131,12 +132,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """A row for each task and side, then what was skipped, failed or unstable."""
-    header, body = figure.rows({"tasks": {}, **result})
-    lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
-    lines.insert(1, "|---" * len(header) + "|")
+    lines = [markdown(*figure.rows(result))]
     for key in ("skipped", "failed", "unstable"):
         lines += [f"{key}: {name}: {reason}" for name, reason in result.get(key, {}).items()]
-    return "\n".join(lines)
+    return "\n\n".join(lines)
 
 
 def _require_known(option: str, given: list[str], known: tuple[str, ...]) -> None:

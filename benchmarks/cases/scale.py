@@ -28,7 +28,7 @@ from fastmoco.planning.plan import StepPlan
 from fastmoco.planning.scale.layout import Layout, layout_of
 from fastmoco.planning.scale.messages import Ranks, step_messages
 from fastmoco.planning.scale.network import Line, MeasuredLines, fit_line
-from fastmoco.planning.scale.step import Machine, Work, step_time
+from fastmoco.planning.scale.step import SWEEP_BYTES, Machine, Work, step_time
 
 NAME = "scale"
 DEFAULTS = {
@@ -58,6 +58,13 @@ QUICK = {
 }
 CLOCKS = ("wall_s", "cpu_s")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+MOVED_WHOLE = 24
+"""Bytes per trained parameter that a step moves on every rank, sharded or not: weights in the
+forward and the two products of the backward, those of the momentum encoder, and the gradient,
+written and read."""
+MOVED_IN_SHARDS = SWEEP_BYTES
+"""The update of weights and averages."""
+MOVED = MOVED_WHOLE + MOVED_IN_SHARDS
 Times = Mapping[str, Mapping[str, float]]
 
 
@@ -183,7 +190,7 @@ def _work(name: str, costs: StepCosts, shards: int = 1) -> Work:
         activation_bytes=costs.graph.per_image,
         again=0.0,
         forward_share=2 * costs.query_flops / costs.step_flops,
-        parameters=costs.trainable / shards,
+        parameters=costs.trainable * (MOVED_WHOLE + MOVED_IN_SHARDS / shards) / MOVED,
     )
 
 

@@ -83,7 +83,7 @@ def _draw_side(panel: Any, side: str, curves: Sequence[Mapping[str, Any]], axis:
 def rows(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the table: one row for each task and side."""
     found: list[tuple[str, ...]] = []
-    for task, own in result["tasks"].items():
+    for task, own in result.get("tasks", {}).items():
         for side, figures in own["sides"].items():
             by_images, speedup = figures["by_images"], own.get("speedup", {}).get(side, {})
             found.append(

@@ -17,3 +17,14 @@ def test_a_batch_of_256_whole_in_chunks_and_over_two_processes() -> None:
     shares = result["peak_share"]
     assert shares["chunks"] <= 1 / 4  # 1/8 at batch 4096: libraries take their part here
     assert shares["chunks, 2 processes"] <= 1 / 2
+
+
+def test_losses_that_differ_have_no_share_of_memory(monkeypatch) -> None:
+    def side(options, processes, chunk):
+        return {"losses": [1.0, 2.0 + 0.1 * (processes > 1)], "peak_bytes": 1_000_000}
+
+    monkeypatch.setattr(large_batch, "_side", side)
+    result = large_batch.run(large_batch.DEFAULTS)
+    assert result["failed"] == {"chunks, 4 processes": "a loss differs by 0.1 > 1e-05"}
+    assert "peak_share" not in result
+    assert "| whole | 1.00 |  | 0.0e+00 |" in large_batch.table(result)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import roofline, soak
+from benchmarks import command, roofline, soak
 from benchmarks.case import Case, parse_options
-from benchmarks.cases import knn, train_step, view_color
+from benchmarks.cases import checkpoint_stall, knn, train_step, train_vs_synthetic, view_color
 from benchmarks.command import main
 from benchmarks.gpu import carry
 from benchmarks.measure import interleave, ratios
@@ -112,6 +115,30 @@ def test_several_cases_run_apart_and_report_as_they_end(tmp_path, capfd):
         "ema",
         "adamw_ema",
     ]
+
+
+def test_options_may_follow_a_flag(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "run_one", lambda case, options, **_: seen.append(options) or 0)
+    assert command.main(["run", "ema", "--quick", "rounds=2"]) == 0
+    assert seen[0]["rounds"] == 2
+    for words in (["run", "ema", "--quick", "--rouns", "2"], ["list", "ema"]):
+        with pytest.raises(SystemExit):
+            command.main(words)
+
+
+@pytest.mark.parametrize(
+    ("value", "recorded"),
+    [
+        ("/home/me/photos/max256/train-*.tar", "photos/max256/train-*.tar"),
+        ("/a", "a"),
+        ("photos/*.tar", "photos/*.tar"),
+        ("", ""),
+        (3, 3),
+    ],
+)
+def test_a_recorded_option_has_no_folders_of_the_machine(value, recorded):
+    assert command.portable(value) == recorded
 
 
 def test_measurements_take_turns():
@@ -255,3 +282,23 @@ def test_a_knn_search_that_differs_from_the_plain_formula_is_not_measured(monkey
     result = knn.run({**knn.DEFAULTS, "bank": 3000, "dim": 32})
     assert result["failed"]["1 ranks"].startswith("differ from the plain formula")
     assert result.keys() == {"checked", "failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [checkpoint_stall, train_vs_synthetic])
+def test_a_case_that_measures_a_run_has_no_figures_after_a_failed_check(case, monkeypatch):
+    monkeypatch.setattr(case, "_fault", lambda *_: "differs")
+    result = case.run({**case.DEFAULTS, **case.QUICK, "rounds": 1, "steps": 1})
+    assert set(result) == {"failed"}
+    assert set(result["failed"].values()) == {"differs"}
+
+
+def test_a_checkpoint_that_differs_is_found(monkeypatch):
+    state = {"w": torch.ones(2)}
+    trainer = SimpleNamespace(_state=lambda: (state, {}))
+    monkeypatch.setattr(checkpoint_stall, "list_checkpoints", lambda folder: [folder])
+    saved = SimpleNamespace(tensors={"w": torch.ones(2)})
+    monkeypatch.setattr(checkpoint_stall, "load_checkpoint", lambda path: saved)
+    assert checkpoint_stall._fault(Path(), trainer) == ""
+    state["w"] = torch.zeros(2)
+    assert checkpoint_stall._fault(Path(), trainer) == "differs from the state in w"

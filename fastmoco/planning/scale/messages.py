@@ -206,12 +206,16 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
     """What the loss exchanges. A CPU also compares how many rows each rank has."""
     objective: Any = config.objective
 
-    def gather(size: float) -> Iterator[Message]:
+    def counts() -> Iterator[Message]:
         if ranks.on_cpu:
             yield Message("keys", "all_gather", ranks.total * 8, 1, "all", "heads")
+
+    def gather(size: float) -> Iterator[Message]:
+        yield from counts()
         yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
 
     if objective.kind == "moco_v3" and ranks.ring:
+        yield from counts()
         size = images * 2 * config.model.projection_dim * element
         yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
     elif objective.kind in ("moco_v3", "simclr"):

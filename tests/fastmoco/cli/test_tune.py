@@ -38,7 +38,7 @@ def test_a_budget_is_a_time() -> None:
         ([], "--data.shards is missing: name the shards to measure with"),
         (["--data.images", "photos"], "--data.images photos: must be shards here"),
         (["--data.synthetic", "--gpus", "3"], "--gpus 3: must divide --global-batch-size 256"),
-        (["--only", "everything"], "--only everything: must be of cores, chunks, blocks"),
+        (["--only", "everything"], "--only everything: must be of cores, allocator, chunks"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_measured(
@@ -144,7 +144,8 @@ def test_a_planned_script_has_the_setting_that_fits_and_computes_least_twice(
         "local_batch_size": 256,
         "precision": "bf16",
     }
-    monkeypatch.setattr("fastmoco.cli.plan.describe", lambda config, gpus, memory: found)
+    monkeypatch.setattr("fastmoco.cli.plan.count", lambda config: config)
+    monkeypatch.setattr("fastmoco.cli.plan.describe", lambda *_, **more: found)
     out = tmp_path / "planned.sh"
     words = ["tune", "quickstart_digits", "--plan-only", "--gpus", "2", "--out", str(out), *TINY]
     assert main([*words, "--memory", "24GB"]) == 0

@@ -49,12 +49,13 @@ def test_a_process_gets_options_and_variables_and_not_those_of_the_shell(
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # what fastmoco sets by itself
-    assert ignored_variables() == ["MALLOC_TOP_PAD_", "OMP_NUM_THREADS"]
+    assert {"MALLOC_TOP_PAD_", "OMP_NUM_THREADS"} <= set(ignored_variables())
+    assert "GOMP_SPINCOUNT" not in ignored_variables()
     settings = Settings((("batch.chunk", 8),), (("MALLOC_ARENA_MAX", "2"),), ("env", "BEFORE=1"))
     found = measured("", tmp_path, monkeypatch, settings)
     assert isinstance(found, Measurement)
     assert (found.images_per_s, found.losses, found.peak_bytes) == (2.0, (1.0,), 3)
-    assert 0 < found.seconds < 60
+    assert found.seconds > 0
     request, variables = found.details["request"], found.details["environment"]
     assert request["config"]["batch"]["chunk"] == 8
     assert set(request["patterns"]) == {".".join(pair) for pair in PATTERNS}
