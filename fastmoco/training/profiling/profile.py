@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.errors import EXIT_STOPPED
 from fastmoco.objectives.interface import Coupling
 from fastmoco.optim.averaged import AveragedOptimizer, SweptAdamW
 from fastmoco.planning.costs import part_flops
@@ -171,11 +172,17 @@ def profile_steps(
                 f"steps={steps}: this run has {total} steps, and a profile takes {needed}, "
                 "with those that warm up and those of the trace; take more --epochs"
             )
-        trainer.run(warm_up)
+        _train(trainer, warm_up)
         measured = _measured(trainer, steps)
         seen = _traced(trainer, traced, trace)
         counter = _counted(trainer)
     return _assembled(trainer.config, trainer, measured, seen, counter, steps=steps, traced=traced)
+
+
+def _train(trainer: Trainer, steps: int) -> None:
+    """Train some steps. A signal that would stop a run ends the profile."""
+    if trainer.run(steps) == EXIT_STOPPED:
+        raise KeyboardInterrupt
 
 
 @dataclass(slots=True)
@@ -201,7 +208,7 @@ def _measured(trainer: Trainer, steps: int) -> _Measured:
     before, compiled = memory(device), _graphs()
     waited = trainer.loader.figures().wait_s
     with collecting(helpers=torch.get_num_threads() == 1) as collector:
-        trainer.run(steps)
+        _train(trainer, steps)
         settle(trainer, loader=False)
         wall_s = collector.wall_s
         settle(trainer, loader=on_cpu)
@@ -237,7 +244,7 @@ def _traced(trainer: Trainer, steps: int, trace: Path | None) -> TracedParts:
         ) as profiler,
         collecting(ranges=True),
     ):
-        trainer.run(steps)
+        _train(trainer, steps)
         settle(trainer, loader=False)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
@@ -248,11 +255,11 @@ def _counted(trainer: Trainer) -> StepCounter | None:
     """One step under a counter of operators, if possible one that is not logged; None where the
     profiler's figures are better."""
     if (trainer.step_count + 1) % trainer.config.log_every_steps == 0:
-        trainer.run(1)
+        _train(trainer, 1)
     if trainer.world.device.type != "cpu" or trainer.forward_backward.compile.compiled:
         return None
     with collecting() as collector, StepCounter(collector) as counter:
-        trainer.run(1)
+        _train(trainer, 1)
     return counter
 
 
