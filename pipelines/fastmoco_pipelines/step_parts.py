@@ -139,7 +139,7 @@ class _Thread:
         # A thread may have its first mark while another one is in a part with helpers: what it has
         # done before must not be taken from that part.
         self._before = 0.0
-        self._before = self.cpu()
+        self._before, self._last = self.cpu(), 0.0
 
     def cpu(self) -> float:
         """Processor seconds of this thread since its first mark, asked by any thread; of one that has
