@@ -85,6 +85,11 @@ def cluster_of(options: PlanArguments, gpus: int, nodes: int | None = None) -> C
     for field in ("image_kb", "cores"):
         if not getattr(options, field) > 0:
             raise ValueError(f"{field}={getattr(options, field)}: must be positive")
+    if not nodes and gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
+        raise ValueError(
+            f"gpus={gpus}: must be whole machines of {GPUS_PER_NODE}; or give the number of "
+            "machines with --nodes"
+        )
     nodes = nodes or -(-gpus // GPUS_PER_NODE)
     place = "cpu" if options.config.data.device == "cpu" else "gpu"
     return Cluster(
@@ -227,7 +232,7 @@ def print_step(step: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     print(
-        f"one step on {step['gpus']} x {step['chip']} in {step['nodes']} x "
+        f"\none step on {step['gpus']} x {step['chip']} in {step['nodes']} x "
         f"{step['network_bytes_per_s'] * 8e-9:g} Gbit, {step['images_per_gpu']} images each "
         f"({step['label']}):"
     )
@@ -247,6 +252,11 @@ def print_step(step: dict[str, Any]) -> None:
     saved = step["checkpoint"]
     table.add_row("checkpoint, of each step", "", f"{1e3 * saved['per_step_s']:.2f}", "", "")
     console.print(table)
+    print(
+        "ms: of the part alone. not hidden: what it adds to the step. messages, GB: collectives of a "
+        "step and their contents.\nweights: gathered from shards. agreement: ranks compare what "
+        "they have in common. storage, decoding: images of one machine."
+    )
     fits = "" if step["fits"] else " (does not fit)"
     print(
         f"step {1e3 * step['step_s']:.1f} ms, {step['images_per_s']:.0f} images/s, efficiency "
@@ -272,6 +282,8 @@ def print_scale(found: dict[str, Any]) -> None:
         f"{found['recipe']} on {found['chip']} of {found['memory_bytes'] / 2**30:.3g} GiB, "
         f"{GPUS_PER_NODE} in a machine, {found['network_bytes_per_s'] * 8e-9:g} Gbit each "
         f"({found['label']})\n"
+        "efficiency: compute over the step. !: does not fit. first limit: memory: share in use; "
+        "checkpoint: writing over interval;\nothers: seconds over those of compute.\n"
     )
     print(
         "| batch | GPUs | images each | step, ms | images/s | efficiency | communication "
