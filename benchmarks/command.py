@@ -23,25 +23,30 @@ from benchmarks.registry import CASES
 
 LIMIT_S = 3600
 """Seconds after which one case of several is ended."""
+ABOUT = (
+    "Measure fastmoco against other implementations, from the source folder. benchmarks/README.md "
+    "describes the cases, docs/performance.md shows the committed results."
+)
+SET = "an option of the case; the same as name=value"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=ABOUT)
+    verbs = parser.add_subparsers(dest="verb", metavar="list|run|compare|plot", required=True)
     verbs.add_parser("list", help="name every case and its options")
     runner = verbs.add_parser("run", help="run cases; exit code 0 if every gate passed")
     runner.add_argument("words", nargs="*", metavar="CASE|name=value", help="see `list`")
     runner.add_argument("--all", action="store_true", help="every case")
     runner.add_argument("--quick", action="store_true", help="small: seconds for each case")
-    runner.add_argument("--set", action="append", default=[], metavar="name=value")
+    runner.add_argument("--set", action="append", default=[], metavar="name=value", help=SET)
     runner.add_argument("--out", type=Path, help="append results to this file of JSON lines")
     runner.add_argument("--table", action="store_true", help="a table, not a line of JSON")
     other = verbs.add_parser("compare", help="cases of two commits, a run of each in turn")
     other.add_argument("commits", nargs=2, metavar="COMMIT", help="such as main and HEAD")
     other.add_argument("words", nargs="*", metavar="CASE|name=value", help="none: all, --quick")
     other.add_argument("--quick", action="store_true", help="small: seconds for each case")
-    other.add_argument("--set", action="append", default=[], metavar="name=value")
+    other.add_argument("--set", action="append", default=[], metavar="name=value", help=SET)
     other.add_argument("--rounds", type=int, default=3, help="runs of each commit")
     plotter = verbs.add_parser("plot", help="write docs/performance.md and its images")
     plotter.add_argument("--check", action="store_true", help="fail if the page is outdated")
@@ -67,12 +72,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compare(given.commits, cases or list(CASES.values()), **asked)
     if given.all == bool(cases):
         parser.error("name the cases, or give --all")
+    if given.out:
+        _check_place(given.out)
     if len(cases) != 1:
         if settings:
             parser.error(f"{settings[0]}: options go to one case, not to several")
         return run_all(cases or list(CASES.values()), quick=given.quick, out=given.out)
     options = cases[0].options(settings, quick=given.quick)
     return run_one(cases[0], options, out=given.out, table=given.table)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a file that cannot be written, before anything is measured.
+
+    Raises:
+        SystemExit: with the file and the reason.
+    """
+    existed = out.exists()
+    try:
+        with open(out, "a"):
+            pass
+    except OSError as error:
+        cure = "give a file in a folder that exists and can be written"
+        raise SystemExit(f"benchmarks: --out {out}: {error.strerror}; {cure}") from error
+    if not existed:
+        out.unlink()
 
 
 def find(name: str) -> Case:

@@ -76,7 +76,7 @@ def plan(options: PlanArguments) -> int:
     )
 
     with one_line(EXIT_REFUSED, ValueError):
-        memory = parse_bytes(options.memory)
+        memory = memory_of(options.memory)
         if options.scale:
             found = describe_scale(options, memory)
         else:
@@ -109,6 +109,18 @@ def parse_bytes(text: str) -> int:
             "e.g. 80GiB"
         )
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def memory_of(text: str) -> int:
+    """Bytes of the memory of a GPU.
+
+    Raises:
+        ValueError: if the text is not a size, or less than any GPU has, as `80` without its unit.
+    """
+    memory = parse_bytes(text)
+    if memory < 2**20:
+        raise ValueError(f"memory={text!r}: is {memory} bytes; give a unit, e.g. 80GiB")
+    return memory
 
 
 @dataclass(frozen=True, kw_only=True)

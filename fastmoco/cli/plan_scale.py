@@ -235,7 +235,7 @@ def print_step(step: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     print(
-        f"one step on {step['gpus']} x {step['chip']} in {step['nodes']} x "
+        f"\none step on {step['gpus']} x {step['chip']} in {step['nodes']} x "
         f"{step['network_bytes_per_s'] * 8e-9:g} Gbit, {step['images_per_gpu']} images each "
         f"({step['label']}):"
     )
@@ -262,6 +262,11 @@ def print_step(step: dict[str, Any]) -> None:
     table.add_row("checkpoint, of each step", "", f"{1e3 * saved['per_step_s']:.2f}", "", "")
     console.print(table)
     print(
+        "ms: of the part alone. not hidden: what it adds to the step. messages, GB: collectives of a "
+        "step and their contents.\nweights: gathered from shards. agreement: ranks compare what "
+        "they have in common. storage, decoding: images of one machine."
+    )
+    print(
         f"step {1e3 * step['step_s']:.1f} ms, {step['images_per_s']:.0f} images/s, efficiency "
         f"{step['efficiency']:.1%}, communication {step['communication_share']:.1%}, "
         f"{step['memory_bytes'] / 2**30:.1f} GiB per GPU"
@@ -285,6 +290,8 @@ def print_scale(found: dict[str, Any]) -> None:
         f"{found['recipe']} on {found['chip']} of {found['memory_bytes'] / 2**30:.3g} GiB, "
         f"{GPUS_PER_NODE} in a machine, {found['network_bytes_per_s'] * 8e-9:g} Gbit each "
         f"({found['label']})\n"
+        "efficiency: compute over the step. !: does not fit. first limit: memory: share in use; "
+        "checkpoint: writing over interval;\nothers: seconds over those of compute.\n"
     )
     print(
         "| batch | GPUs | images each | step, ms | images/s | efficiency | communication "

@@ -20,7 +20,9 @@ TRACE, TABLE, FIGURES, LOG = "trace.json.gz", "table.txt", "profile.json", "run.
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileArguments:
-    """Measure some training steps by part, trace them with torch.profiler, and print a table."""
+    """Measure some training steps by part, trace them with torch.profiler, and print a table. It
+    needs --data.shards, or --data.synthetic; docs/profile.md explains the table.
+    """
 
     steps: int = 10
     """Steps that are measured, after some that warm up."""
@@ -55,6 +57,12 @@ def profile(options: ProfileArguments) -> int:
             "is not packed here; pack the folder with fastmoco data pack and give --data.shards, "
             "or take --data.synthetic",
         )
+        rule = (
+            "must name the shards to read, e.g. --data.shards 'data/train-*.tar'; or profile "
+            "without a loader: --data.synthetic"
+        )
+        named = bool(config.data.shards) or config.data.synthetic
+        require(named, "data.shards", config.data.shards, rule)
         options.out.mkdir(parents=True, exist_ok=True)
         world = start_world(config.device, timeout_s=config.data.timeout_s + 120)
         require(world.world_size == 1, "processes", world.world_size, "a profile takes one process")

@@ -80,6 +80,11 @@ def budget_seconds(text: str) -> float:
     return seconds
 
 
+def _with_unit(budget: str) -> str:
+    """A budget as it was typed, in seconds if it has no unit."""
+    return budget if budget.strip()[-1] in SECONDS else f"{budget.strip()}s"
+
+
 def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
     """Measure or plan, and write the script.
 
@@ -173,7 +178,7 @@ def _prepared(
     )
     shown.search = search
     print(
-        f"{config.recipe}: {options.budget} of measurements; the defaults first",
+        f"{config.recipe}: {_with_unit(options.budget)} of measurements; the defaults first",
         file=stream,
         flush=True,
     )
@@ -302,9 +307,9 @@ def _planned(
     Raises:
         ValueError: if nothing fits.
     """
-    from fastmoco.cli.plan import count, describe, parse_bytes
+    from fastmoco.cli.plan import count, describe, memory_of
 
-    memory = parse_bytes(options.memory)
+    memory = memory_of(options.memory)
     found = describe(count(options.config), options.gpus, memory, gpus_per_node=options.gpus)
     shared = found["chosen"]["state_over"]
     rows = [row for row in found["settings"] if row["state_over"] == shared and row["fits"]]

@@ -231,7 +231,7 @@ class Search:
             return "wall"
         self._say(
             f"other processes take {busy:.0%} of the cores: images per CPU-second are compared, "
-            "which says nothing about threads (--criterion wall compares images per second)"
+            "which cannot judge numbers of threads (--criterion wall compares images per second)"
         )
         return "cpu"
 
