@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     other.add_argument("--rounds", type=int, default=3, help="runs of each commit")
     plotter = verbs.add_parser("plot", help="write docs/performance.md and its images")
     plotter.add_argument("--check", action="store_true", help="fail if the page is outdated")
-    given = parser.parse_args(argv)
+    given, late = parser.parse_known_args(argv)
+    # argparse takes no further words after an option.
+    if wrong := [word for word in late if word.startswith("-") or not hasattr(given, "words")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if late:
+        given.words += late
     if given.verb == "list":
         return _list()
     if given.verb == "plot":
@@ -97,7 +102,7 @@ def run_one(case: Case, options: Options, *, out: Path | None, table: bool = Fal
         raise SystemExit(f"benchmarks: {error}") from error
     line = {
         "case": case.name,
-        "options": options,
+        "options": {name: portable(value) for name, value in options.items()},
         "result": result,
         "machine": described,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -111,6 +116,13 @@ def run_one(case: Case, options: Options, *, out: Path | None, table: bool = Fal
     if reason:
         print(f"benchmarks: {case.name} {status}: {reason}", file=sys.stderr)
     return int(status in (FAILED, MARKED))
+
+
+def portable(value: Any) -> Any:
+    """An option as it is recorded: of an absolute path only the last three parts."""
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    return "/".join(Path(value).parts[1:][-3:])
 
 
 def run_all(cases: Sequence[Case], *, quick: bool, out: Path | None) -> int:

@@ -4,15 +4,10 @@ weights, in float64, float32 and under bf16 autocast.
 Both train on the views of the baseline, because rounding of the views would hide that of the
 training; how far fastmoco's own views are from them is reported apart. The limits are 1e-9, 1e-5
 and 1e-3.
-
-    python -m benchmarks.cases.equality benchmarks/results/equality.jsonl OUT
-
-draws the differences of the newest line of each precision.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -60,8 +55,6 @@ DEFAULTS = {
 QUICK = {"batch": 32, "hidden": 64, "steps": 4, "loader_steps": 2, "precisions": "fp64,fp32"}
 LIMITS = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-3}
 """Largest difference of a loss, by precision."""
-COLORS = {"fp64": "#0072B2", "fp32": "#E69F00", "bf16": "#009E73"}
-"""Told apart with any color vision."""
 Precision = Literal["fp64", "fp32", "bf16"]
 
 
@@ -125,6 +118,9 @@ def charts(result: Mapping[str, Any]) -> list[Chart]:
         for name, part in _precisions(result).items()
     }
     lines = {name: points for name, points in lines.items() if points}
+    for name in tuple(lines):
+        part = result[name]
+        lines[f"limit of {name}"] = [(1, part["limit"]), (len(part["differences"]), part["limit"])]
     title = "Difference of the loss from the baseline's"
     return [Lines(title=title, x="step", y="difference", lines=lines, log=True)] if lines else []
 
@@ -234,33 +230,3 @@ class Apart:
             "share_of_levels_that_differ": self._other_pixels / max(1, self._pixels),
             "largest_difference_in_levels": self._largest,
         }
-
-
-def plot(lines: Path, out: Path) -> None:
-    """Draw the differences of the newest line of each precision."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    found: dict[str, dict[str, Any]] = {}
-    for line in lines.read_text().splitlines():
-        result = json.loads(line)["result"]
-        found |= {name: result[name] for name in LIMITS if name in result}
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    for name, of_one in found.items():
-        # An equal loss has no logarithm; it is drawn at the bottom.
-        values = [max(value, 1e-17) for value in of_one["differences"]]
-        axes.semilogy(values, ".", markersize=3, color=COLORS[name], label=name)
-        axes.axhline(of_one["limit"], color=COLORS[name], linewidth=0.8, linestyle="--")
-    axes.set_xlabel("step")
-    axes.set_ylabel("|loss of fastmoco - loss of the baseline|")
-    axes.legend(loc="upper left", ncols=3, title="dashed: limit")
-    axes.set_ylim(5e-18, 1)
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-
-
-if __name__ == "__main__":
-    plot(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import roofline, soak
+from benchmarks import command, roofline, soak
 from benchmarks.case import Case, parse_options
 from benchmarks.cases import checkpoint_stall, knn, train_step, train_vs_synthetic, view_color
 from benchmarks.command import main
@@ -115,6 +115,30 @@ def test_several_cases_run_apart_and_report_as_they_end(tmp_path, capfd):
         "ema",
         "adamw_ema",
     ]
+
+
+def test_options_may_follow_a_flag(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "run_one", lambda case, options, **_: seen.append(options) or 0)
+    assert command.main(["run", "ema", "--quick", "rounds=2"]) == 0
+    assert seen[0]["rounds"] == 2
+    for words in (["run", "ema", "--quick", "--rouns", "2"], ["list", "ema"]):
+        with pytest.raises(SystemExit):
+            command.main(words)
+
+
+@pytest.mark.parametrize(
+    ("value", "recorded"),
+    [
+        ("/home/me/photos/max256/train-*.tar", "photos/max256/train-*.tar"),
+        ("/a", "a"),
+        ("photos/*.tar", "photos/*.tar"),
+        ("", ""),
+        (3, 3),
+    ],
+)
+def test_a_recorded_option_has_no_folders_of_the_machine(value, recorded):
+    assert command.portable(value) == recorded
 
 
 def test_measurements_take_turns():
