@@ -61,7 +61,7 @@ def checkpointed(
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with the faster library for its float32 products on a CPU."""
+    """torch's linear layer, with the faster products on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
