@@ -130,7 +130,15 @@ class _Linear(torch.autograd.Function):
             dx = _product(dy, weight.t(), None)
         rows = dy.reshape(-1, weight.shape[0])
         if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ x.reshape(-1, weight.shape[1])
+            dweight = _gradient_of_weight(rows, x.reshape(-1, weight.shape[1]))
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, dweight, dbias
+
+
+def _gradient_of_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """[R, N] and [R, K] -> [N, K]. In bf16 oneDNN first copies the operand that is transposed, so
+    that is the narrower one."""
+    if dy.dtype == torch.bfloat16 and dy.shape[1] > x.shape[1]:
+        return (x.t() @ dy).t().contiguous()
+    return dy.t() @ x
