@@ -51,16 +51,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     given = (x, weight, bias)
     dtype = _dtype_of_product(given)
+    # Tracers come first: a comparison of sizes would bind the graph to them.
     if (
-        x.numel() * weight.shape[0] < LEAST_PRODUCTS
+        traced()
+        or torch._C._is_tracing()
+        or not all_plain(given)
+        or not torch.backends.mkldnn.enabled
         or not (
             (dtype == torch.float32 and onednn_is_faster())
             or (dtype == torch.bfloat16 and onednn_has_bf16())
         )
-        or not torch.backends.mkldnn.enabled
-        or traced()
-        or torch._C._is_tracing()
-        or not all_plain(given)
+        or x.numel() * weight.shape[0] < LEAST_PRODUCTS
     ):
         return F.linear(x, weight, bias)
     x, weight, bias = (tensor.to(dtype) for tensor in given)
