@@ -52,8 +52,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         By number of ranks: the largest difference of the loss and of a gradient between both ways
-        in float64, over the largest element, and by rows of a rank the peak bytes, those over `rows * dim * 4`, and the
-        CPU-seconds of a process for loss and backward. `cpu_ratio`: ring over gathered, median.
+        in float64, over the largest element, and by rows of a rank the peak bytes, those over
+        `rows * dim * 4`, and the CPU-seconds of a process for loss and backward. `cpu_ratio`: ring
+        over gathered, median.
     """
     by_ranks: dict[str, Any] = {}
     failed: list[str] = []

@@ -42,7 +42,7 @@ MOST_USED = (
 """Options on the short page of a config, in this order; then those of the command itself."""
 INSTEAD = {"data.images": "data.shards"}
 """Required options, and the one that may be given in place of each."""
-SELDOM = ("recipe", "threads")
+SELDOM = ("recipe", "threads", "network_latency_us", "link_latency_us", "decode_ms")
 """Options without a group that only the list of all others names."""
 NEEDS = {"accuracy": "objective.classes"}
 """Groups of no use to a config without another option; its short page leaves them out."""

@@ -38,14 +38,13 @@ class PlanArguments:
     json: bool = False
     """Print JSON instead of tables."""
     nodes: int = 0
-    """Machines that the GPUs are in; 0: 8 GPUs in each."""
+    """Machines that the GPUs are in; 0: at most 8 in each."""
     network: str = "400Gbit"
-    """Network of a machine in one direction, all its cards together, e.g. 400Gbit or 50GB/s."""
+    """Network of a machine in one direction, all its cards together, e.g. 50GB/s."""
     chip: str = "H100"
     """GPU whose rates are used: A100, H100, H200 or B200."""
     link: str = ""
-    """Link of a GPU to the others of its machine, in one direction, e.g. 450GB/s; empty: the
-    chip's NVLink."""
+    """Link of a GPU in its machine, e.g. 450GB/s; empty: its NVLink."""
     network_latency_us: float = 5.0
     """Microseconds of a message through the network."""
     link_latency_us: float = 2.0
@@ -53,16 +52,16 @@ class PlanArguments:
     storage: str = "2GB/s"
     """Reading of images by one machine."""
     writing: str = "2GB/s"
-    """Writing of checkpoints by all ranks together."""
+    """Writing of checkpoints by all ranks."""
     image_kb: float = 110.0
     """Kilobytes of an image as stored."""
     decode_ms: float = 0.0
-    """Core-milliseconds that the CPU of a machine needs for an image; 0: 1.7 if views are made on
-    the GPU, else 5, as measured at 224 pixels."""
+    """Core-milliseconds of an image on the CPU. 0: 1.7 if views are made on the GPU, else 5, as
+    measured at 224 pixels."""
     cores: int = 16
     """CPU cores for each GPU."""
     scale: bool = False
-    """Print the step on 8 to 4096 GPUs at several batches, and what breaks first, instead."""
+    """Print tables for 8 to 4096 GPUs instead, and what breaks first."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -148,7 +147,8 @@ def count(config: Config, *, configured_only: bool = False) -> Counted:
 
     Args:
         config: the run.
-        configured_only: without the settings of recomputation that the config does not use.
+        configured_only: without settings of recomputation that the config does not use, but for
+            `none`.
     """
     import torch
 
@@ -260,8 +260,10 @@ def _costs(
     model = config.model
     if model.linears == "float8" or model.blocks == "fused" or model.family == "resnet":
         settings = ("none", "full")  # all refuse "selective"
-    if configured_only:
-        settings = (model.checkpointing,)
+    if configured_only:  # and what keeps everything, which is compared with
+        settings = tuple(
+            setting for setting in settings if setting in ("none", model.checkpointing)
+        )
     wanted = config.batch.activation_budget
     budgets = (BUDGETS if wanted == "auto" else (float(wanted),)) if compiled else (1.0,)
 
@@ -301,6 +303,9 @@ def loader_of(counted: Counted, gpus: int) -> LoaderBytes:
 def shared_by(config: Config, costs: StepCosts, gpus: int, memory: int, gpus_per_node: int) -> int:
     """Number of GPUs that share a copy of the state under `parallel.strategy`
     (`choose_strategy`).
+
+    Raises:
+        ValueError: if groups of this size do not divide the GPUs.
     """
     from fastmoco.distributed.parallelize import STATE_SHARE
     from fastmoco.planning.plan import state_bytes
@@ -309,9 +314,15 @@ def shared_by(config: Config, costs: StepCosts, gpus: int, memory: int, gpus_per
         # With two moments, as in `choose_strategy`.
         state = state_bytes(costs, "adamw", _element(config)).total
         return gpus if config.device != "cpu" and state > STATE_SHARE * memory else 1
-    return {"ddp": 1, "fsdp": gpus, "hsdp": config.parallel.shard_size or gpus_per_node}[
-        config.parallel.strategy
-    ]
+    if gpus == 1:
+        return 1
+    size = config.parallel.shard_size or gpus_per_node
+    if config.parallel.strategy == "hsdp" and (gpus % size or not 1 < size < gpus):
+        raise ValueError(
+            f"parallel.shard_size={size}: must divide gpus={gpus} into several groups of at least "
+            "2, or take parallel.strategy fsdp"
+        )
+    return {"ddp": 1, "fsdp": gpus, "hsdp": size}[config.parallel.strategy]
 
 
 def _element(config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,17 +81,12 @@ def cluster_of(options: PlanArguments, gpus: int, nodes: int | None = None) -> C
     link = parse_rate(options.link, "link") if options.link else chip.link_bytes_per_s
     network = parse_rate(options.network, "network")
     for field in ("network_latency_us", "link_latency_us", "decode_ms"):
-        if getattr(options, field) < 0:
-            raise ValueError(f"{field}={getattr(options, field)}: must not be negative")
+        if not 0 <= getattr(options, field) < math.inf:
+            raise ValueError(f"{field}={getattr(options, field)}: must be finite, 0 or above")
     for field in ("image_kb", "cores"):
-        if not getattr(options, field) > 0:
-            raise ValueError(f"{field}={getattr(options, field)}: must be positive")
-    if not nodes and gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
-        raise ValueError(
-            f"gpus={gpus}: must be whole machines of {GPUS_PER_NODE}; or give the number of "
-            "machines with --nodes"
-        )
-    nodes = nodes or -(-gpus // GPUS_PER_NODE)
+        if not 0 < getattr(options, field) < math.inf:
+            raise ValueError(f"{field}={getattr(options, field)}: must be finite and above 0")
+    nodes = nodes or _nodes_of(gpus)
     place = "cpu" if options.config.data.device == "cpu" else "gpu"
     return Cluster(
         gpus=gpus,
@@ -104,6 +100,11 @@ def cluster_of(options: PlanArguments, gpus: int, nodes: int | None = None) -> C
         decode_s=1e-3 * (options.decode_ms or DECODE_MS[place]),
         cores=options.cores * gpus // nodes,
     )
+
+
+def _nodes_of(gpus: int) -> int:
+    """The fewest equal machines of at most `GPUS_PER_NODE`."""
+    return next(n for n in range(-(-gpus // GPUS_PER_NODE), gpus + 1) if gpus % n == 0)
 
 
 def planned_on(counted: Counted, config: Config, cluster: Cluster, memory: int) -> Planned:
@@ -148,6 +149,8 @@ def describe_scale(options: PlanArguments, memory: int) -> dict[str, Any]:
     """The step on several numbers of GPUs at several batches, and what breaks first, as JSON."""
     from fastmoco.planning.scale.layout import layout_of
 
+    if options.config.device == "cpu":
+        raise ValueError("scale=True: is for GPUs, and device='cpu'; take device auto or cuda")
     cluster_of(options, options.gpus, 1)  # refuses wrong rates before it counts
     counted = count(options.config, configured_only=True)
     layout = layout_of(options.config, counted.precision)
@@ -236,6 +239,12 @@ def print_step(step: dict[str, Any]) -> None:
         f"{step['network_bytes_per_s'] * 8e-9:g} Gbit, {step['images_per_gpu']} images each "
         f"({step['label']}):"
     )
+    if not step["fits"]:
+        print(
+            f"does not fit: {step['memory_bytes'] / 2**30:.1f} GiB per GPU, so there is no time of "
+            "a step; take more GPUs, more --memory or model.checkpointing"
+        )
+        return
     heading = ("part", "ms", "not hidden, ms", "messages", "GB")
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name, part in step["parts"].items():
@@ -257,18 +266,17 @@ def print_step(step: dict[str, Any]) -> None:
         "step and their contents.\nweights: gathered from shards. agreement: ranks compare what "
         "they have in common. storage, decoding: images of one machine."
     )
-    fits = "" if step["fits"] else " (does not fit)"
     print(
         f"step {1e3 * step['step_s']:.1f} ms, {step['images_per_s']:.0f} images/s, efficiency "
         f"{step['efficiency']:.1%}, communication {step['communication_share']:.1%}, "
-        f"{step['memory_bytes'] / 2**30:.1f} GiB per GPU{fits}"
+        f"{step['memory_bytes'] / 2**30:.1f} GiB per GPU"
     )
-    keys = step["keys"]
-    print(
-        f"keys: gathered {1e3 * keys['gathered_s']:.2f} ms and "
-        f"{keys['gathered_bytes'] / 2**20:.1f} MiB, in a ring {1e3 * keys['ring_s']:.2f} ms and "
-        f"{keys['ring_bytes'] / 2**20:.1f} MiB"
-    )
+    if (keys := step["keys"]) is not None:
+        print(
+            f"keys: gathered {1e3 * keys['gathered_s']:.2f} ms and "
+            f"{keys['gathered_bytes'] / 2**20:.1f} MiB, in a ring {1e3 * keys['ring_s']:.2f} ms "
+            f"and {keys['ring_bytes'] / 2**20:.1f} MiB"
+        )
     limits = sorted(step["limits"].items(), key=lambda item: -item[1])
     print(
         "nearest limits (memory: share in use; checkpoint: writing over interval; others: seconds "
@@ -296,10 +304,15 @@ def print_scale(found: dict[str, Any]) -> None:
             for row in found["limits"][f"batch {step['batch']} on {step['gpus']} GPUs"]
             if row["what"] == "FLOPs computed twice"
         )
+        # A plan that does not fit has chunks of one image: its time means nothing.
+        times = (
+            f"{1e3 * step['step_s']:.1f} | {step['images_per_s']:,.0f} "
+            f"| {step['efficiency']:.0%} | {step['communication_share']:.0%}"
+            if step["fits"]
+            else "- | - | - | -"
+        )
         print(
-            f"| {step['batch']:,} | {step['gpus']:,} | {step['images_per_gpu']:,} "
-            f"| {1e3 * step['step_s']:.1f} | {step['images_per_s']:,.0f} "
-            f"| {step['efficiency']:.0%} | {step['communication_share']:.0%} "
+            f"| {step['batch']:,} | {step['gpus']:,} | {step['images_per_gpu']:,} | {times} "
             f"| {step['memory_bytes'] / 2**30:.1f}{'' if step['fits'] else ' !'} | {extra:+.1%} "
             f"| {first} {step['limits'][first]:.2g} |"
         )

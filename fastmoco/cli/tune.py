@@ -29,6 +29,8 @@ from fastmoco_pipelines.spec import require
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 """Units of a budget."""
+MOST_HOURS = 100
+"""Of a budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,10 @@ def budget_seconds(text: str) -> float:
         ValueError: if the text is not a time.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smh]?)\s*", text)
-    rule = "must be a time above 0 with s, m or h, e.g. 10m"
-    require(match is not None and float(match[1]) > 0, "budget", text, rule)
-    assert match is not None
-    return float(match[1]) * SECONDS[match[2] or "s"]
+    rule = f"must be a time above 0 with s, m or h, e.g. 10m, and at most {MOST_HOURS}h"
+    seconds = float(match[1]) * SECONDS[match[2] or "s"] if match is not None else 0.0
+    require(0 < seconds <= MOST_HOURS * SECONDS["h"], "budget", text, rule)
+    return seconds
 
 
 def _with_unit(budget: str) -> str:
@@ -284,7 +286,7 @@ def _script(
 
 def _write_plan(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
     """Write the script of the planner's choice."""
-    settings, about, found = _planned(options)
+    settings, about, found = _planned(options, typed)
     text = _text(options, typed, settings, about, on_gpu=options.config.device != "cpu")
     script.write(options.out, text)
     if options.json:
@@ -296,8 +298,11 @@ def _write_plan(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> i
     return EXIT_FINISHED
 
 
-def _planned(options: TuneArguments) -> tuple[Settings, list[str], dict[str, Any]]:
-    """The setting that fits with the fewest FLOPs computed twice, and how it was found.
+def _planned(
+    options: TuneArguments, typed: Mapping[str, Sequence[str]]
+) -> tuple[Settings, list[str], dict[str, Any]]:
+    """The setting that fits with the fewest FLOPs computed twice, and how it was found. A typed
+    setting stays.
 
     Raises:
         ValueError: if nothing fits.
@@ -308,6 +313,8 @@ def _planned(options: TuneArguments) -> tuple[Settings, list[str], dict[str, Any
     found = describe(count(options.config), options.gpus, memory, gpus_per_node=options.gpus)
     shared = found["chosen"]["state_over"]
     rows = [row for row in found["settings"] if row["state_over"] == shared and row["fits"]]
+    if "model.checkpointing" in typed:
+        rows = [row for row in rows if row["checkpointing"] == options.config.model.checkpointing]
     if not rows:
         raise ValueError(
             f"memory={options.memory!r}: no setting of {options.config.recipe} fits on "
@@ -331,14 +338,16 @@ def _planned(options: TuneArguments) -> tuple[Settings, list[str], dict[str, Any
         else "all images at once"
     )
     peak = (row["step_bytes"] + row["state_bytes"]["total"]) / 2**30
-    kind = "CPU process" if options.config.device == "cpu" else "GPU"
-    each = f"{options.gpus} {kind}{'s' if options.gpus > 1 else ''} of {options.memory}"
+    on_cpu = options.config.device == "cpu"
+    kind, several = ("CPU process", "CPU processes") if on_cpu else ("GPU", "GPUs")
+    each = f"{options.gpus} {several if options.gpus > 1 else kind} of {options.memory}"
     about = [
-        "Not measured on a GPU: the choice of the planner (fastmoco plan) for "
-        f"{each}, {found['local_batch_size']} images each, {found['precision']}:",
+        f"Not measured{'' if on_cpu else ' on a GPU'}: the choice of the planner (fastmoco plan) "
+        f"for {each}, {found['local_batch_size']} images each, {found['precision']}:",
         f"    {passes}; checkpointing {row['checkpointing']}; {plan['overhead']:+.1%} FLOPs; "
         f"{peak:.1f} GiB at the peak.",
-        "On the GPU, `fastmoco tune` without --plan-only replaces this file by a measured one.",
+        f"On the {'CPU' if on_cpu else 'GPU'}, `fastmoco tune` without --plan-only replaces this "
+        "file by a measured one.",
     ]
     return Settings(options=tuple(chosen)), about, row
 

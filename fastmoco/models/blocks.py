@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from fastmoco.distributed.sync_batch_norm import BatchNorm, repeated_pass
 from fastmoco.models.drop_path import scaled
 from fastmoco.models.fused_block import Form, Weights, fused_block
-from fastmoco_kernels import attention, residual_norm
+from fastmoco_kernels import residual_norm
+from fastmoco_kernels.attention.stacked import stacked_attention
 from fastmoco_kernels.linear import linear
 
 CONV_STEM_STRIDE = 16
@@ -61,7 +62,7 @@ def checkpointed(
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, with the faster library for its float32 products on a CPU."""
+    """torch's linear layer, with the faster products on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -131,13 +132,8 @@ class Attention(nn.Module):
         """Attention of the stacked projections, and the output projection: [B,
         L, 3 E] -> [B, L, E].
         """
-        B, L, F3 = qkv_BLF.shape
-        qkv = qkv_BLF.view(B, L, 3, self.num_heads, F3 // (3 * self.num_heads))
-        # Views of one buffer, so that their gradients are stacked without another copy.
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        out: Tensor = self.proj(
-            attention(q, k, v, backend=self.backend).transpose(1, 2).reshape(B, L, F3 // 3)
-        )
+        attended = stacked_attention(qkv_BLF, self.num_heads, backend=self.backend)
+        out: Tensor = self.proj(attended)
         return out
 
     def class_row(self, x_BLE: Tensor) -> Tensor:

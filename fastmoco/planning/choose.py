@@ -13,7 +13,7 @@ from fastmoco.models.compiled import BUDGETS
 from fastmoco.objectives.interface import Objective
 from fastmoco.planning.costs import StepCosts, key_bytes, measure_costs
 from fastmoco.planning.free_memory import free_bytes
-from fastmoco.planning.keys import choose_keys, ring_above
+from fastmoco.planning.keys import choose_keys, other_keys_bytes, ring_above
 from fastmoco.planning.plan import (
     HEADROOM,
     StepPlan,
@@ -70,18 +70,20 @@ def choose_plan(
 
     # How the keys of other processes come, if there are any.
     memory = least(free_bytes(world.device) - reserved, world.device) * HEADROOM
-    above = math.inf
+    above, keys = math.inf, 0.0
     if exchanged:
         way = getattr(config.objective, "keys", "auto")
         size = key_bytes(config, next(objective.parameters()).element_size())
         ring, reason = choose_keys(way, size, images, world.world_size, memory)
         at_once = replace(at_once, keys="ring" if ring else "gathered", keys_reason=reason)
         above = ring_above(way, memory)
+        keys = other_keys_bytes(size, images, world.world_size, above)
     if batch.chunk == "none":
         return replace(at_once, reason="requested")
 
     # Most steps are small: an upper bound is enough for them.
-    if batch.chunk == "auto" and _at_most(config, objective, images) < SURELY_SMALL * memory:
+    largest = _at_most(config, objective, images) + keys
+    if batch.chunk == "auto" and largest < SURELY_SMALL * memory:
         return replace(at_once, reason="small compared with the free memory")
 
     # Only a trunk that goes in chunks is asked for its tokens.

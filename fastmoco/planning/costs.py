@@ -228,6 +228,7 @@ def part_flops(
     *,
     attention: str = "sdpa",
     images_twice: int = 0,
+    images_lean: int = 0,
 ) -> dict[str, float]:
     """FLOPs of the matrix products, convolutions and attention of a step, by part
     (`fastmoco_pipelines.step_parts`).
@@ -239,10 +240,13 @@ def part_flops(
         attention: as of `measure_costs`.
         images_twice: of these, that pass the query trunk a second time, because the step runs in
             micro-batches that do not keep their graphs.
+        images_lean: of these, whose fused blocks keep the residual stream alone (`StepPlan.lean`).
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
         objective = build_model(config)
+        if objective.ring:
+            objective.ring = False  # on one process the same products, in an operator that counts
         for module in objective.modules():
             if isinstance(module, Attention):
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
@@ -254,17 +258,18 @@ def part_flops(
             view_preparation(views, precision),
             levels=False,
         )
-        run = pieces.whole_step(images)
-        run()  # what a first run does once is no part of a step
-        with collecting() as collector, _FlopsOfParts(collector) as counter:
-            run()
-        again = _FlopsOfParts(None)
+        found = pieces.flops_of_parts(images)
         if images_twice:
-            with again:
+            with _FlopsOfParts(None) as again:
                 pieces.query(images_twice)
-    found = dict(counter.flops)
-    if images_twice:
-        found[QUERY_FORWARD] = found.get(QUERY_FORWARD, 0.0) + again.flops[""]
+            found[QUERY_FORWARD] = found.get(QUERY_FORWARD, 0.0) + again.flops[""]
+        if images_lean:
+            plain = pieces.flops_of_parts(images_lean)
+            for parts in objective.trunks().values():
+                for block in parts.blocks:
+                    block.recompute = "full"  # type: ignore[assignment]
+            lean = pieces.flops_of_parts(images_lean)
+            found[BACKWARD] += lean[BACKWARD] - plain[BACKWARD]
     return found
 
 
@@ -477,6 +482,14 @@ class _Pieces:
         views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
             self.objective.features(self.inputs(views), self.at, target=False)
+
+    def flops_of_parts(self, images: int) -> dict[str, float]:
+        """FLOPs of a whole batch by part."""
+        run = self.whole_step(images)
+        run()  # what a first run does once is no part of a step
+        with collecting() as collector, _FlopsOfParts(collector) as counter:
+            run()
+        return dict(counter.flops)
 
     def whole_step(self, images: int) -> Callable[[], None]:
         """Forward and backward of a whole batch, with the marks of a trainer."""

@@ -5,6 +5,8 @@ process and W processes:
 
     gathered: 2 (W - 1) B b
     ring:     3 B b, for any W: what is in use, what arrives, and the running sums
+
+Upper bounds: copies that are alive for a moment, and what an allocator rounds up, are within them.
 """
 
 from __future__ import annotations

@@ -24,12 +24,13 @@ _POLL_S = 0.002
 
 
 @contextlib.contextmanager
-def short_run(config: Config, world: World) -> Iterator[Trainer]:
+def short_run(config: Config, world: World, *, within: Path | None = None) -> Iterator[Trainer]:
     """A run of a config without evaluations; its folder is removed afterwards.
 
     Args:
         config: of the run.
         world: this process.
+        within: folder of the run's folder; None: that of the system for temporary files.
 
     Raises:
         ValueError: for a config that is refused.
@@ -39,7 +40,7 @@ def short_run(config: Config, world: World) -> Iterator[Trainer]:
         knn=replace(config.knn, test_shards="", images="", holdout="", every_epochs=0),
         accuracy=replace(config.accuracy, test_shards="", every_epochs=0),
     )
-    with tempfile.TemporaryDirectory(prefix="fastmoco-short-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fastmoco-short-", dir=within) as folder:
         trainer = Trainer.build(config, Path(folder) / "run", world)
         try:
             yield trainer

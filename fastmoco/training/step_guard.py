@@ -141,8 +141,8 @@ class StepGuard:
         self._counts[2] = self._counts[1]
         if longest >= self._patience:
             raise RunError(
-                f"{counted(longest, 'step')} in a row up to step {step} had a non-finite loss or gradients "
-                f"(faults.max_skipped_steps={self._patience}); none of them changed the model. "
+                f"{counted(longest, 'step')} in a row up to step {step} had a non-finite loss or "
+                f"gradients (faults.max_skipped_steps={self._patience}); none of them changed the model. "
                 "Lower --optim.lr, lengthen --optim.warmup-epochs or set --optim.clip-norm, "
                 "in a new --out"
             )

@@ -39,7 +39,14 @@ SELDOM = 10**9
 """Steps between two log lines: none waits for the device."""
 
 
-def step_rate(config: Config, *, warm_up: int, steps: int, at_rest: bool = False) -> dict[str, Any]:
+def step_rate(
+    config: Config,
+    *,
+    warm_up: int,
+    steps: int,
+    at_rest: bool = False,
+    within: Path | None = None,
+) -> dict[str, Any]:
     """Train some steps of a config and measure all but the first ones.
 
     Losses are tensors until the end, so no step waits for the device.
@@ -52,6 +59,7 @@ def step_rate(config: Config, *, warm_up: int, steps: int, at_rest: bool = False
         at_rest: whether the clocks start and end while the loader rests: it then makes as many
             batches as are trained on, whose processor time counts. Otherwise the rate is that of a
             long run, in which the loader is not ahead if it is the slower one.
+        within: folder of the run's folder, as of `short_run`.
 
     Returns:
         `images_per_s`, `images_per_cpu_s` (processor time of all threads), `step_s` (mean),
@@ -63,7 +71,8 @@ def step_rate(config: Config, *, warm_up: int, steps: int, at_rest: bool = False
     Raises:
         ValueError: for a config that is refused, or a run with fewer steps.
     """
-    with short_run(replace(config, log_every_steps=SELDOM), start_world(config.device)) as trainer:
+    config = replace(config, log_every_steps=SELDOM)
+    with short_run(config, start_world(config.device), within=within) as trainer:
         return _measured(trainer, warm_up, steps, at_rest=at_rest)
 
 
@@ -73,8 +82,8 @@ def _measured(trainer: Trainer, warm_up: int, steps: int, *, at_rest: bool) -> d
     total = trainer.resolved.total_steps
     if warm_up + steps > total:
         raise ValueError(
-            f"epochs={trainer.config.epochs:g}: the run has {total} steps, and {warm_up + steps} are to be "
-            "measured; take more epochs"
+            f"epochs={trainer.config.epochs:g}: the run has {total} steps, and {warm_up + steps} "
+            "are to be measured; take more epochs"
         )
     losses: list[Tensor] = []
     norms: list[Tensor] = []
@@ -139,12 +148,13 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+def answer(request: Mapping[str, Any], *, within: Path | None = None) -> dict[str, Any]:
     """`step_rate` of a request, or `{"refused": reason}`, `{"failed": reason}`.
 
     Args:
         request: `config` (JSON of a config), `patterns` (dotted names of its fields that may be
             URLs with keys, which that JSON does not have), and the others of `step_rate`.
+        within: of `step_rate`.
     """
     try:
         config = from_json(dict(request["config"]))
@@ -153,7 +163,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             part = replace(getattr(config, group), **{field: value})
             config = replace(config, **{group: part})
         counts = {name: request[name] for name in ("warm_up", "steps", "at_rest")}
-        return step_rate(config, **counts)
+        return step_rate(config, **counts, within=within)
     except (ValueError, RunError, ShardError, BadImageError) as error:
         return {"refused": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -161,9 +171,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(path: Path) -> None:
-    """Answer the request on standard input; a process whose parent has ended ends too."""
+    """Answer the request on standard input; a process whose parent has ended ends too.
+
+    The run is stored beside the result: the caller removes both if this process is killed.
+    """
     follow_parent()
-    result = answer(json.load(sys.stdin))
+    result = answer(json.load(sys.stdin), within=path.parent)
     path.write_text(json.dumps(result))
 
 

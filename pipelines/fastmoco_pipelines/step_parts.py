@@ -123,7 +123,7 @@ class Collector:
         return found
 
     def _others_cpu(self, own: _Thread) -> float:
-        """Processor seconds of all other threads that have marks."""
+        """Processor seconds of all other threads that have marks, each since its first one."""
         with self._lock:
             return sum(thread.cpu() for thread in self._threads if thread is not own)
 
@@ -136,17 +136,21 @@ class _Thread:
         self.stack: list[_Mark] = []
         self._last = 0.0
         self._account = f"/proc/self/task/{threading.get_native_id()}/schedstat"
+        # A thread may have its first mark while another one is in a part with helpers: what it has
+        # done before must not be taken from that part.
+        self._before = 0.0
+        self._before, self._last = self.cpu(), 0.0
 
     def cpu(self) -> float:
-        """Processor seconds of this thread, asked by any thread; of one that has ended, the last
-        answer.
+        """Processor seconds of this thread since its first mark, asked by any thread; of one that has
+        ended, the last answer.
 
         As the process's own clock counts them: up to the last tick of the scheduler, which is
         milliseconds ago. The thread's own clock goes up to now, and the difference of the two would
         be wrong by that.
         """
         with contextlib.suppress(OSError), open(self._account, "rb") as account:
-            self._last = int(account.read().split()[0]) / 1e9
+            self._last = int(account.read().split()[0]) / 1e9 - self._before
         return self._last
 
 

@@ -5,22 +5,33 @@ Started by test_ring_ranks.py as `python -m tests.distributed.run_ring OUT`.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmoco.config import BatchConfig
 from fastmoco.distributed import World, gather_keys
 from fastmoco.distributed.mesh import lost_a_peer
 from fastmoco.distributed.ring import start_ring
+from fastmoco.planning.keys import GATHERED_SHARE
+from fastmoco.planning.plan import HEADROOM
+from fastmoco.training.trainer import Trainer
 from fastmoco_kernels import KeyBlock, info_nce_over_blocks, symmetric_info_nce_loss
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of, objective_and_views, part, record
+from tests.distributed.run_trainer import CONFIG
 
+RANKS = 4
 SIZES = (1, 2, 4)
 """Ranks of a ring."""
+CONFIG_OF_CHOICES = replace(CONFIG, batch=BatchConfig(chunk="none"))
 ROWS, DIM = 5, 19
 TEMPERATURES: dict[str, Any] = {"0.2": 0.2, "1": 1.0, "tiny": 0.003, "tensor": None}
 DTYPES = {
@@ -148,6 +159,30 @@ def run_stopped(world: World) -> dict[str, Any]:
     return {"ended": ended}
 
 
+def run_choices(world: World, out: Path) -> dict[str, Any]:
+    """A step with the choice left to the plan, where the last rank alone has too little memory to
+    gather, and where every rank has enough."""
+    batch, width = CONFIG.global_batch_size // RANKS, CONFIG.model.projection_dim
+    gathered = 2 * (RANKS - 1) * batch * 4 * width * 8
+    edge = gathered / GATHERED_SHARE / HEADROOM
+    last = world.rank == RANKS - 1
+    found = {}
+    for name, share in {"too little on one": 0.5 if last else 4.0, "enough": 4.0}.items():
+        # A synthetic batch is in memory already: the plan counts it as free.
+        shapes = 2 * batch * 3 * CONFIG.data.view1.size**2 * 4
+        with mock.patch(
+            "fastmoco.planning.choose.free_bytes", return_value=int(share * edge) - shapes
+        ):
+            trainer = Trainer.build(CONFIG_OF_CHOICES, out / name.replace(" ", "_"), world)
+        try:
+            loss = trainer.step(trainer.loader.next()).loss.item()
+            plan = trainer.forward_backward.plan
+            found[name] = (plan.keys, trainer.objective.ring, plan.keys_reason, loss)
+        finally:
+            trainer.close()
+    return found
+
+
 if __name__ == "__main__":
     run_cases(
         {
@@ -156,5 +191,6 @@ if __name__ == "__main__":
             "objectives": run_objectives,
             "uneven": run_uneven,
             "stopped": run_stopped,
+            "choices": lambda world: run_choices(world, Path(sys.argv[1])),
         }
     )

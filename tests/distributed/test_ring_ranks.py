@@ -11,10 +11,8 @@ import torch
 
 from fastmoco.distributed.ring import start_ring
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
-from tests.distributed.run_ring import DTYPES, ROWS, SIZES, TEMPERATURES, sides
+from tests.distributed.run_ring import DTYPES, RANKS, ROWS, SIZES, TEMPERATURES, sides
 from tests.distributed.test_ranks import launch
-
-RANKS = 4
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +73,18 @@ def test_a_step_of_the_objective_is_that_on_gathered_keys(ranks: Any) -> None:
         assert ring["gradients"].keys() == gathered["gradients"].keys()
         for name, gradient in gathered["gradients"].items():
             assert (ring["gradients"][name] - gradient).abs().max() <= 1e-12, name
+
+
+def test_all_ranks_take_the_ring_where_one_has_too_little_memory(ranks: Any) -> None:
+    """A rank that gathers would wait for those in a ring."""
+    expected = {"too little on one": ("ring", True), "enough": ("gathered", False)}
+    for name, way in expected.items():
+        found = [rank["choices"][name] for rank in ranks]
+        assert [one[:2] for one in found] == [way] * RANKS
+        assert len({one[2] for one in found}) == 1  # the reason, with the least memory
+    for rank in ranks:
+        ring, gathered = (rank["choices"][name][3] for name in expected)
+        assert ring == pytest.approx(gathered, abs=1e-12)
 
 
 def test_uneven_parts_are_refused_as_for_gathered_keys(ranks: Any) -> None:

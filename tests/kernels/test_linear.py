@@ -10,10 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco_kernels import linear as module
-from fastmoco_kernels.linear import LEAST_PRODUCTS, linear, onednn_is_faster
+from fastmoco_kernels.linear import (
+    LEAST_PRODUCTS,
+    has_product,
+    linear,
+    onednn_has_bf16,
+    onednn_is_faster,
+)
 
 ROWS, K, N = 512, 96, 192
-NEEDS_ONEDNN = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch was built without oneDNN")
+NEEDS_ONEDNN = pytest.mark.skipif(not has_product(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
@@ -77,7 +83,34 @@ def test_a_frozen_input_costs_no_product(by_onednn: list[int]) -> None:
     assert dbias.shape == bias.shape
 
 
-@pytest.mark.parametrize("case", ["float64", "small", "autocast", "counted"])
+@pytest.mark.skipif(not onednn_has_bf16(), reason="oneDNN has no bf16 on this CPU")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bf16_has_torchs_value_and_gradients(by_onednn: list[int], autocast: bool) -> None:
+    given = _given(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, plain = linear(*given), F.linear(*given)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    found, truth = _gradients(out, given), _gradients(plain, given)
+    assert len(by_onednn) == 2
+    for ours, true in zip((out, *found), (plain, *truth), strict=True):
+        assert ours.dtype == true.dtype
+        assert (ours - true).abs().max() <= 1e-2 * true.abs().max()
+
+
+@NEEDS_ONEDNN
+def test_a_torch_without_the_private_product_computes_its_own(
+    by_onednn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    for found in (onednn_is_faster, onednn_has_bf16):
+        assert not found.__wrapped__()
+    monkeypatch.setattr(module, "onednn_is_faster", onednn_is_faster.__wrapped__)
+    given = _given()
+    assert torch.equal(linear(*given), F.linear(*given))
+    assert not by_onednn
+
+
+@pytest.mark.parametrize("case", ["float64", "small", "float16", "counted"])
 def test_torchs_own_elsewhere(by_onednn: list[int], case: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,7 +119,7 @@ def test_torchs_own_elsewhere(by_onednn: list[int], case: str) -> None:
     )
     assert 8 * K * N < LEAST_PRODUCTS <= ROWS * K * N
     counter = FlopCounterMode(display=False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+    with torch.autocast("cpu", torch.float16, enabled=case == "float16"):
         if case == "counted":
             with counter:
                 linear(*given)

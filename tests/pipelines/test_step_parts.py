@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 
 from fastmoco_pipelines import step_parts
-from fastmoco_pipelines.step_parts import BACKWARD, DECODE, LOSS, collecting, part, shares
+from fastmoco_pipelines.step_parts import BACKWARD, DECODE, LOSS, READ, collecting, part, shares
 
 
 def _work(seconds: float) -> None:
@@ -58,6 +58,28 @@ def test_a_thread_without_marks_counts_to_the_part_that_employs_it() -> None:
         found = collector.figures()
         assert (0.045 <= found[DECODE].cpu_s < 0.09) == helpers
         assert 0.05 <= found[LOSS].cpu_s < 0.09
+
+
+def test_what_a_thread_did_before_its_first_mark_is_taken_from_no_part() -> None:
+    warm, decoding, reading = threading.Event(), threading.Event(), threading.Event()
+
+    def reader() -> None:
+        _work(0.2)
+        warm.set()
+        decoding.wait()
+        with part(READ):
+            reading.set()
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    warm.wait()
+    with collecting(helpers=True) as collector:
+        with part(DECODE, helpers=True):
+            decoding.set()
+            reading.wait()
+            _work(0.05)
+        thread.join()
+    assert 0.04 <= collector.figures()[DECODE].cpu_s < 0.1
 
 
 def test_parts_are_ranges_of_the_profiler_and_end_with_an_error() -> None:

@@ -74,11 +74,19 @@ def batch_limits(
     ]
     norm_bytes = max((message.bytes for message in norms), default=0.0)
     kept = plan.kept_images if plan.chunk else images
+    keys = report["keys"]
+    of_keys = (
+        []
+        if keys is None
+        else [
+            Limit("logits of a plain loss", KEPT_LOGITS * 4.0 * images * batch, "B", "B N"),
+            Limit("logits of this loss", 0.0, "B", "", "one pass over blocks of keys"),
+            Limit("keys of other ranks, gathered", keys["gathered_bytes"], "B", "N"),
+            Limit("the same in a ring", keys["ring_bytes"], "B", "B"),
+        ]
+    )
     return [
-        Limit("logits of a plain loss", KEPT_LOGITS * 4.0 * images * batch, "B", "B N"),
-        Limit("logits of this loss", 0.0, "B", "", "one pass over blocks of keys"),
-        Limit("keys of other ranks, gathered", report["keys"]["gathered_bytes"], "B", "N"),
-        Limit("the same in a ring", report["keys"]["ring_bytes"], "B", "B"),
+        *of_keys,
         Limit("views and features", images * (costs.view_bytes + costs.feature_bytes), "B", "B"),
         Limit("heads and loss", costs.heads.at(images), "B", "B"),
         Limit("activations of all images", costs.graph.at(images), "B", "B"),

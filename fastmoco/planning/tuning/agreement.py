@@ -40,7 +40,8 @@ def difference(
         ("gradient norm", norms[:1], other_norms[:1], NORMS[precision]),
     ):
         for step, (one, other) in enumerate(zip(mine, theirs, strict=False)):
-            if not math.isfinite(other) or abs(other - one) > most * abs(one):
+            finite = math.isfinite(one) and math.isfinite(other)
+            if not finite or abs(other - one) > most * abs(one):
                 return (
                     f"{name} of step {step} is {other:.7g}, with the defaults {one:.7g}: "
                     f"more than {most:g} apart"

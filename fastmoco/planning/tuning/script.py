@@ -43,6 +43,8 @@ REASONS = {
 SETTINGS = "settings.sh"
 """The file beside launch scripts with the settings that they share."""
 WIDTH = 100
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+"""Control characters as bash writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +75,12 @@ class Script:
         lines = [
             "#!/usr/bin/env bash",
             *_comment(f"{self.recipe} with settings that change only its speed:"),
-            *_comment(f"    {self.name} --data.shards SHARDS --out FOLDER [overrides]"),
+            f"#     {_one_line([self.name])} --data.shards SHARDS --out FOLDER [overrides]",
             "#",
             *(line for text in self.about for line in _comment(text)),
             "#",
             *_comment(f"Made {self.made} by:"),
-            f"#     {shlex.join(['fastmoco', *self.command])}",
+            f"#     {_one_line(['fastmoco', *self.command])}",
             "set -euo pipefail",
             "",
         ]
@@ -168,6 +170,18 @@ def write(path: Path, text: str) -> None:
 def _export(name: str, value: str) -> str:
     """A variable that keeps its value where it is set already."""
     return f'export {name}="${{{name}:-{value}}}"'
+
+
+def _one_line(words: Sequence[str]) -> str:
+    """A command in one line of a comment, which a line break in a word would end."""
+    return " ".join(
+        shlex.quote(word) if word.isprintable() else f"$'{_escaped(word)}'" for word in words
+    )
+
+
+def _escaped(word: str) -> str:
+    """A word as bash reads it between `$'` and `'`."""
+    return word.replace("\\", "\\\\").replace("'", "\\'").translate(CONTROLS)
 
 
 def _comment(text: str) -> list[str]:

@@ -201,8 +201,8 @@ class Search:
         return result
 
     def best(self) -> Row | None:
-        """The fastest settings so far, for a search that is interrupted."""
-        known = [row for row in self.rows if row.alive and row.ratio is not None]
+        """The fastest settings beside the defaults so far, for a search that is interrupted."""
+        known = [row for row in self.rows[1:] if row.alive and row.ratio is not None]
         return max(known, key=lambda row: row.ratio or 0.0, default=None)
 
     def _first(self) -> Measurement:

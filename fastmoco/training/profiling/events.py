@@ -85,7 +85,7 @@ def by_part(events: Iterable[Any], largest: int) -> TracedParts:
         e.id: (e.thread, e.time_range.start) for e in on_host if e.name.startswith(_RUNTIME)
     }
     for event in events:
-        if event.device_type == DeviceType.CPU or event.name.startswith(RANGE):
+        if event.device_type == DeviceType.CPU or _is_range(event):
             continue
         thread, start = launches.get(event.id, (None, 0.0))
         part = segments[thread].at(start) if thread in segments else ""
@@ -117,6 +117,12 @@ def by_part(events: Iterable[Any], largest: int) -> TracedParts:
     order = sorted(times, key=lambda name: -times[name])[:largest]
     found.top = [(name, times[name], calls[name]) for name in order]
     return found
+
+
+def _is_range(event: Any) -> bool:
+    """Whether an event is a range: of a part, of an optimizer of torch, of a compiled graph. On a
+    GPU a range spans the kernels that it launched, which are events of their own."""
+    return bool(event.is_user_annotation) or event.name.startswith(RANGE)
 
 
 def _is_operator(event: Any) -> bool:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.errors import EXIT_STOPPED
+from fastmoco.objectives.interface import Coupling
 from fastmoco.optim.averaged import AveragedOptimizer, SweptAdamW
 from fastmoco.planning.costs import part_flops
 from fastmoco.training.profiling.counting import StepCounter
@@ -34,6 +36,7 @@ from fastmoco_kernels.adamw_ema.op import bytes_moved as adamw_bytes
 from fastmoco_kernels.ema.op import bytes_moved as ema_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.lars.op import lars_bytes
+from fastmoco_pipelines import Loader
 from fastmoco_pipelines.step_parts import (
     EMA,
     LOSS,
@@ -66,7 +69,8 @@ class PartRow:
         flops: of products, convolutions and attention.
         bytes: that must be moved, where a cost model knows them.
         calls: kernel launches; on a CPU calls of operators.
-        waits: calls for which the host waits for the device; on a CPU those that would.
+        waits: calls for which the host waits for the device; on a CPU those that would, and None
+            where blocks are compiled.
     """
 
     cpu_ms: float
@@ -105,7 +109,7 @@ class StepProfile:
         recompilations: graphs that were compiled during the measured steps.
         growth: from the first to the last measured step: bytes and number of live tensors, resident
             bytes, and on a GPU requested and reserved bytes of torch's allocator.
-        waits: what waited, by part and name, in one step.
+        waits: what waited, by part and, on a CPU, name, in one step; None where it is not known.
         top: operators (on a GPU kernels) by time: name, milliseconds and calls.
         counted: how `calls` and `waits` were counted.
         chosen: batch plan, attention, optimizer, and whether blocks are compiled.
@@ -127,7 +131,7 @@ class StepProfile:
     peak_bytes: int
     recompilations: int
     growth: dict[str, int]
-    waits: dict[str, int]
+    waits: dict[str, float] | None
     top: list[tuple[str, float, float]]
     counted: str
     chosen: dict[str, str]
@@ -168,11 +172,17 @@ def profile_steps(
                 f"steps={steps}: this run has {total} steps, and a profile takes {needed}, "
                 "with those that warm up and those of the trace; take more --epochs"
             )
-        trainer.run(warm_up)
+        _train(trainer, warm_up)
         measured = _measured(trainer, steps)
         seen = _traced(trainer, traced, trace)
         counter = _counted(trainer)
     return _assembled(trainer.config, trainer, measured, seen, counter, steps=steps, traced=traced)
+
+
+def _train(trainer: Trainer, steps: int) -> None:
+    """Train some steps. A signal that would stop a run ends the profile."""
+    if trainer.run(steps) == EXIT_STOPPED:
+        raise KeyboardInterrupt
 
 
 @dataclass(slots=True)
@@ -198,10 +208,17 @@ def _measured(trainer: Trainer, steps: int) -> _Measured:
     before, compiled = memory(device), _graphs()
     waited = trainer.loader.figures().wait_s
     with collecting(helpers=torch.get_num_threads() == 1) as collector:
-        trainer.run(steps)
+        _train(trainer, steps)
+        settle(trainer, loader=False)
+        wall_s = collector.wall_s
         settle(trainer, loader=on_cpu)
-        wall_s, cpu_s, parts = collector.wall_s, collector.cpu_s, collector.figures()
+        refilled_s = collector.wall_s - wall_s
+        cpu_s, parts = collector.cpu_s, collector.figures()
     wait_s = trainer.loader.figures().wait_s - waited
+
+    # The loader had batches ahead, which it has made again after the last step. A trainer that
+    # waits for it would have waited for them too; to another one they take no time.
+    wall_s += min(refilled_s, wait_s)
     after = memory(device)
     return _Measured(
         parts=parts,
@@ -227,7 +244,7 @@ def _traced(trainer: Trainer, steps: int, trace: Path | None) -> TracedParts:
         ) as profiler,
         collecting(ranges=True),
     ):
-        trainer.run(steps)
+        _train(trainer, steps)
         settle(trainer, loader=False)
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
@@ -238,11 +255,11 @@ def _counted(trainer: Trainer) -> StepCounter | None:
     """One step under a counter of operators, if possible one that is not logged; None where the
     profiler's figures are better."""
     if (trainer.step_count + 1) % trainer.config.log_every_steps == 0:
-        trainer.run(1)
+        _train(trainer, 1)
     if trainer.world.device.type != "cpu" or trainer.forward_backward.compile.compiled:
         return None
     with collecting() as collector, StepCounter(collector) as counter:
-        trainer.run(1)
+        _train(trainer, 1)
     return counter
 
 
@@ -263,16 +280,19 @@ def _assembled(
     flops, moved = _flops(config, trainer), _bytes(trainer)
 
     # Calls and waits: those of a step, by part.
+    waits: dict[str, float] | None = None
+    named: dict[str, float] | None = None
     if counter is not None:
         calls: dict[str, float] = dict(counter.by_part(counter.operators))
-        waits: dict[str, float] = dict(counter.by_part(counter.waits))
+        waits = dict(counter.by_part(counter.waits))
         named = {f"{part or REST}: {name}": count for (part, name), count in counter.waits.items()}
         counted = "operators that do work, in one step that is not logged"
     else:
         found = seen.launches if on_gpu else seen.operators
         calls = {part: count / traced for part, count in found.items()}
-        waits = {part: count / traced for part, count in seen.waits.items()}
-        named = {part or REST: count for part, count in seen.waits.items() if count}
+        if on_gpu:  # torch's profiler sees no waits on a CPU
+            waits = {part: count / traced for part, count in seen.waits.items()}
+            named = {part or REST: count for part, count in waits.items() if count}
         counted = (
             "kernels, copies and fills, log steps included"
             if on_gpu
@@ -295,7 +315,7 @@ def _assembled(
             flops=flops.get(name),
             bytes=moved.get(name),
             calls=calls.get(name, 0.0),
-            waits=waits.get(name, 0.0),
+            waits=waits.get(name, 0.0) if waits is not None else None,
         )
     cpu_s = max(0.0, measured.cpu_s - sum(own.cpu_s for own in measured.parts.values()))
     rows[REST] = PartRow(
@@ -304,7 +324,7 @@ def _assembled(
         share=max(0.0, 1.0 - sum(row.share for row in rows.values())),
         device_ms=seen.device_ms.get("", 0.0) / traced if on_gpu else None,
         calls=calls.get("", 0.0),
-        waits=waits.get("", 0.0),
+        waits=waits.get("", 0.0) if waits is not None else None,
     )
 
     chosen = trainer.forward_backward
@@ -339,15 +359,16 @@ def _assembled(
 def _flops(config: Config, trainer: Trainer) -> dict[str, float]:
     """FLOPs of a step by part, as they are computed."""
     plan, images = trainer.forward_backward.plan, trainer.resolved.local_batch_size
-    twice = 0
-    if plan.chunk and not plan.lean and trainer.objective.averages():
-        twice = max(0, images - plan.kept_images)
+    again = 0
+    if plan.chunk and trainer.objective.coupling is not Coupling.NONE:
+        again = max(0, images - plan.kept_images)
     return part_flops(
         config,
         trainer.precision,
         images,
         attention=trainer.attention.backend,
-        images_twice=twice,
+        images_twice=0 if plan.lean else again,
+        images_lean=again if plan.lean else 0,
     )
 
 
@@ -365,8 +386,8 @@ def _bytes(trainer: Trainer) -> dict[str, float]:
         found[OPTIMIZER] = update + sum(p.nbytes for p in trained)
     if averaged and not swept:
         found[EMA] = ema_bytes(averaged)
-    if device.type == "cuda":
-        spec = trainer.loader.spec
+    spec = trainer.loader.spec
+    if device.type == "cuda" and spec.device == "cpu" and isinstance(trainer.loader, Loader):
         size = 1 if spec.view_dtype == "uint8" else 4
         found[TRANSFER] = size * images * sum(3 * view.size**2 for view in spec.each_view)
     if trainer.config.objective.kind == "moco_v3":

@@ -63,7 +63,7 @@ def _whole(profile: StepProfile, on_gpu: bool) -> PartRow:
         device_ms=total([row.device_ms for row in rows]) if on_gpu else None,
         flops=total([row.flops for row in rows]),
         calls=total([row.calls for row in rows]),
-        waits=total([row.waits for row in rows]),
+        waits=None if profile.waits is None else total([row.waits for row in rows]),
     )
 
 
@@ -95,14 +95,17 @@ def _notes(profile: StepProfile) -> list[str]:
     memory += [
         f"{growth[key] / 1e6:+.2f} MB {name}" for key, name in names.items() if key in growth
     ]
-    waits = ", ".join(f"{name} x{count}" for name, count in profile.waits.items())
+    waits = "not counted where blocks are compiled on a CPU"
+    if profile.waits is not None:
+        named = (f"{name} x{_count(count)}" for name, count in profile.waits.items())
+        waits = ", ".join(named) or "none"
     lines = [
         f"{profile.images_per_s:.1f} images/s, {profile.images_per_cpu_s:.1f} per CPU-second; "
         f"{profile.step_ms:.1f} ms from step to step, {profile.wait_share:.1%} of it waiting for "
         f"data; peak {profile.peak_bytes / 2**20:.0f} MiB",
         f"recompilations: {profile.recompilations}; growth of memory over {profile.steps} steps: "
         + ", ".join(memory),
-        f"host waits: {waits or 'none'}",
+        f"host waits: {waits}",
         f"counted: {profile.counted}",
     ]
     lines += [f"{name}: {what}" for name, what in profile.chosen.items()]

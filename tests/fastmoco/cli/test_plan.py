@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("tyro", reason="tyro is not installed")
 
 from fastmoco.cli.main import main
-from fastmoco.cli.plan import parse_bytes
-from fastmoco.cli.plan_scale import parse_rate, print_scale, print_step
+from fastmoco.cli.plan import PlanArguments, parse_bytes
+from fastmoco.cli.plan_scale import cluster_of, parse_rate, print_scale, print_step
+from fastmoco.recipes import quickstart_digits
 
 SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
 
@@ -201,7 +202,35 @@ def test_what_breaks_first_is_shown_for_several_batches_and_sets(
     assert plain["batch 32768 on 8 GPUs"] == 4 * 4 * 32_768 / 8 * 32_768
     assert {"1281167 images, 64 GPUs", "100000000 images, 64 GPUs"} == set(found["sets"])
     print_scale(found)
-    assert "| logits of a plain loss |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| logits of a plain loss |" in shown
+    assert "| - | - | - | - |" not in shown
+
+    # A step that does not fit has no time.
+    found["steps"][0]["fits"] = False
+    print_scale(found)
+    assert "| - | - | - | - |" in capsys.readouterr().out
+
+
+def test_keys_and_a_step_that_does_not_fit_have_no_figures_without_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "simclr_nano7_e12_b256", *SMALL, "--data.synthetic", "--gpus", "16", "--json"]
+    assert main(words) == 0
+    step = json.loads(capsys.readouterr().out)["step"]
+    assert step["keys"] is None
+    assert set(step["loader_s"].values()) == {0.0}
+    print_step(step)
+    assert "in a ring" not in capsys.readouterr().out
+    print_step(step | {"fits": False})
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown
+    assert "images/s" not in shown
+
+
+def test_gpus_are_in_equal_machines_of_at_most_eight() -> None:
+    plans = [PlanArguments(config=quickstart_digits(), gpus=gpus) for gpus in (1, 8, 9, 12, 11, 64)]
+    assert [cluster_of(plan, plan.gpus).nodes for plan in plans] == [1, 1, 3, 2, 11, 8]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +241,15 @@ def test_what_breaks_first_is_shown_for_several_batches_and_sets(
         (["--network", "400Gbyte"], "--network 400Gbyte: must be"),
         (["--storage", "0GB/s"], "--storage 0GB/s: must be"),
         (["--chip", "V100"], "--chip V100: must be one of A100, H100, H200, B200"),
-        (["--cores", "0"], "--cores 0: must be positive"),
-        (["--link-latency-us", "-1"], "--link-latency-us -1: must not be negative"),
+        (["--cores", "0"], "--cores 0: must be finite and above 0"),
+        (["--network-latency-us", "nan"], "--network-latency-us nan: must be finite"),
+        (["--image-kb", "inf"], "--image-kb inf: must be finite"),
+        (["--gpus", "9"], "--gpus 9: must divide --global-batch-size 256"),
+        (
+            ["--gpus", "8", "--parallel.strategy", "hsdp", "--parallel.shard-size", "3"],
+            "--parallel.shard-size 3: must divide --gpus 8",
+        ),
+        (["--link-latency-us", "-1"], "--link-latency-us -1: must be finite, 0 or above"),
     ],
 )
 def test_a_wrong_cluster_is_refused_in_one_line(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 
 from fastmoco.cli.main import main
 from fastmoco.cli.recipe_commands import ConfigArguments, parse_config
+from fastmoco.errors import EXIT_INTERRUPTED
 from fastmoco.planning.costs import measure_costs
+from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.step_parts import (
     BACKWARD,
     EMA,
@@ -64,6 +68,22 @@ def test_a_profile_names_every_part_and_its_figures_hold_together(
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     assert {RANGE + name for name in computed} <= {event.get("name") for event in events}
+
+
+def test_ctrl_c_ends_a_profile_without_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = Trainer._one_step
+
+    def interrupted(trainer: Trainer) -> None:
+        one_step(trainer)
+        if trainer.step_count == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+    words = ["quickstart_digits", "--data.synthetic", *SMALL, "--steps", "3"]
+    assert main(["profile", *words, "--out", str(tmp_path)]) == EXIT_INTERRUPTED
+    assert not (tmp_path / "profile.json").exists()
 
 
 @pytest.mark.parametrize(

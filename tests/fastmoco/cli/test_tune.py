@@ -27,6 +27,8 @@ def test_a_budget_is_a_time() -> None:
     assert [budget_seconds(text) for text in ("90s", "10m", "1.5h", "45")] == [90, 600, 5400, 45]
     with pytest.raises(ValueError, match="must be a time above 0 with s, m or h"):
         budget_seconds("ten")
+    with pytest.raises(ValueError, match="at most 100h"):
+        budget_seconds("1000000000h")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,17 @@ def test_a_planned_script_has_the_setting_that_fits_and_computes_least_twice(
         "    --batch.activation-budget 0.9 \\\n    --gpus 2 \\\n",
     ):
         assert part in text
+
+    # A typed setting stays, and a CPU is no GPU.
+    found["settings"] = settings
+    typed = ["--model.checkpointing", "selective", "--device", "cpu"]
+    assert main([*words, "--force", *typed]) == 0
+    text = out.read_text()
+    assert text.count("    --model.checkpointing") == 1
+    assert "checkpointing selective; +20.0% FLOPs" in text
+    assert (
+        "# Not measured: the choice of the planner (fastmoco plan) for 2 CPU processes of" in text
+    )
     found["settings"] = [row("none", 2, 0.0, fits=False)]
     assert main([*words, "--force", "--memory", "1GB"]) == 2
     assert "no setting of quickstart_digits fits on 2 GPUs" in capsys.readouterr().err

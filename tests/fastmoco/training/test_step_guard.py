@@ -19,7 +19,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training import state as training_state
-from fastmoco.training.step_guard import copies_of
+from fastmoco.training.step_guard import StepGuard, copies_of
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch
 from tests.checkpoint_content import group_of_one
@@ -98,6 +98,22 @@ def test_a_bad_step_leaves_the_state_of_a_run_that_never_saw_it(
     assert not different
     counters = [fed[name] for name in fed if name.endswith(".step")]
     assert all(counter == 6 - len(bad) for counter in counters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_exactly_the_numbers_that_are_not_finite_are_bad(dtype: torch.dtype) -> None:
+    numbers = [0.0, -0.0, 1.0, -1.0, 1e-45, torch.finfo(torch.float32).max, -3e38]
+    numbers += [math.inf, -math.inf, math.nan]
+    guard = StepGuard(torch.nn.BatchNorm1d(1), WORLD, patience=9)
+    bad_steps = 0
+    for first in numbers:
+        for second in numbers:
+            # In bfloat16 the largest float32 is infinite, and the smallest is zero.
+            loss, norm = torch.tensor(first, dtype=dtype), torch.tensor(second)
+            expected = not (math.isfinite(loss.item()) and math.isfinite(norm.item()))
+            assert guard.judge(loss, norm).item() == expected, (first, second)
+            bad_steps += expected
+    assert guard._counts.tolist()[0] == bad_steps
 
 
 @pytest.mark.parametrize("chunk", ["none", 16])

@@ -88,6 +88,24 @@ def test_a_script_has_no_path_of_its_machine_and_tells_how_it_was_made() -> None
         assert line in text.splitlines()
 
 
+def test_words_of_the_user_stay_in_their_comment_and_in_their_option(tmp_path: Path) -> None:
+    """A line break would end the comment, and its rest would be run."""
+    word = "it's $(touch made)\ntouch made\n\\"
+    name, out = ("--knn.holdout", word), ("--out", f"{word}.sh")
+    script = replace(
+        SCRIPT, overrides={"knn.holdout": name}, command=["tune", *name, *out], name=f"{word}.sh"
+    )
+    printed = "\n".join(run(script, tmp_path))
+    assert printed.startswith(f"-m\nfastmoco\ntrain\nquickstart_digits\n--knn.holdout\n{word}\n")
+    assert not [folder for folder in (tmp_path, Path("/")) if (folder / "made").exists()]
+
+    # The comment is a command that bash reads as it was typed.
+    line = next(one for one in script.text().splitlines() if one.startswith("#     fastmoco "))
+    read = ["bash", "-c", line.replace("#     fastmoco", "printf '%s|'")]
+    done = subprocess.run(read, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"tune|--knn.holdout|{word}|--out|{word}.sh|"
+
+
 def test_several_gpus_one_gpu_and_a_command_before_the_run(tmp_path: Path) -> None:
     several = replace(SCRIPT, processes=8, on_gpu=True)
     assert "--gpus 8 \\\n    " in several.text()

@@ -245,6 +245,12 @@ def test_an_interrupted_search_knows_the_best_so_far() -> None:
     assert best is not None
     assert dict(best.settings.options) == {"a2": 1}
 
+    # The defaults alone are no result.
+    search, _ = searched(Machine(FACTORS, interrupt_at=2))
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    assert search.best() is None
+
 
 def test_rounds_fit_their_time_and_the_last_comparison_keeps_its_own() -> None:
     cost = Cost(START, STEP)
@@ -279,6 +285,11 @@ def test_rounding_is_told_from_another_model(
     found = difference(precision, (1.0,) * 4, (1.0, 1.0, loss, 9.0), (1.0,) * 4, (norm, 9.0))
     assert found.startswith(differs)
     assert bool(found) == bool(differs)
+
+
+def test_losses_that_are_no_numbers_agree_with_nothing() -> None:
+    assert difference("fp32", (float("nan"),), (1.0,), (1.0,), (1.0,))
+    assert difference("fp32", (float("inf"),), (1.0,), (1.0,), (1.0,))
 
 
 def test_json_has_every_row_and_pair() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ class Event:
     cpu_parent: Any = None
     device_type: DeviceType = DeviceType.CPU
     self_cpu_time_total: float = 0.0
+    is_user_annotation: bool = False
 
 
 def kernel(name: str, number: int, us: float) -> Event:
@@ -52,7 +53,9 @@ def test_kernels_and_waits_belong_to_the_innermost_part_at_their_launch() -> Non
         Event(RANGE + OPTIMIZER, trainer, Span(100, 200)),
         Event(RANGE + BACKWARD, trainer, Span(0, 50)),
         Event(RANGE + LOSS, trainer, Span(10, 20)),
-        kernel(RANGE + LOSS, 0, 50),  # the shadow of a range on the GPU
+        # What ranges look like on the GPU: those of parts, and those that torch opens itself.
+        kernel(RANGE + LOSS, 0, 50),
+        replace(kernel("Optimizer.step#AdamW.step", 0, 70), is_user_annotation=True),
         Event("cudaLaunchKernel", trainer, Span(12, 13), 1),
         kernel("gemm", 1, 500),
         Event("autograd::engine::evaluate_function: MmBackward0", autograd, Span(29, 32)),
