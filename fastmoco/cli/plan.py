@@ -433,7 +433,8 @@ def _print_tables(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # Wide enough for the largest batches: rich shortens numbers that do not fit.
+    console = Console(highlight=False, width=max(100, Console().width))
     gib = 2**30
     print(
         f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
