@@ -28,8 +28,8 @@ def _plain(qkv: Tensor) -> Tensor:
 
 def _gradient(out: Tensor, qkv: Tensor) -> Tensor:
     # A gradient with other strides than those of the result.
-    dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(A * D, B * L).t()
-    return torch.autograd.grad(out, qkv, dout.reshape(out.shape))[0]
+    dy = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(A * D, B * L).t()
+    return torch.autograd.grad(out, qkv, dy.reshape(out.shape))[0]
 
 
 @pytest.mark.parametrize(

@@ -88,19 +88,19 @@ class _Explicit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_BLE: Tensor) -> Tensor:
+    def backward(ctx: Any, dy_BLE: Tensor) -> Tensor:
         parts, weights = ctx.saved_tensors
         q, k, v = parts.unbind()
         L, d = q.shape[1:]
         A = ctx.num_heads
         B = len(q) // A
-        dout = dout_BLE.view(B, L, A, d).transpose(1, 2).reshape(B * A, L, d)
+        dy = dy_BLE.view(B, L, A, d).transpose(1, 2).reshape(B * A, L, d)
         dparts = torch.empty_like(parts)
         dq, dk, dv = dparts.unbind()
-        torch.bmm(weights.mT, dout, out=dv)
+        torch.bmm(weights.mT, dy, out=dv)
 
         # The gradient of the weights becomes that of the scores in place.
-        dscores = torch.bmm(dout, v.mT, out=torch.empty_like(weights))
+        dscores = torch.bmm(dy, v.mT, out=torch.empty_like(weights))
         torch.ops.aten._softmax_backward_data.out(
             dscores, weights, -1, weights.dtype, grad_input=dscores
         )
