@@ -139,3 +139,12 @@ def test_only_amds_cpus(tmp_path: Path) -> None:
         info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
         assert onednn_is_faster(info) is faster
     assert not onednn_is_faster(tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_no_view(dtype):
+    x, weight, bias = (torch.randn(*shape) for shape in ((2, 4096, 64), (64, 64), (64,)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = linear(x, weight.requires_grad_(), bias)
+    assert out.dtype == dtype
+    assert not out._is_view()
