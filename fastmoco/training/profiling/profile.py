@@ -421,7 +421,8 @@ def memory(device: torch.device) -> dict[str, int]:
         with contextlib.suppress(Exception):  # an object that is half made, or without a storage
             if issubclass(type(value), Tensor) and value.device == device:
                 storage = value.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
+                if storage.device.type == device.type:  # that of a fake tensor is on none
+                    storages[storage._cdata] = storage.nbytes()
     found = {"tensors": len(storages), "tensor_bytes": sum(storages.values())}
     if (resident := _resident_bytes()) is not None:
         found["resident_bytes"] = resident
