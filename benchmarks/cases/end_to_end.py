@@ -179,7 +179,11 @@ def table(result: Mapping[str, Any]) -> str:
         head = ("contender", "images per CPU-second", "speed-up of fastmoco over it")
         keys = [f"{key}, MB" for key in next(iter(part.get("memory", {}).values()), {})]
         heads = (*head, "speed-up of fastmoco compiled over it", *keys)
-        text.append(f"**{size} pixels**\n\n{markdown(heads, rows)}")
+        text.append(f"**{size} pixels**")
+        if rows:  # without the columns of what was not measured
+            shown = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
+            cells = [[row[i] for i in shown] for row in rows]
+            text.append(markdown([heads[i] for i in shown], cells))
         if parts := part.get("parts"):
             steps = list(dict.fromkeys(step for own in parts.values() for step in own))
             rows = [(n, *(number(own.get(s, 0.0)) for s in steps)) for n, own in parts.items()]
