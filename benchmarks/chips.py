@@ -1,4 +1,4 @@
-"""Rates of chips, from data sheets and measured, and those of the CPU at hand."""
+"""Rates for rooflines: those of GPUs from `fastmoco.planning.chips`, those of the CPU at hand measured."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fastmoco.planning import chips
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Measured rates: products in bf16, and everything else by the bytes it moves."""
-
-    flops_per_s: float
-    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +22,11 @@ class Chip:
         flops_per_s: largest rate of dense products, by the dtype of their operands.
         bytes_per_s: of its memory.
         source: of these rates.
-        memory: bytes.
-        ceilings: measured on one with a large square product and a large copy.
-        in_a_step: measured with the products and the copies of a training step.
     """
 
     flops_per_s: Mapping[str, float]
     bytes_per_s: float
     source: str
-    memory: float = 0.0
-    ceilings: Rates | None = None
-    in_a_step: Rates | None = None
 
     def roofline_s(self, flops: float, moved: float, dtype: str) -> float:
         """Least seconds for some FLOPs and bytes; 0 if the rate of this dtype is unknown."""
@@ -49,33 +37,16 @@ class Chip:
 
 
 CHIPS = {
-    "A100": Chip(
-        flops_per_s={"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-        bytes_per_s=2.039e12,
-        memory=80e9,
-        source="NVIDIA A100 data sheet, 80 GB SXM",
-    ),
-    "H100": Chip(
-        flops_per_s={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-        bytes_per_s=3.35e12,
-        memory=80e9,
-        source="NVIDIA H100 data sheet, SXM; half of the rates with sparsity",
-        in_a_step=Rates(flops_per_s=650e12, bytes_per_s=3.0e12),
-    ),
-    "H200": Chip(
-        flops_per_s={"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-        bytes_per_s=4.8e12,
-        memory=139 * 2**30,
-        source="NVIDIA H200 data sheet, SXM; half of the rates with sparsity",
-        ceilings=Rates(flops_per_s=790e12, bytes_per_s=4.3e12),
-        in_a_step=Rates(flops_per_s=650e12, bytes_per_s=4.2e12),
-    ),
-    "B200": Chip(
-        flops_per_s={"bf16": 2250e12, "tf32": 1100e12, "fp32": 80e12},
-        bytes_per_s=8.0e12,
-        memory=192e9,
-        source="NVIDIA Blackwell architecture brief, HGX B200; half of the rates with sparsity",
-    ),
+    name: Chip(
+        flops_per_s={
+            "bf16": chip.peak_flops_per_s,
+            "tf32": chip.peak_tf32_flops_per_s,
+            "fp32": chip.peak_fp32_flops_per_s,
+        },
+        bytes_per_s=chip.peak_bytes_per_s,
+        source=chip.source,
+    )
+    for name, chip in chips.CHIPS.items()
 }
 
 

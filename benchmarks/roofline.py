@@ -25,13 +25,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks.chips import CHIPS, Rates
 from benchmarks.op_counts import ATTENTION, FLOAT8, PRODUCTS, Cost, Counts
 from benchmarks.step_counts import count_step
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import build_model
 from fastmoco.planning import choose
+from fastmoco.planning.chips import CHIPS
 from fastmoco.planning.plan import StepPlan, busy_chunk
 from fastmoco.recipes import get_recipe
 from fastmoco_pipelines.loading.memory import loader_bytes
@@ -42,9 +42,13 @@ ATTENTION_SHARE = 0.35
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Card(Rates):
+class Card:
     """Rates and memory of a card."""
 
+    flops_per_s: float
+    """Products in bf16."""
+    bytes_per_s: float
+    """Everything else."""
     memory: float
     """Bytes."""
 
@@ -65,12 +69,12 @@ class Card(Rates):
 
 CARDS = {
     name: Card(
-        bytes_per_s=chip.in_a_step.bytes_per_s,
-        flops_per_s=chip.in_a_step.flops_per_s,
-        memory=chip.memory,
+        bytes_per_s=chip.step_bytes_per_s,
+        flops_per_s=chip.step_flops_per_s,
+        memory=chip.memory_bytes,
     )
     for name, chip in CHIPS.items()
-    if chip.in_a_step
+    if chip.measured
 }
 """Chips whose rates of large copies and products are measured, not those of a data sheet."""
 

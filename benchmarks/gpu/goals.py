@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.chips import CHIPS
+from fastmoco.planning.chips import CHIPS
 
-_H200 = CHIPS["H200"].ceilings
-assert _H200
+_H200 = CHIPS["H200"]
 SET_FOR = {
-    "matmul_tflops": _H200.flops_per_s / 1e12,
-    "copy_gb_per_s": _H200.bytes_per_s / 1e9,
+    "matmul_tflops": _H200.ceiling_flops_per_s / 1e12,
+    "copy_gb_per_s": _H200.ceiling_bytes_per_s / 1e9,
 }
 """Ceilings of the H200 for which the goals were set."""
 

@@ -28,6 +28,10 @@ class Chip:
     name: str
     peak_flops_per_s: float
     """Dense bf16 products, of the data sheet."""
+    peak_tf32_flops_per_s: float
+    """Dense TF32 products, of the data sheet."""
+    peak_fp32_flops_per_s: float
+    """Float32 without tensor cores, of the data sheet."""
     peak_bytes_per_s: float
     """Device memory, of the data sheet."""
     link_bytes_per_s: float
@@ -36,10 +40,12 @@ class Chip:
     """Device memory that a process can use."""
     ceiling_flops_per_s: float
     """One large bf16 product."""
+    ceiling_bytes_per_s: float
+    """One large copy, read and written bytes together."""
     step_flops_per_s: float
     """The bf16 products of a training step."""
     step_bytes_per_s: float
-    """Large copies, read and written bytes together."""
+    """The copies of a training step, read and written bytes together."""
     measured: bool
     """Whether the ceilings and the memory are measured; else derived, see the module docstring."""
     source: str
@@ -47,16 +53,26 @@ class Chip:
 
 
 def _derived(
-    name: str, flops: float, bytes_per_s: float, link: float, memory: float, source: str
+    name: str,
+    flops: float,
+    tf32: float,
+    fp32: float,
+    bytes_per_s: float,
+    link: float,
+    memory: float,
+    source: str,
 ) -> Chip:
     """A chip of which only the data sheet is known."""
     return Chip(
         name=name,
         peak_flops_per_s=flops,
+        peak_tf32_flops_per_s=tf32,
+        peak_fp32_flops_per_s=fp32,
         peak_bytes_per_s=bytes_per_s,
         link_bytes_per_s=link,
         memory_bytes=memory,
         ceiling_flops_per_s=CEILING_OF_PRODUCTS * flops,
+        ceiling_bytes_per_s=CEILING_OF_COPIES * bytes_per_s,
         step_flops_per_s=STEP_SHARE_OF_PRODUCTS * flops,
         step_bytes_per_s=CEILING_OF_COPIES * bytes_per_s,
         measured=False,
@@ -70,6 +86,8 @@ CHIPS = {
         _derived(
             "A100",
             312e12,
+            156e12,
+            19.5e12,
             2.039e12,
             300e9,
             80e9,
@@ -78,10 +96,13 @@ CHIPS = {
         Chip(
             name="H100",
             peak_flops_per_s=989.4e12,
+            peak_tf32_flops_per_s=494e12,
+            peak_fp32_flops_per_s=67e12,
             peak_bytes_per_s=3.35e12,
             link_bytes_per_s=450e9,
             memory_bytes=80e9,
             ceiling_flops_per_s=798e12,
+            ceiling_bytes_per_s=3.0e12,
             step_flops_per_s=650e12,
             step_bytes_per_s=3.0e12,
             measured=True,
@@ -91,10 +112,13 @@ CHIPS = {
         Chip(
             name="H200",
             peak_flops_per_s=989.4e12,
+            peak_tf32_flops_per_s=494e12,
+            peak_fp32_flops_per_s=67e12,
             peak_bytes_per_s=4.8e12,
             link_bytes_per_s=450e9,
             memory_bytes=139 * 2**30,
             ceiling_flops_per_s=790e12,
+            ceiling_bytes_per_s=4.3e12,
             step_flops_per_s=650e12,
             step_bytes_per_s=4.2e12,
             measured=True,
@@ -104,6 +128,8 @@ CHIPS = {
         _derived(
             "B200",
             2250e12,
+            1100e12,
+            80e12,
             8.0e12,
             900e9,
             180e9,
