@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -76,7 +77,7 @@ def config_of(options: dict[str, Any]) -> Config:
     )
 
 
-class Side:
+class Side(ABC):
     """A contender: whole steps from shards, and single steps on given views.
 
     Attributes:
@@ -85,25 +86,25 @@ class Side:
 
     feed: Feed
 
+    @abstractmethod
     def first_losses(self, steps: int) -> list[float]:
         """Losses of the first steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train(self, steps: int) -> None:
         """Some steps of its training loop."""
-        raise NotImplementedError
 
     def train_here(self, steps: int) -> None:
         """The same with all work in this process."""
         self.train(steps)
 
+    @abstractmethod
     def take_here(self) -> None:
         """One batch without a step, made in this process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, view1: Tensor, view2: Tensor) -> None:
         """One step on given views."""
-        raise NotImplementedError
 
 
 class FastmocoSide(Side):

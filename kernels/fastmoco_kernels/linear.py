@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmoco_kernels.tensors import all_plain, traced
+from fastmoco_kernels.tensors import runs_directly
 
 LEAST_PRODUCTS = 2**23
 """Multiplications from which the faster product is more than the longer way to it: 0.2 ms."""
@@ -53,9 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = _dtype_of_product(given)
     # Tracers come first: a comparison of sizes would bind the graph to them.
     if (
-        traced()
-        or torch._C._is_tracing()
-        or not all_plain(given)
+        not runs_directly(given)
         or not torch.backends.mkldnn.enabled
         or not (
             (dtype == torch.float32 and onednn_is_faster())

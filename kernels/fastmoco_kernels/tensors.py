@@ -32,6 +32,11 @@ def all_plain(tensors: Iterable[Tensor]) -> bool:
     return _PLAIN.issuperset(map(type, tensors))
 
 
+def runs_directly(tensors: Iterable[Tensor]) -> bool:
+    """Whether an op may bypass the dispatcher: plain tensors, and nothing that watches or traces."""
+    return not traced() and not torch._C._is_tracing() and all_plain(tensors)
+
+
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Whether an object is a DTensor.
 

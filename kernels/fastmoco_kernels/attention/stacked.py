@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmoco_kernels.attention.choice import announce
 from fastmoco_kernels.attention.op import attention
-from fastmoco_kernels.tensors import all_plain, traced
+from fastmoco_kernels.tensors import runs_directly
 
 
 def stacked_attention(qkv_BLF: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
@@ -49,9 +49,7 @@ def stacked_attention(qkv_BLF: Tensor, num_heads: int, *, backend: str = "auto")
         backend in ("auto", "explicit")
         and qkv_BLF.device.type == "cpu"
         and qkv_BLF.dtype == torch.bfloat16
-        and not traced()
-        and not torch._C._is_tracing()
-        and all_plain((qkv_BLF,))
+        and runs_directly((qkv_BLF,))
     ):
         announce(qkv.device, qkv.dtype, L, L, d, backend)
         if not torch.is_grad_enabled():
