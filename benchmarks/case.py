@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,21 @@ def chosen_device(name: str, known: Iterable[str] = ("cpu", "cuda")) -> torch.de
     if torch.device(name).type not in known:
         raise ValueError(f"device={name!r}: runs on {', '.join(known)}")
     return torch.device(name)
+
+
+def chosen_words(options: Mapping[str, Any], option: str, known: Collection[str]) -> list[str]:
+    """The words of an option, which have commas between them.
+
+    Raises:
+        ValueError: for a word that is not known.
+    """
+    words = str(options[option]).split(",")
+    for word in words:
+        if word not in known:
+            raise ValueError(
+                f"{option}={options[option]!r}: {word!r} is none of {', '.join(known)}"
+            )
+    return words
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baseline.views import library
+from benchmarks.case import chosen_words
 from benchmarks.end_to_end_child import BASELINE, CONTENDERS
 from benchmarks.measure import interleave, ratios
 from benchmarks.photos import sample_shards
@@ -129,15 +130,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown contender, measure or precision.
     """
-    names, measured = options["contenders"].split(","), options["measures"].split(",")
-    for field, given, known in (
-        ("contenders", names, CONTENDERS),
-        ("measures", measured, MEASURES),
-        ("precision", [options["precision"]], tuple(LIMITS)),
-    ):
-        for word in given:
-            if word not in known:
-                raise ValueError(f"{field}: {word!r} is none of {', '.join(known)}")
+    names = chosen_words(options, "contenders", CONTENDERS)
+    measured = chosen_words(options, "measures", MEASURES)
+    chosen_words(options, "precision", LIMITS)
     if REFERENCE not in names:
         raise ValueError(f"contenders: needs {REFERENCE!r}, whose losses the others are held to")
     sizes = [int(word) for word in options["sizes"].split(",")]

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.baseline import data
 from benchmarks.baseline.trainer import Baseline
 from benchmarks.baseline.views import library
+from benchmarks.case import chosen_words
 from benchmarks.photos import sample_shards
 from benchmarks.shown import Chart, Lines, markdown
 from fastmoco.config import (
@@ -77,10 +78,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown precision.
     """
-    precisions = options["precisions"].split(",")
-    for word in precisions:
-        if word not in LIMITS:
-            raise ValueError(f"precisions: {word!r} is none of {', '.join(LIMITS)}")
+    precisions = chosen_words(options, "precisions", LIMITS)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shards = options["shards"] or sample_shards(folder, options["batch"])

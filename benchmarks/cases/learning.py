@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.case import chosen_words
 from benchmarks.kept_runs import once
 from benchmarks.learning import figure
 from benchmarks.learning.curves import Curve, task_result
@@ -85,9 +86,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown task or side, or points that the sides do not share.
     """
-    names, sides = (str(options[each]).split(",") for each in ("tasks", "sides"))
-    _require_known("tasks", names, tuple(TASKS))
-    _require_known("sides", sides, SIDES)
+    names = chosen_words(options, "tasks", TASKS)
+    sides = chosen_words(options, "sides", SIDES)
     if options["every"] % options["every_other"]:
         raise ValueError(
             f"every={options['every']}: must be a multiple of every_other={options['every_other']}"
@@ -136,12 +136,6 @@ def table(result: Mapping[str, Any]) -> str:
     for key in ("skipped", "failed", "unstable"):
         lines += [f"{key}: {name}: {reason}" for name, reason in result.get(key, {}).items()]
     return "\n\n".join(lines)
-
-
-def _require_known(option: str, given: list[str], known: tuple[str, ...]) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{option}={','.join(given)!r}: {name!r} is none of {known}")
 
 
 def _curves(

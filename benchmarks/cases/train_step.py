@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from benchmarks.case import chosen_words
 from benchmarks.measure import interleave, ratios
 from benchmarks.step_sides import SIDES, config_of, device_of, measure_apart, open_side
 from fastmoco.models.precision import choose_precision
@@ -73,10 +74,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown side.
     """
-    sides = options["sides"].split(",")
-    for name in sides:
-        if name not in SIDES:
-            raise ValueError(f"sides={options['sides']!r}: {name!r} is none of {', '.join(SIDES)}")
+    sides = chosen_words(options, "sides", SIDES)
     device, config = device_of(options), config_of(options)
     apart = device.type == "cuda" if options["processes"] < 0 else bool(options["processes"])
     failed: dict[str, str] = {}
