@@ -53,7 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = _dtype_of_product(given)
     # Tracers come first: a comparison of sizes would bind the graph to them.
     if (
-        not runs_directly(given)
+        dtype is None
+        or not runs_directly(given)
         or not torch.backends.mkldnn.enabled
         or not (
             (dtype == torch.float32 and onednn_is_faster())

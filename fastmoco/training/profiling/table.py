@@ -5,8 +5,6 @@ from __future__ import annotations
 from fastmoco.training.profiling.profile import REST, PartRow, StepProfile
 from fastmoco_pipelines.step_parts import EMA, OPTIMIZER
 
-Cell = tuple[str, str]
-
 
 def table(profile: StepProfile) -> str:
     """The lines that `fastmoco profile` prints."""
