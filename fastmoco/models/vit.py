@@ -84,9 +84,11 @@ def resized_positions(table: Tensor, grid: int) -> Tensor:
     old = math.isqrt(table.shape[1])
     if grid == old:
         return table
-    square = table.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    square = table.transpose(1, 2).reshape(1, -1, old, old)
     factor = (grid + 0.1) / old
-    found = interpolate(square, scale_factor=(factor, factor), mode="bicubic", align_corners=False)
+    found: Tensor = interpolate(
+        square, scale_factor=(factor, factor), mode="bicubic", align_corners=False
+    )
     return found.flatten(2).transpose(1, 2)
 
 
