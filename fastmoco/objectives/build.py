@@ -18,12 +18,14 @@ from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
+from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
@@ -37,6 +39,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
+    DINOConfig: DINO.build,
     SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an

@@ -123,7 +123,9 @@ class Objective(nn.Module, ABC):
     not its own.
 
     Attributes:
-        encoder: the encoder that is evaluated and exported.
+        encoder: the encoder that trains.
+        evaluated: name of the network that is evaluated and exported, "encoder" or
+            "momentum_encoder".
         view_count: views that it takes; None: any number.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
@@ -138,6 +140,7 @@ class Objective(nn.Module, ABC):
     """
 
     encoder: Any
+    evaluated: str = "encoder"
     view_count: int | None = None
     coupling: Coupling
     coupling_reason: str = ""
@@ -223,6 +226,11 @@ class Objective(nn.Module, ABC):
         """
         inputs = self.inputs(views, masks, at, labels=labels)
         return self.compare(self.features(inputs, at), at, accuracy=accuracy)
+
+    @property
+    def evaluation_encoder(self) -> Any:
+        """The encoder that measurements, exports and embeddings take by default."""
+        return getattr(self, self.evaluated)
 
     def classifier(self) -> nn.Module | None:
         """What maps images [B, 3, H, W] to logits [B, classes], for evaluations; None where the
