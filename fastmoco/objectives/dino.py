@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastmoco.config import Config
 from fastmoco.distributed.agree import total
 from fastmoco.distributed.mesh import group_size
-from fastmoco.models.encoder import Coupling
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
@@ -66,7 +65,7 @@ class DINO(Objective):
         center: [1, K], written after each step.
     """
 
-    evaluated = "momentum_encoder"
+    evaluated = DINOConfig.evaluated
     center: Tensor
 
     def __init__(

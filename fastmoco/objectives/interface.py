@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config import ObjectiveConfig
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.optim.groups import WHOLE, ParameterGroup
@@ -124,8 +125,8 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         encoder: the encoder that trains.
-        evaluated: name of the network that is evaluated and exported, "encoder" or
-            "momentum_encoder".
+        evaluated: name of the network that is evaluated and exported, as in its config
+            (`ObjectiveConfig.evaluated`), which readers of checkpoints ask.
         view_count: views that it takes; None: any number.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
@@ -140,7 +141,7 @@ class Objective(nn.Module, ABC):
     """
 
     encoder: Any
-    evaluated: str = "encoder"
+    evaluated: str = ObjectiveConfig.evaluated
     view_count: int | None = None
     coupling: Coupling
     coupling_reason: str = ""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
+from fastmoco.config import ObjectiveConfig
 from fastmoco.config.objective import require_ema
-from fastmoco.recipes.expected import RELEASE, Expected, expects
-from fastmoco.recipes.moco_v3 import vit_s16_e300_b4096
-from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import Resume, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +15,7 @@ class DINOConfig(ObjectiveConfig):
     """Last layer, temperatures, centre and momentum encoder of DINO (Caron et al. 2021)."""
 
     kind: ClassVar[str] = "dino"
+    evaluated: ClassVar[str] = "momentum_encoder"
 
     prototypes: int = 65536
     """Outputs of the last layer."""

@@ -1,4 +1,5 @@
-"""What one of two real processes does with the golden traces of BYOL, SimCLR and SwAV.
+"""What one of two real processes does with the golden traces of BYOL, SimCLR, SwAV and
+DINO.
 
 Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastmoco.distributed import World
 from tests.distributed.cases import run_cases
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_swav as swav
 
@@ -41,6 +43,16 @@ def swav_codes(world: World) -> Tensor:
     return swav.codes_of(data, "mr0", scores, torch.float64)
 
 
+def run_dino(world: World, strategy: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch, whole or sharded."""
+    return dino.run(dino.read(), world, strategy=strategy)
+
+
+def dino_centre(world: World) -> tuple[Tensor, ...]:
+    """Losses, gradients and centres of this rank in the file that was made on two ranks."""
+    return dino.on_rank(dino.read(), world.rank)
+
+
 CASES: dict[str, Callable[[World], object]] = {
     f"{name} {prefix}": partial(run, prefix=prefix)
     for name, run, prefixes in (
@@ -50,6 +62,11 @@ CASES: dict[str, Callable[[World], object]] = {
     )
     for prefix in prefixes
 } | {"swav codes": swav_codes}
+CASES |= {
+    "dino ddp": partial(run_dino, strategy="ddp"),
+    "dino fsdp": partial(run_dino, strategy="fsdp"),
+    "dino centre": dino_centre,
+}
 
 
 if __name__ == "__main__":

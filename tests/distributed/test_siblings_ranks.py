@@ -1,4 +1,4 @@
-"""BYOL, SimCLR and SwAV on two ranks: the golden traces, from one launch."""
+"""BYOL, SimCLR, SwAV and DINO on two ranks: the golden traces, from one launch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_swav as swav
 
@@ -51,3 +52,13 @@ def test_codes_of_swav(ranks: Results) -> None:
     data = swav.read()
     for number, rank in enumerate(ranks):
         assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_dino(ranks: Results, strategy: str) -> None:
+    """One centre, and clipping by norms of whole tensors where they are sharded."""
+    dino.check_trace(merged([rank[f"dino {strategy}"] for rank in ranks]), dino.read())
+
+
+def test_centre_of_dino(ranks: Results) -> None:
+    dino.check_ranks([rank["dino centre"] for rank in ranks], dino.read())
