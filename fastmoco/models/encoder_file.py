@@ -32,9 +32,10 @@ from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
 CUSTOM = "custom"
-"""Architecture of a ViT of sizes that no architecture here has, as timm's ViT-S with 6 heads."""
+"""Architecture of a ViT of sizes that no architecture here has, as one of 5 heads."""
 TIMM = {
     ("vit_tiny", 16),
+    ("deit_small", 16),
     ("vit_small", 8),
     ("vit_small", 16),
     ("vit_small", 32),
