@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from fastmoco.objectives.interface import (
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_size, by_view
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco_kernels import soft_cross_entropy_of_rows
 from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 LARGE = 2
@@ -166,35 +167,42 @@ class DINO(Objective):
             accuracy: whether to measure entropy of the targets and divergence from them.
         """
         with torch.no_grad(), part(KEY_FORWARD):
-            teacher, keys = _outputs(self.momentum_encoder.head, by_view(features.target[0]))
+            target = self.momentum_encoder.head(by_view(features.target[0]))
+            teacher = scores(target.unit, target.weight)
+            self._add(teacher)
         with part(QUERY_FORWARD):
-            student, queries = _outputs(self.encoder.head, by_view(features.online[0]))
+            online = self.encoder.head(by_view(features.online[0]))
         with part(LOSS):
-            with torch.no_grad():
-                targets = self.targets(teacher, at)
-                self._add(teacher)
-            loss = cross_view_loss(student, targets, self.temperature)
-        return Output(loss, self._watch(loss, targets, queries, keys, accuracy))
+            loss = soft_cross_entropy_of_rows(
+                online.unit,
+                online.weight,
+                teacher,
+                temperature=self.temperature,
+                centre=self.center.to(teacher.dtype),
+                target_temperature=self.teacher_temperature(at),
+            )
+        targets = self.targets(teacher, at) if accuracy else None
+        return Output(loss, self._watch(loss, targets, online.projected, target.projected))
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: each pair of a large crop and another crop has its own term."""
         with torch.no_grad():
             rows = by_size(_large(inputs), self.momentum_encoder.plain).transpose(0, 1)
-            found = [self.momentum_encoder.head(view) for view in rows]
-            teacher, keys = (torch.stack(part) for part in zip(*found, strict=True))
+            target = self.momentum_encoder.head(rows)
+            teacher = target.unit @ target.weight.T
             targets = self.targets(teacher, at)
             self._add(teacher)
         rows = by_size(inputs, self.encoder.plain, least=LARGE).transpose(0, 1)
-        found = [self.encoder.head(view) for view in rows]
+        online = self.encoder.head(rows)
         terms = [
-            -(target * (student / self.temperature).log_softmax(1)).sum(1).mean()
-            for q, target in enumerate(targets)
-            for v, (student, _) in enumerate(found)
+            -(own * (unit @ online.weight.T / self.temperature).log_softmax(1)).sum(1).mean()
+            for q, own in enumerate(targets)
+            for v, unit in enumerate(online.unit)
             if v != q
         ]
         loss = torch.stack(terms).mean()
-        queries = torch.stack([projected for _, projected in found])
-        return Output(loss, self._watch(loss, targets, queries, keys, accuracy))
+        shown = targets if accuracy else None
+        return Output(loss, self._watch(loss, shown, online.projected, target.projected))
 
     def teacher_temperature(self, at: Progress) -> float:
         """That of a whole epoch: it changes between epochs alone."""
@@ -265,24 +273,39 @@ class DINO(Objective):
 
     @torch.no_grad()
     def _watch(
-        self, loss: Tensor, targets: Tensor, queries: Tensor, keys: Tensor, accuracy: bool
+        self, loss: Tensor, targets: Tensor | None, queries: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """What shows a collapse, which the loss does not.
 
         `target_entropy` is ln K where targets do not depend on the image, and 0 where one output
         takes all. `target_divergence` is the mean Kullback-Leibler divergence of the predictions
-        from the targets: the loss without that entropy.
+        from the targets: the loss without that entropy. Both cost a pass over the targets.
         """
         watch = {"queries": queries.detach(), "keys": keys}
         watch["center_norm"] = torch.linalg.vector_norm(self.center)
-        if accuracy:
+        if targets is not None:
             watch["target_entropy"] = torch.special.entr(targets).sum(-1).mean()
             watch["target_divergence"] = loss.detach() - watch["target_entropy"]
         return watch
 
 
+class HeadRows(NamedTuple):
+    """What a head makes of its rows; the outputs are `scores(unit, weight)`, for the loss never
+    whole."""
+
+    unit: Tensor
+    """[..., D] rows of unit length, at least float32."""
+    weight: Tensor
+    """[K, D] of the last layer, at least float32."""
+    projected: Tensor
+    """[..., D] the same rows before they have unit length."""
+
+
 class DINOHead(nn.Module):
     """Three linear layers with GELU, unit length, and a weight-normalised last layer.
+
+    Its outputs are divided by 0.04 and exponentiated: in bf16 their error would be 10 % and more.
+    So the last layer is in float32 also where the run is in bf16.
 
     Attributes:
         gathers_wide: sharded training gathers the weights in their own dtype, also in a run in
@@ -305,15 +328,16 @@ class DINOHead(nn.Module):
         self.mlp.apply(_initialise_linear_)
         self.last_layer = WeightNormalised(projection, outputs, train_norm=train_norm)
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [n, E] -> outputs [n, K], at least float32, and the projections [n, D] that the last
-        layer takes, before they have unit length."""
+    def forward(self, rows: Tensor) -> HeadRows:
+        """Rows [..., E] -> unit rows, and the weight that they are multiplied with."""
         projected = self.mlp(rows)
-        return self.last_layer(projected), projected
+        wide = torch.promote_types(projected.dtype, torch.float32)
+        unit = F.normalize(projected.to(wide), dim=-1, eps=1e-12)
+        return HeadRows(unit, self.last_layer().to(wide), projected)
 
 
 class WeightNormalised(nn.Module):
-    """The scores of unit rows with K trained directions: W = g v / |v| for each row of the weight.
+    """The weight of a linear layer by length and direction of its rows: W = g v / |v|.
 
     Args:
         width: D.
@@ -331,35 +355,16 @@ class WeightNormalised(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(outputs, width))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """[n, D] -> [n, K]; rows are divided by their lengths, and multiplied in float32 or wider.
-
-        Scores are divided by 0.04 and exponentiated: in bf16 their error would be 10 % and more.
-        """
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        with torch.autocast(rows.device.type, enabled=False):
-            v = self.weight_v.to(wide)
-            scale = self.weight_g.to(wide) / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-            return F.linear(F.normalize(rows.to(wide), dim=-1, eps=1e-12), scale * v)
+    def forward(self) -> Tensor:
+        """[K, D]."""
+        lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return self.weight_g / lengths * self.weight_v
 
 
-def cross_view_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the targets of each large crop with the predictions of all other crops: a
-    mean over large crops, other crops and images.
-
-    Args:
-        student: [V, B, K] outputs; the first two crops are the large ones.
-        targets: [2, B, K], constants whose rows sum to 1.
-        temperature: divides the outputs.
-
-    Returns:
-        Scalar, at least float32.
-    """
-    views, images = student.shape[:2]
-    log_shares = (student / temperature).log_softmax(dim=-1)
-    swapped = (log_shares[:LARGE] * targets.flip(0)).sum()
-    others = (log_shares[LARGE:] * targets.sum(0)).sum()
-    return -(swapped + others) / (LARGE * (views - 1) * images)
+def scores(unit: Tensor, weight: Tensor) -> Tensor:
+    """Outputs [..., K] of unit rows, multiplied in their own dtype, whatever autocast says."""
+    with torch.autocast(unit.device.type, enabled=False):
+        return F.linear(unit, weight)
 
 
 @torch.no_grad()
@@ -384,10 +389,3 @@ def _initialise_linear_(module: nn.Module) -> None:
 def _large(inputs: Inputs) -> Inputs:
     """The large crops alone, for the momentum encoder, which has no stochastic depth."""
     return Inputs(inputs.views[:LARGE])
-
-
-def _outputs(head: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs [V, B, K] and projections [V, B, D] of rows [V, B, E], in one call of the head."""
-    views, images = rows.shape[:2]
-    outputs, projected = head(rows.flatten(0, 1))
-    return outputs.view(views, images, -1), projected.view(views, images, -1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from fastmoco.config import ObjectiveConfig
+from fastmoco.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco.config.objective import require_ema
-from fastmoco_pipelines.spec import Resume, require
+from fastmoco.recipes.expected import RELEASE, Expected, expects
+from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
+from fastmoco_pipelines.spec import Resume, dino_views, require
+
+RELEASE_OF_DINO = f"{RELEASE} of DINO"
+EVALUATED = "Both are of the momentum encoder, which fastmoco evaluates too."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +53,90 @@ class DINOConfig(ObjectiveConfig):
         momentum = self.center_momentum
         require(0 <= momentum <= 1, "center_momentum", momentum, "must be in [0, 1]")
         require_ema(self.ema_momentum, self.ema_schedule)
+
+
+@expects(
+    Expected(
+        linear=74.0,
+        source=RELEASE_OF_DINO,
+        hardware="8 GPUs, 1.75 days",
+        note=f"k-NN 69.3 %. {EVALUATED}",
+    )
+)
+def dino_vit_s16_e100_b512() -> Config:
+    """DINO with ViT-S/16 of 6 heads on ImageNet, 100 epochs, batch 512: two crops of 224 pixels and
+    eight of 96."""
+    return _vit_s16("dino_vit_s16_e100_b512", DINOConfig(), epochs=100, batch=512)
+
+
+@expects(
+    Expected(
+        linear=76.0,
+        source=RELEASE_OF_DINO,
+        hardware="16 GPUs, 2.6 days",
+        note=f"k-NN 73.3 %. {EVALUATED}",
+    )
+)
+def dino_vit_s16_e300_b1024() -> Config:
+    """DINO with ViT-S/16 of 6 heads on ImageNet, 300 epochs, batch 1024: with a warm-up of the
+    targets' temperature to 0.07, and trained lengths in the last layer."""
+    own = DINOConfig(teacher_temperature=0.07, teacher_warmup_epochs=30, train_last_norm=True)
+    return _vit_s16("dino_vit_s16_e300_b1024", own, epochs=300, batch=1024)
+
+
+def _vit_s16(recipe: str, objective: DINOConfig, *, epochs: float, batch: int) -> Config:
+    """What the runs of the official code on ViT-S/16 share."""
+    view1, view2, *more = dino_views()
+    return Config(
+        recipe=recipe,
+        epochs=epochs,
+        global_batch_size=batch,
+        model=ModelConfig(
+            architecture="deit_small",
+            positions="learned",
+            freeze_patch_embed=False,
+            drop_path=0.1,
+            projection_dim=256,
+            hidden_dim=2048,
+        ),
+        objective=objective,
+        optim=OptimConfig(
+            lr=5e-4,
+            schedule="cosine_inclusive",
+            final_lr=1e-6,
+            warmup_epochs=10,
+            weight_decay=0.04,
+            final_weight_decay=0.4,
+            clip_tensor_norm=3.0,
+        ),
+        data=DataConfig(view1=view1, view2=view2, more_views=tuple(more)),
+    )
+
+
+def dino_digits() -> Config:
+    """DINO with a tiny ViT on 8x8 handwritten digits, with four crops of 4 pixels: a few minutes on
+    two cores."""
+    base = _small(quickstart_digits(), "dino_digits", local_size=4)
+    return replace(base, epochs=60, knn=replace(base.knn, every_epochs=6))
+
+
+def dino_nano7_e12_b256() -> Config:
+    """DINO with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST, with four crops of 14
+    pixels: ten minutes on two cores."""
+    return _small(vit_nano7_e12_b256(), "dino_nano7_e12_b256", local_size=14)
+
+
+def _small(base: Config, recipe: str, *, local_size: int) -> Config:
+    """A recipe for small images with DINO, and small crops of its views."""
+    large = base.data.view1
+    small = replace(large, size=local_size, copies=4, crop_scale=(0.15, 0.5))
+    return replace(
+        base,
+        recipe=recipe,
+        model=replace(base.model, positions="learned", freeze_patch_embed=False),
+        objective=DINOConfig(
+            prototypes=1024, ema_momentum=0.98, teacher_temperature=0.04, train_last_norm=False
+        ),
+        optim=replace(base.optim, final_weight_decay=0.1, clip_tensor_norm=3.0),
+        data=replace(base.data, more_views=(small,)),
+    )

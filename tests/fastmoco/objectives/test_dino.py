@@ -24,7 +24,7 @@ from fastmoco.models.encoder_file import encoder_header, evaluated_network, load
 from fastmoco.objectives import dino
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.objectives.dino import DINO, DINOHead
+from fastmoco.objectives.dino import DINO, DINOHead, HeadRows, scores
 from fastmoco.objectives.interface import Features, Objective, Progress
 from fastmoco.optim import build_adamw, learning_rate
 from fastmoco.optim.averaged import FusedAdamW
@@ -68,8 +68,8 @@ def with_crops(**numbers: Any) -> Config:
 class Outputs(nn.Module):
     """A head whose outputs are its rows."""
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows, rows
+    def forward(self, rows: Tensor) -> HeadRows:
+        return HeadRows(rows, torch.eye(rows.shape[-1], dtype=rows.dtype), rows)
 
 
 class Rows(nn.Linear):
@@ -181,10 +181,11 @@ def test_heads_match_golden(data: Data, case: int) -> None:
     head.load_state_dict(weights)
     x, w = (torch.from_numpy(data[start + name]).double() for name in ("x", "w"))
     x.requires_grad_()
-    y, projected = head(x)
+    found = head(x)
+    y = scores(found.unit, found.weight)
     (y * w).sum().backward()
     assert error(y.detach(), data[f"{start}y"]) <= 1e-9
-    assert projected.shape == (len(x), projection)
+    assert found.projected.shape == (len(x), projection)
     assert x.grad is not None
     assert error(x.grad, data[f"{start}dx"]) <= 1e-7
     gradients = {name for name, p in head.named_parameters() if p.grad is not None}
