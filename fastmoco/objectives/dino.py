@@ -25,7 +25,7 @@ from fastmoco.objectives.interface import (
 )
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_size, by_view
-from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.dino import DINOConfig, InitialWeights
 from fastmoco_kernels import soft_cross_entropy_of_rows
 from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
@@ -57,6 +57,8 @@ class DINO(Objective):
         center_momentum: weight of the old centre in its average.
         train_last_norm: whether the lengths of the last layer's rows are trained; else they are 1.
         freeze_last_layer_epochs: first epochs without an update of the last layer.
+        initial_weights: "dino": normal with deviation 0.02, in a ViT (`initialise_`) and in the
+            head; "xavier": the ViT as it is, the head by the widths of its layers.
         ema_momentum: momentum of the average at step 0.
         ema_schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
 
@@ -83,6 +85,7 @@ class DINO(Objective):
         center_momentum: float = 0.9,
         train_last_norm: bool = False,
         freeze_last_layer_epochs: float = 1.0,
+        initial_weights: InitialWeights = "dino",
         ema_momentum: float = 0.996,
         ema_schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
@@ -100,7 +103,10 @@ class DINO(Objective):
                 projection_dim,
                 prototypes,
                 train_norm=train_last_norm,
+                initial_weights=initial_weights,
             )
+            if initial_weights == "dino" and isinstance(encoder, VisionTransformer):
+                initialise_(encoder)
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
@@ -118,14 +124,9 @@ class DINO(Objective):
         own = config.objective
         assert isinstance(own, DINOConfig)
 
-        def build() -> Any:
-            encoder = build_encoder()
-            if isinstance(encoder, VisionTransformer):
-                initialise_(encoder)
-            return encoder
-
         return cls(
-            build,
+            build_encoder,
+            initial_weights=own.initial_weights,
             projection_dim=config.model.projection_dim,
             hidden_dim=config.model.hidden_dim,
             prototypes=own.prototypes,
@@ -315,7 +316,14 @@ class DINOHead(nn.Module):
     gathers_wide = True
 
     def __init__(
-        self, width: int, hidden: int, projection: int, outputs: int, *, train_norm: bool = False
+        self,
+        width: int,
+        hidden: int,
+        projection: int,
+        outputs: int,
+        *,
+        train_norm: bool = False,
+        initial_weights: InitialWeights = "dino",
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
@@ -325,7 +333,7 @@ class DINOHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, projection),
         )
-        self.mlp.apply(_initialise_linear_)
+        self.mlp.apply(_normal_ if initial_weights == "dino" else _xavier_)
         self.last_layer = WeightNormalised(projection, outputs, train_norm=train_norm)
 
     def forward(self, rows: Tensor) -> HeadRows:
@@ -371,7 +379,7 @@ def scores(unit: Tensor, weight: Tensor) -> Tensor:
 def initialise_(encoder: VisionTransformer) -> None:
     """The initial weights of DINO's ViT: normal with deviation 0.02 and biases 0 in linear layers,
     class token and learned positions; the patch projection as torch starts a convolution."""
-    encoder.blocks.apply(_initialise_linear_)
+    encoder.blocks.apply(_normal_)
     for token in (encoder.cls_token, encoder.pos_embed):
         if token is not None and token.requires_grad:
             nn.init.normal_(token, std=INITIAL_STD)
@@ -380,9 +388,15 @@ def initialise_(encoder: VisionTransformer) -> None:
             module.reset_parameters()
 
 
-def _initialise_linear_(module: nn.Module) -> None:
+def _normal_(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.zeros_(module.bias)
+
+
+def _xavier_(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 

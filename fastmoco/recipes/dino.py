@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from fastmoco.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco.config.objective import require_ema
@@ -13,6 +13,7 @@ from fastmoco_pipelines.spec import Resume, dino_views, require
 
 RELEASE_OF_DINO = f"{RELEASE} of DINO"
 EVALUATED = "Both are of the momentum encoder, which fastmoco evaluates too."
+InitialWeights = Literal["dino", "xavier"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,11 @@ class DINOConfig(ObjectiveConfig):
     """Whether the lengths of the last layer's rows are trained: better for ViT-S, less stable."""
     freeze_last_layer_epochs: Annotated[float, Resume.WITH_ALLOW] = 1.0
     """First epochs without an update of the last layer."""
+    initial_weights: InitialWeights = "dino"
+    """Initial weights of linear layers, in a ViT and in the head: `dino` is normal with deviation
+    0.02, class token and learned positions too; `xavier` has the spread that a layer's width asks
+    for, and leaves the ViT as MoCo v3 starts it: for widths far below 384, where 0.02 makes the
+    outputs of all images alike."""
     ema_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.996
     """Momentum of the momentum encoder's average at step 0; 0.9995 for batches of 256."""
     ema_schedule: Annotated[Literal["cosine", "constant"], Resume.WITH_ALLOW] = "cosine"
@@ -50,6 +56,8 @@ class DINOConfig(ObjectiveConfig):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("teacher_warmup_epochs", "freeze_last_layer_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        value, known = self.initial_weights, get_args(InitialWeights)
+        require(value in known, "initial_weights", value, f"must be one of {known}")
         momentum = self.center_momentum
         require(0 <= momentum <= 1, "center_momentum", momentum, "must be in [0, 1]")
         require_ema(self.ema_momentum, self.ema_schedule)
@@ -134,9 +142,7 @@ def _small(base: Config, recipe: str, *, local_size: int) -> Config:
         base,
         recipe=recipe,
         model=replace(base.model, positions="learned", freeze_patch_embed=False),
-        objective=DINOConfig(
-            prototypes=1024, ema_momentum=0.98, teacher_temperature=0.04, train_last_norm=False
-        ),
+        objective=DINOConfig(prototypes=1024, initial_weights="xavier", ema_momentum=0.98),
         optim=replace(base.optim, final_weight_decay=0.1, clip_tensor_norm=3.0),
         data=replace(base.data, more_views=(small,)),
     )

@@ -441,7 +441,10 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
-            schedules = dict(self.objective.schedules(result.at))
+            schedules = {
+                **self.objective.schedules(result.at),
+                **self.objective.lengths(result.at),
+            }
             decay = self.train_step.weight_decay(result.at)
             if decay is not None:
                 schedules["weight_decay"] = decay
