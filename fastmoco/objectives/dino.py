@@ -366,7 +366,8 @@ class WeightNormalised(nn.Module):
     def forward(self) -> Tensor:
         """[K, D]."""
         lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return self.weight_g / lengths * self.weight_v
+        weight: Tensor = self.weight_g / lengths * self.weight_v
+        return weight
 
 
 def scores(unit: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ and three steps with small crops. Two real ranks: tests/distributed/test_sibling
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmoco.checkpoint import consolidate
-from fastmoco.config import Config
+from fastmoco.cli.checkpoint import consolidate
+from fastmoco.config import Config, OptimConfig
+from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.models import VisionTransformer
 from fastmoco.models.encoder import Coupling
-from fastmoco.models.encoder_file import encoder_header, evaluated_network, load_encoder
+from fastmoco.models.encoder_file import load_encoder
 from fastmoco.objectives import dino
-from fastmoco.objectives.build import OBJECTIVES
+from fastmoco.objectives.build import OBJECTIVES, build_model, build_objective
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.objectives.dino import DINO, DINOHead, HeadRows, scores
 from fastmoco.objectives.interface import Features, Objective, Progress
@@ -31,10 +33,13 @@ from fastmoco.optim.averaged import FusedAdamW
 from fastmoco.optim.clipping import clip_each_
 from fastmoco.optim.groups import set_weight_decays, split_groups
 from fastmoco.optim.schedule import ema_momentum, weight_decay
-from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes import get_recipe
+from fastmoco.recipes.dino import DINOConfig, InitialWeights
+from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines.spec import each_view
 from tests.distributed.run_trainer import CONFIG
 from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives import test_conformance as conformance
@@ -415,20 +420,14 @@ def test_a_run_is_evaluated_and_exported_by_its_momentum_encoder(tmp_path: Path)
         )
     assert not torch.allclose(wanted, other, atol=1e-4)
 
-    loaded, _, checkpoint = load_run(tmp_path / "run")
+    loaded = load_run(tmp_path / "run")[0]
     torch.testing.assert_close(loaded.center, trained.center)
     assert loaded.center.abs().max() > 0
     source = load_source(tmp_path / "run")
     assert source.facts["encoder"] == "momentum"
     assert load_source(tmp_path / "run", which="base").facts["encoder"] == "base"
     file = tmp_path / "encoder.safetensors"
-    consolidate(
-        checkpoint,
-        file,
-        encoder_only=True,
-        network=evaluated_network(checkpoint),
-        header=encoder_header(checkpoint),
-    )
+    assert consolidate(tmp_path / "run", out=file, encoder=True) == 0
     assert load_source(file).facts["encoder"] == "momentum"
     with torch.no_grad():
         for encoder in (source.encoder.eval(), load_encoder(file).encoder):
@@ -472,3 +471,85 @@ def test_a_view_alone_is_refused() -> None:
     objective = conformance.rough(with_crops())
     with pytest.raises(ValueError, match="views: 1 of them; this objective compares at least 2"):
         objective(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
+    short, long = get_recipe("dino_vit_s16_e100_b512"), get_recipe("dino_vit_s16_e300_b1024")
+    for config in (short, long):
+        assert from_json(to_json(config)) == config
+        assert config.peak_lr == pytest.approx(5e-4 * config.global_batch_size / 256)
+        optim, model = config.optim, config.model
+        assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
+        assert (optim.warmup_epochs, optim.final_lr, optim.clip_tensor_norm) == (10, 1e-6, 3.0)
+        assert (model.positions, model.freeze_patch_embed, model.drop_path) == (
+            "learned",
+            False,
+            0.1,
+        )
+        sizes = [(v.size, v.interpolation) for v in each_view(config.data.views)]
+        assert sizes == [(224, "bicubic")] * 2 + [(96, "bicubic")] * 8
+    with torch.device("meta"):
+        objective = build_model(replace(short, model=replace(short.model, drop_path=0.0)))
+    assert objective.encoder.blocks[0].attn.num_heads == 6
+    assert objective.encoder.head.last_layer.weight_v.shape == (65536, 256)
+    assert not objective.encoder.head.last_layer.weight_g.requires_grad
+    assert isinstance(long.objective, DINOConfig)
+    assert (long.objective.teacher_temperature, long.objective.teacher_warmup_epochs) == (0.07, 30)
+    assert long.objective.train_last_norm
+
+
+@pytest.mark.parametrize("initial", ["dino", "xavier"])
+def test_initial_weights_are_those_that_are_asked_for(initial: InitialWeights) -> None:
+    model = replace(CONFIG.model, positions="learned", freeze_patch_embed=False)
+    own = DINOConfig(prototypes=24, initial_weights=initial)
+    objective = build_objective(replace(CONFIG, model=model, objective=own), torch.device("cpu"))
+    weights = dict(objective.named_parameters())
+    spread = {
+        "encoder.blocks.0.mlp.fc1.weight": math.sqrt(2 / (64 + 256)),
+        "encoder.head.mlp.2.weight": math.sqrt(2 / (32 + 32)),
+        "encoder.pos_embed": 0.02,
+    }
+    for name, xavier in spread.items():
+        wanted = 0.02 if initial == "dino" else xavier
+        assert weights[name].std().item() == pytest.approx(wanted, rel=0.1), name
+    for own_weight, average in objective.averages().items():
+        assert torch.equal(own_weight, average)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ({"prototypes": 1}, "prototypes=1: must be at least 2"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature=0.0: must be positive"),
+        ({"teacher_warmup_epochs": -1}, "teacher_warmup_epochs=-1: must not be negative"),
+        ({"center_momentum": 1.5}, "center_momentum=1.5"),
+        ({"initial_weights": "kaiming"}, "initial_weights='kaiming'"),
+    ],
+)
+def test_wrong_numbers_are_named(numbers: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        DINOConfig(**numbers)
+
+
+def test_two_ways_of_clipping_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="clip_tensor_norm=3"):
+        OptimConfig(clip_norm=1.0, clip_tensor_norm=3.0)
+    with pytest.raises(ValueError, match="final_weight_decay=-1"):
+        OptimConfig(final_weight_decay=-1.0)
+
+
+def test_weight_decay_and_clipping_of_a_run_are_those_of_its_config(tmp_path: Path) -> None:
+    config = replace(with_crops(), precision="fp32")
+    trainer = Trainer.build(config, tmp_path, World())
+    try:
+        trainer.run()
+        groups = trainer.optimizer.param_groups
+        total = trainer.resolved.total_steps
+        last = weight_decay(total - 1, first=config.optim.weight_decay, last=0.4, total=total)
+        assert {group["weight_decay"] for group in groups} == {0.0, last}
+        norms = [p.grad.norm() for p in trainer.objective.parameters() if p.grad is not None]
+        assert max(norms) == pytest.approx(0.05, rel=1e-3)
+        logged = RunFolder(tmp_path).read_metric("weight_decay")
+        assert [value for _, value in logged][-1] == pytest.approx(last)
+    finally:
+        trainer.close()
