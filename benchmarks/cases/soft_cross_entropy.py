@@ -66,11 +66,16 @@ def tasks(options: dict[str, Any], device: torch.device) -> Task:
         student = [rows, weight] if form == "rows" else [rows @ weight.T]
         return [*student, teacher, centre]
 
-    how = {"temperature": TEMPERATURE, "target_temperature": TEACHER_TEMPERATURE}
-
     def ours(*given: Tensor) -> Tensor:
-        call = soft_cross_entropy_of_rows if form == "rows" else soft_cross_entropy
-        return call(*given[:-1], centre=given[-1], **how)
+        call: Callable[..., Tensor] = (
+            soft_cross_entropy_of_rows if form == "rows" else soft_cross_entropy
+        )
+        return call(
+            *given[:-1],
+            centre=given[-1],
+            temperature=TEMPERATURE,
+            target_temperature=TEACHER_TEMPERATURE,
+        )
 
     compiled = torch.compile(_once, fullgraph=True, dynamic=False)
     size = dtype.itemsize
