@@ -189,7 +189,8 @@ def _soft_cross_entropy(place: Place) -> Errors:
     def results(cast: Callable[[Tensor], Tensor], backend: str) -> list[Tensor]:
         leaves = [cast(t).detach().requires_grad_() for t in (rows, shrunk)]
         loss = soft_cross_entropy_of_rows(
-            *leaves,
+            leaves[0],
+            leaves[1],
             cast(teacher),
             temperature=1.0,
             target_temperature=0.5,

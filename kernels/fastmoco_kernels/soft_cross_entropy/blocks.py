@@ -11,6 +11,7 @@ Legend: V views, Q views with targets, B images, K outputs, D width of the rows;
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -205,10 +206,11 @@ def _sum_of_others(shares: Tensor, view: int, out: Tensor) -> Tensor:
 
 
 def _inner_product(shares: Tensor, log_shares: Tensor) -> Tensor:
-    """The sum of the products, where nothing times -inf is nothing."""
+    """The sum of the products, where nothing times -inf is nothing; NaN stays."""
     if shares.device.type == "cpu" and shares.is_contiguous():
         product = torch.dot(shares.view(-1), log_shares.view(-1))
         if product.isfinite():
             return product
-    products: Tensor = torch.where(shares > 0, shares * log_shares, 0.0)
+    nothing = (shares == 0) & (log_shares == -math.inf)
+    products: Tensor = torch.where(nothing, 0.0, shares * log_shares)
     return products.sum()
