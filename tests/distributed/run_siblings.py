@@ -49,7 +49,7 @@ CASES: dict[str, Callable[[World], object]] = {
         ("swav", run_swav, swav.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes}
+} | {"swav codes": swav_codes, "swav with a queue": swav.steps_with_queue}
 
 
 if __name__ == "__main__":
