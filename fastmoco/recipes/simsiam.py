@@ -9,7 +9,7 @@ from fastmoco.config import Config, ModelConfig, ObjectiveConfig, OptimConfig
 from fastmoco.recipes.expected import RELEASE, Expected, expects
 from fastmoco.recipes.moco_v3 import vit_b16_e300_b4096, vit_s16_e300_b4096
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import Resume, require, simsiam_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +28,6 @@ class SimSiamConfig(ObjectiveConfig):
         require(width >= 0, "predictor_hidden_dim", width, "must not be negative")
 
 
-def simsiam_view(size: int = 224) -> ViewSpec:
-    """The augmentation of SimSiam, which is that of MoCo v2, equal for both views.
-
-    Args:
-        size: output height and width in pixels. The blur, defined at 224, is scaled with it.
-    """
-    return ViewSpec(
-        size=size,
-        crop_scale=(0.2, 1.0),
-        saturation=0.4,
-        blur_probability=0.5,
-        blur_sigma=(0.1 * size / 224, 2.0 * size / 224),
-    )
-
-
 @expects(
     Expected(
         linear=68.1,
@@ -54,7 +39,7 @@ def simsiam_view(size: int = 224) -> ViewSpec:
 def simsiam_r50_e100_b512() -> Config:
     """SimSiam with ResNet-50 on ImageNet, 100 epochs, batch 512: views, heads, SGD and schedule of
     the official code, with the constant learning rate of the predictor."""
-    view = simsiam_view()
+    view1, view2 = simsiam_views()
     return Config(
         recipe="simsiam_r50_e100_b512",
         epochs=100,
@@ -68,7 +53,7 @@ def simsiam_r50_e100_b512() -> Config:
             warmup_epochs=0,
             weight_decay=1e-4,
         ),
-        data=replace(vit_s16_e300_b4096().data, view1=view, view2=view),
+        data=replace(vit_s16_e300_b4096().data, view1=view1, view2=view2),
     )
 
 
