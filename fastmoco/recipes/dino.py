@@ -122,9 +122,9 @@ def _vit_s16(recipe: str, objective: DINOConfig, *, epochs: float, batch: int) -
 
 
 def dino_digits() -> Config:
-    """DINO with a tiny ViT on 8x8 handwritten digits, with four crops of 4 pixels: a few minutes on
+    """DINO with a tiny ViT on 8x8 handwritten digits, with four crops of 6 pixels: a few minutes on
     two cores."""
-    base = _small(quickstart_digits(), "dino_digits", local_size=4)
+    base = _small(quickstart_digits(), "dino_digits", local_size=6)
     return replace(base, epochs=60, knn=replace(base.knn, every_epochs=6))
 
 
@@ -136,13 +136,13 @@ def dino_nano7_e12_b256() -> Config:
 
 def _small(base: Config, recipe: str, *, local_size: int) -> Config:
     """A recipe for small images with DINO, and small crops of its views."""
-    large = base.data.view1
-    small = replace(large, size=local_size, copies=4, crop_scale=(0.15, 0.5))
+    large = replace(base.data.view1, crop_scale=(0.7, 1.0), brightness=0.1, contrast=0.0)
+    small = replace(large, size=local_size, copies=4, crop_scale=(0.3, 0.7))
     return replace(
         base,
         recipe=recipe,
         model=replace(base.model, positions="learned", freeze_patch_embed=False),
         objective=DINOConfig(prototypes=1024, initial_weights="xavier", ema_momentum=0.98),
         optim=replace(base.optim, final_weight_decay=0.1, clip_tensor_norm=3.0),
-        data=replace(base.data, more_views=(small,)),
+        data=replace(base.data, view1=large, view2=large, more_views=(small,)),
     )
