@@ -65,11 +65,16 @@ from fastmoco.recipes.supervised import (
     supervised_vit_s16,
 )
 from fastmoco.recipes.swav import (
+    swav_crops_digits,
+    swav_crops_nano7_e12_b256,
     swav_digits,
     swav_nano7_e12_b256,
+    swav_r50_e400_b256,
     swav_r50_e400_b4096,
+    swav_r50_e800_b4096,
     swav_vit_b16_e300_b4096,
     swav_vit_s16_e300_b4096,
+    swav_vit_s16_e300_b4096_crops,
 )
 from fastmoco_pipelines.spec import ViewSpec, under
 
@@ -122,9 +127,14 @@ RECIPES: dict[str, Callable[[], Config]] = {
         simclr_digits,
         swav_vit_s16_e300_b4096,
         swav_vit_b16_e300_b4096,
+        swav_vit_s16_e300_b4096_crops,
         swav_r50_e400_b4096,
+        swav_r50_e800_b4096,
+        swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        swav_crops_nano7_e12_b256,
+        swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
         simsiam_vit_b16_e300_b4096,
         simsiam_r50_e100_b512,

@@ -64,3 +64,8 @@ def test_codes_of_swav(ranks: Results) -> None:
     data = swav.read()
     for number, rank in enumerate(ranks):
         assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7
+
+
+def test_a_queue_of_swav_and_small_crops(ranks: Results) -> None:
+    """It is that of one process, which continues from the state of two ranks."""
+    swav.check_queue_of_ranks([rank["swav with a queue"] for rank in ranks])
