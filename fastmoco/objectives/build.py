@@ -16,15 +16,20 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.projector_momentum import ProjectorMomentum
 from fastmoco.objectives.simclr import SimCLR
+from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.simclr import SimCLRConfig
+from fastmoco.recipes.simsiam import SimSiamConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
@@ -37,6 +42,8 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
+    SimSiamConfig: SimSiam.build,
+    ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
@@ -90,6 +97,9 @@ def build_model(config: Config) -> Objective:
     if model.drop_path and _trains(objective.encoder):
         depth = len(objective.encoder.blocks)
         objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
+    objective.phases = model.phases
+    if objective.phases.drops_tokens:
+        objective.token_draws = TokenDraws(config.seed)
     return objective
 
 

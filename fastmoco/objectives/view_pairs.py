@@ -46,7 +46,7 @@ def by_view(features: Tensor) -> Tensor:
     return features.transpose(0, 1).contiguous()
 
 
-def plain_projection(encoder: Any, view: Tensor, *paths: Tensor) -> Tensor:
+def plain_projection(encoder: Any, view: Tensor, *paths: Tensor | None) -> Tensor:
     """The projection of one view alone, by plain operations with nothing fused: for references.
 
     `paths`: of `Inputs.paths_of` this view, for the encoder that trains.

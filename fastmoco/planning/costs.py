@@ -200,7 +200,7 @@ def measure_costs(
         trainable=sum(p.numel() for p in own if p.requires_grad),
         parameters=sum(p.numel() for p in own),
         coupling_reason=objective.coupling_reason,
-        averaged=bool(objective.averages()),
+        averaged=bool(objective.averages() and features.target),
         separate=objective.coupling is Coupling.NONE,
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
@@ -509,7 +509,8 @@ class _Pieces:
     def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
         """What the trunks read of some views."""
         labels = self.labels(len(views[0]))
-        return self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+        found = self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+        return self.objective.resized(found, self.at)
 
     def features(self, images: int) -> Features:
         """Features of some images as the trunks return them, without a graph."""

@@ -123,6 +123,21 @@ RESNET_NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind, head in (("moco_v3", PREDICTOR), ("byol", ["0.bias", *PREDICTOR]))
 }
+SIMSIAM_PREDICTOR = [*PREDICTOR, "3.bias"]
+NAMES["simsiam"] = {"encoder": ENCODER + PROJECTOR, "predictor": SIMSIAM_PREDICTOR}
+RESNET_NAMES["simsiam"] = {
+    "encoder": RESNET_ENCODER + PROJECTOR + ["head.6.bias"],
+    "predictor": SIMSIAM_PREDICTOR,
+}
+for names, trunk, head in (
+    (NAMES, ENCODER, [name.removeprefix("head.") for name in PROJECTOR]),
+    (RESNET_NAMES, RESNET_ENCODER, PREDICTOR),
+):
+    names["projector_momentum"] = {
+        "encoder": trunk + [f"head.{name}" for name in head],
+        "momentum_projector": head,
+        "predictor": PREDICTOR,
+    }
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
@@ -406,6 +421,33 @@ def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
     later = Progress(AT.step + 1, AT.total_steps, AT.steps_per_epoch)
     assert len({float(loss(c, at)) for c, at in ((plain, AT), (config, AT), (config, later))}) == 3
     assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
+
+
+@every_objective
+def test_tokens_are_dropped_alike_in_every_pass(kind: type[ObjectiveConfig]) -> None:
+    """With stochastic depth, and in a phase with larger patches."""
+    plain = config_of(kind)
+    patch = plain.model.patch_size
+
+    def having(**model: Any) -> Config:
+        return replace(plain, model=replace(plain.model, **model))
+
+    dropping = having(keep_tokens="0.5", drop_path=0.5)
+    for config in (dropping, having(patch_schedule=f"{2 * patch}@0,{patch}@0.5")):
+        check_reference(config)
+        check_chunks(config)
+
+    # The encoder sees fewer tokens, others in the next step, and all in evaluation and at the end.
+    def loss(config: Config, step: int, *, training: bool = True) -> float:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        at = Progress(step, AT.total_steps, AT.steps_per_epoch)
+        return float(objective(*views, **rest_of(objective), at=at).loss.detach())
+
+    config = having(keep_tokens="0.5")
+    assert len({loss(c, step) for c, step in ((plain, 3), (config, 3), (config, 4))}) == 3
+    assert loss(config, 11) == loss(plain, 11)
+    assert loss(config, 3, training=False) == loss(plain, 3, training=False)
 
 
 @every_trunk
