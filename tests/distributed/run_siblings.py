@@ -62,9 +62,9 @@ CASES: dict[str, Callable[[World], object]] = {
         ("simsiam", run_simsiam, simsiam.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes, "swav with a queue": swav.steps_with_queue}
 } | {
     "swav codes": swav_codes,
+    "swav with a queue": swav.steps_with_queue,
     "projector_momentum gathered": partial(run_projector_momentum, ring=False),
     "projector_momentum ring": partial(run_projector_momentum, ring=True),
 }
