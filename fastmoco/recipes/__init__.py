@@ -166,7 +166,8 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
     """The same recipe at another image size: its views follow, and the blur, which is in pixels,
     scales along.
 
-    Small crops keep their share of the image size, to whole patches.
+    Small crops keep their share of the image size, to whole patches; their blur in pixels changes
+    as that of the large views.
 
     Raises:
         ValueError: if `image_size` is not a multiple of the patch size.
@@ -175,7 +176,7 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
     patch = patch_size or config.model.patch_size
 
     def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
-        low, high = (sigma * size / view.size for sigma in view.blur_sigma)
+        low, high = (sigma * image_size / config.model.image_size for sigma in view.blur_sigma)
         return replace(view, size=size, blur_sigma=(low, high))
 
     def small(view: ViewSpec) -> ViewSpec:
