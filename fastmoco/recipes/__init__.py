@@ -20,6 +20,12 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.dino import (
+    dino_digits,
+    dino_nano7_e12_b256,
+    dino_vit_s16_e100_b512,
+    dino_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
@@ -133,6 +139,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        dino_vit_s16_e100_b512,
+        dino_vit_s16_e300_b1024,
+        dino_nano7_e12_b256,
+        dino_digits,
         swav_crops_nano7_e12_b256,
         swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
