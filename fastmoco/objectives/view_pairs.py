@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmoco.objectives.interface import Inputs
@@ -23,6 +25,20 @@ def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
             f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
         )
     return view1, view2
+
+
+def encoded_views(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:
+    """[2, b, E]: both views through a trunk, as one batch or each alone.
+
+    Raises:
+        ValueError: if the views differ in shape, or are not two.
+    """
+    views = two_views(inputs)
+    if together:
+        rows = encode(torch.cat(views), *inputs.paths_of(0, 1))
+    else:
+        rows = torch.cat([encode(view, *inputs.paths_of(i)) for i, view in enumerate(views)])
+    return rows.view(2, len(views[0]), -1)
 
 
 def by_view(features: Tensor) -> Tensor:
