@@ -97,6 +97,9 @@ class ModelConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth of the last block of a ViT in training; it rises linearly from 0 at
     the first block. Each residual branch of an image is left out with this probability."""
+    zero_residual: bool = True
+    """Start the last norm of each residual branch of a ResNet at zero, as in MoCo v3, BYOL and
+    SimCLR. `False` starts it at one: MoCo v1 and v2, SwAV."""
     init: Annotated[str, Resume.FREE] = ""
     """File or run whose encoder weights are the start values: a folder of a run, or weights of
     moco-v3, timm, torchvision, Hugging Face or fastmoco (docs/weights.md). Read once, when a run
@@ -130,6 +133,9 @@ class ModelConfig:
         require(known, "compile", self.compile, "must be auto, True or False")
         if self.family == "resnet":
             self._require_resnet()
+        rule = "has no effect on a ViT, which has no norms at the end of its branches: take True"
+        known = self.zero_residual or self.family == "resnet"
+        require(known, "zero_residual", self.zero_residual, rule)
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
         if self.family == "vit":
             divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0

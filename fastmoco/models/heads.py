@@ -44,6 +44,9 @@ FORMS = {
     "simclr": HeadForm(layers=3, last_norm_weight=True),
     # Caron et al. 2020.
     "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
+    # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
+    "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
+    "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),
 }
 """Forms by name."""
 

@@ -19,11 +19,13 @@ from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
@@ -37,6 +39,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
+    MoCoConfig: MoCo.build,
     SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
@@ -96,7 +99,11 @@ def build_model(config: Config) -> Objective:
 def encoder_builder(model: ModelConfig) -> BuildEncoder:
     """What makes the encoder of a config."""
     if model.family == "resnet":
-        return partial(RESNETS[model.architecture], image_size=model.image_size)
+        return partial(
+            RESNETS[model.architecture],
+            image_size=model.image_size,
+            zero_residual=model.zero_residual,
+        )
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,

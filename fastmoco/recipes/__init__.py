@@ -21,6 +21,13 @@ from fastmoco.recipes.byol import (
     byol_vit_s16_e300_b4096,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.moco import (
+    moco_digits,
+    moco_nano7_e12_b256,
+    moco_v1_r50_e200_b256,
+    moco_v2_r50_e200_b256,
+    moco_v2_r50_e800_b256,
+)
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
     resnet50_e300_b4096,
@@ -112,6 +119,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b4096,
         swav_nano7_e12_b256,
         swav_digits,
+        moco_v1_r50_e200_b256,
+        moco_v2_r50_e200_b256,
+        moco_v2_r50_e800_b256,
+        moco_nano7_e12_b256,
+        moco_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,
