@@ -1,22 +1,32 @@
-"""What one of two real processes does with the golden traces of BYOL, SimCLR and SwAV.
+"""What one of two real processes does with the golden traces of BYOL, MoCo, SimCLR and SwAV, and a
+run of MoCo on a ResNet.
 
 Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmoco.config import OptimConfig, ParallelConfig
 from fastmoco.distributed import World
+from fastmoco.recipes.moco import MoCoConfig
+from fastmoco.training.trainer import Trainer
 from tests.distributed.cases import run_cases
+from tests.distributed.run_trainer import STEPS
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_moco as moco
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_swav as swav
+from tests.fastmoco.objectives.test_conformance import RESNET, config_of
 
 
 def run_byol(world: World, prefix: str) -> dict[str, Any]:
@@ -34,6 +44,31 @@ def run_swav(world: World, prefix: str) -> dict[str, Any]:
     return swav.run(swav.read(), prefix, world)
 
 
+def run_moco(world: World) -> dict[str, Any]:
+    """The three steps, and those of the queue alone."""
+    data = moco.read()
+    return {"trace": moco.run(data, world), "queue": moco.run_queue(data, "mr", world)}
+
+
+def moco_run(world: World) -> dict[str, Any]:
+    """A run of MoCo with a ResNet, in which replicas are compared before every step."""
+    base = config_of(MoCoConfig, RESNET)
+    shards = str(Path(sys.argv[1]) / "digits" / "train-*.tar")
+    config = replace(
+        base,
+        epochs=STEPS / (1437 // 16),
+        data=replace(base.data, synthetic=False, shards=shards),
+        parallel=ParallelConfig(verify_replicas_every=1),
+        optim=OptimConfig(name="sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=0),
+    )
+    trainer = Trainer.build(config, Path(sys.argv[1]) / "moco", world)
+    try:
+        assert trainer.run() == 0
+        return {"config": config, "state": dict(trainer.objective.state_dict())}
+    finally:
+        trainer.close()
+
+
 def swav_codes(world: World) -> Tensor:
     """Codes of this rank's scores in the file that was made on two ranks."""
     data = swav.read()
@@ -49,7 +84,7 @@ CASES: dict[str, Callable[[World], object]] = {
         ("swav", run_swav, swav.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes}
+} | {"swav codes": swav_codes, "moco": run_moco, "moco run": moco_run}
 
 
 if __name__ == "__main__":
