@@ -72,8 +72,11 @@ class Encoder(Protocol):
         """The modules by role."""
         ...
 
-    def most_numbers(self) -> int:
-        """Upper bound on the elements kept per view in training, at least twice the true value."""
+    def most_numbers(self, side: int | None = None) -> int:
+        """Upper bound on the elements kept per view in training, at least twice the true value.
+
+        `side`: pixels of the view in each direction; default the image size.
+        """
         ...
 
     def forward_flops(self, side: int) -> float:

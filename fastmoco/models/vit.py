@@ -11,12 +11,14 @@ Legend: B images, L patch tokens, E width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.models.blocks import (
@@ -33,7 +35,10 @@ from fastmoco.models.encoder import Coupling, Family, Parts
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 )
-BLOCKS_COUPLE = "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole batch"
+BLOCKS_COUPLE = (
+    "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole "
+    "batch"
+)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -62,9 +67,38 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     return torch.cat([table.new_zeros(1, width), table])
 
 
+def resized_positions(table: Tensor, grid: int) -> Tensor:
+    """A table of positions for images of another size, by the rule of DINO (Caron et al. 2021).
+
+    Bicubic interpolation with corners not aligned. The sampling points follow from the factor
+    `(grid + 0.1) / old_grid`, not from the two sizes: `size=` would give other numbers. Gradients
+    flow to the table.
+
+    Args:
+        table: [1, old_grid * old_grid, E], row by row, without a class token.
+        grid: tokens per side.
+
+    Returns:
+        [1, grid * grid, E]; the table itself where `grid` is its own.
+    """
+    old = math.isqrt(table.shape[1])
+    if grid == old:
+        return table
+    square = table.transpose(1, 2).reshape(1, -1, old, old)
+    factor = (grid + 0.1) / old
+    found: Tensor = interpolate(
+        square, scale_factor=(factor, factor), mode="bicubic", align_corners=False
+    )
+    return found.flatten(2).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
     """A ViT; parameter names are timm's. Its feature is the class token after the final norm, or a
     mean of patch tokens.
+
+    Images may have another size than `image_size`, a multiple of the patch size: positions are then
+    interpolated (`resized_positions`), fixed ones too, so that a small crop is at the coordinates
+    of a large one.
 
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
     three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
@@ -174,22 +208,19 @@ class VisionTransformer(nn.Module):
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Embed the patches and add their fixed positions: [B, 3, H, W] -> [B, L, E], row by row,
+        """Embed the patches and add their fixed positions: [B, 3, S, S] -> [B, L, E], row by row,
         without the class token. Learned positions are added by `encode`, so that encoders whose
         positions differ can share the tokens.
 
         Raises:
-            ValueError: if the images are not [B, 3, image_size, image_size].
+            ValueError: if the images are not squares of whole patches.
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            side = self.image_size
-            raise ValueError(
-                f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]"
-            )
+            self._require_whole_patches(images)
         patches: Tensor = self.patch_embed(images)
         tokens = patches.flatten(2).transpose(1, 2)
         if self.pos_embed is not None and self.positions == "sincos":
-            tokens = tokens + self.pos_embed[:, self._class_tokens :]
+            tokens = tokens + self._patch_positions(tokens.shape[1])
         return tokens
 
     def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
@@ -268,24 +299,32 @@ class VisionTransformer(nn.Module):
             methods={"": ("encode",)} | ({last: ("class_row",)} if self.reads_class_row else {}),
         )
 
-    def most_numbers(self) -> int:
+    def tokens_of(self, side: int) -> int:
+        """Tokens of a view of this many pixels per side, including the class token."""
+        return (side // self.patch_size) ** 2 + self._class_tokens
+
+    def most_numbers(self, side: int | None = None) -> int:
         """Upper bound on the elements that training keeps per view, about twice the true value.
 
         It counts 40 elements per token, channel and block, and 8 per pair of tokens and head, which
         explicit attention keeps.
+
+        Args:
+            side: pixels per side of the view; default `image_size`.
         """
         first = self.blocks[0]
         assert isinstance(first, Block)
-        per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
-        return self.tokens * per_token * (len(self.blocks) + 1)
+        tokens = self.tokens if side is None else self.tokens_of(side)
+        per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
+        return tokens * per_token * (len(self.blocks) + 1)
 
     def forward_flops(self, side: int) -> float:
         """FLOPs of the products in one forward of a view of this many pixels per side, with every
         token in every block.
         """
-        tokens = self.tokens * (side / self.image_size) ** 2
+        tokens = self.tokens_of(side)
         weights = sum(parameter.numel() for parameter in self.blocks.parameters())
-        weights += sum(tensor.numel() for tensor in self.stem_tensors())
+        weights += sum(parameter.numel() for parameter in self.patch_embed.parameters())
         return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
 
     def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
@@ -321,8 +360,36 @@ class VisionTransformer(nn.Module):
                 class_token = class_token + self.pos_embed[:, :1]
             tokens = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.pos_embed is not None and self.positions == "learned":
-            tokens = tokens + self.pos_embed
+            tokens = tokens + self._learned_positions(patch_tokens.shape[1])
         return tokens
+
+    def _patch_positions(self, count: int) -> Tensor:
+        """[1, count, E]: positions of the patch tokens of a square view with `count` of them."""
+        assert self.pos_embed is not None
+        return resized_positions(self.pos_embed[:, self._class_tokens :], math.isqrt(count))
+
+    def _learned_positions(self, count: int) -> Tensor:
+        """[1, tokens, E]: trained positions, that of the class token first if there is one."""
+        assert self.pos_embed is not None
+        if count + self._class_tokens == self.tokens:
+            return self.pos_embed
+        patches = self._patch_positions(count)
+        return torch.cat([self.pos_embed[:, : self._class_tokens], patches], dim=1)
+
+    def _require_whole_patches(self, images: Tensor) -> None:
+        """Refuse images that are no squares of whole patches.
+
+        Raises:
+            ValueError: with the sizes that fit.
+        """
+        patch, side = self.patch_size, images.shape[-1]
+        fits = images.ndim == 4 and images.shape[1:] == (3, side, side)
+        if not fits or side < patch or side % patch:
+            raise ValueError(
+                f"images shape={tuple(images.shape)}: this encoder takes [B, 3, S, S], S a "
+                f"multiple of patch_size={patch}, such as image_size={self.image_size}; "
+                "change the size of the view or of the evaluation crop"
+            )
 
 
 def _check_sizes(

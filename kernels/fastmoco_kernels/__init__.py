@@ -18,6 +18,10 @@ from fastmoco_kernels.info_nce.with_queue import queued_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
+from fastmoco_kernels.soft_cross_entropy.op import (
+    soft_cross_entropy,
+    soft_cross_entropy_of_rows,
+)
 from fastmoco_kernels.stacked_qkv.op import split_qkv
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
@@ -41,6 +45,8 @@ __all__ = [
     "lars_step_",
     "queued_info_nce_loss",
     "residual_norm",
+    "soft_cross_entropy",
+    "soft_cross_entropy_of_rows",
     "split_qkv",
     "symmetric_info_nce_loss",
     "view_color",
