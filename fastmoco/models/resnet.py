@@ -291,8 +291,10 @@ class ResNet(nn.Module):
         outputs = (layer.out_channels * out**2 for layer, out in sides)
         return 6 * sum(outputs)
 
-    def forward_flops(self, side: int) -> float:
-        """FLOPs of the convolutions in one forward of a view of this many pixels per side."""
+    def forward_flops(self, side: int, keep: float = 1.0) -> float:
+        """FLOPs of the convolutions in one forward of a view of this many pixels per side; `keep`
+        has no effect, because it has no tokens.
+        """
         return float(sum(2 * layer.weight.numel() * out**2 for layer, out in self._sides(side)))
 
     def _blocks(self) -> list[ResidualBlock]:

@@ -31,6 +31,7 @@ from fastmoco.models.blocks import (
     sum_of,
 )
 from fastmoco.models.encoder import Coupling, Family, Parts
+from fastmoco.models.token_drop import taken
 
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
@@ -223,15 +224,24 @@ class VisionTransformer(nn.Module):
             tokens = tokens + self._patch_positions(tokens.shape[1])
         return tokens
 
-    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, L, E] patch tokens -> [B, E] feature. Where only the class token of the last block is
         read, and no batch norm needs the others, the block computes nothing else.
 
         Args:
             patch_tokens: of `patch_tokens`.
             paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
+            kept: [B, k] numbers of the patch tokens that the blocks see (`token_drop`); None: all.
         """
-        tokens = self._all_tokens(patch_tokens)
+        if kept is None:
+            return self._encoded(self._all_tokens(patch_tokens), paths)
+        positions = self._own_positions(patch_tokens.shape[1])
+        return self._encoded(self._some_tokens(taken(patch_tokens, kept), positions, kept), paths)
+
+    def _encoded(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """Blocks and final norm on tokens with all their positions."""
         by_block = self._by_block(paths)
         branch = None
         for block, factors in zip(self.blocks[:-1], by_block, strict=False):
@@ -248,23 +258,42 @@ class VisionTransformer(nn.Module):
             return feature
         return self._normalised(tokens).mean(dim=1)
 
-    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
-        """Reference of `encode`: every block and the final norm on every token,
-        then the row of the class token or the mean.
+    def encode_plain(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `encode`: all tokens get their positions, then some are left out; every
+        block and the final norm on every token that stays, then the row of the class token or the
+        mean.
         """
         tokens = self._all_tokens(patch_tokens)
+        if kept is not None:
+            first = self._class_tokens
+            tokens = torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
         normalised = self._normalised(tokens)
         return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
 
-    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] features; `paths` as for `encode`."""
-        return self.encode(self.patch_tokens(images), paths)
+    def forward(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features; `paths` and `kept` as for `encode`. Patches that
+        are left out are not embedded.
+        """
+        if kept is None or not isinstance(self.patch_embed, PatchStem):
+            return self.encode(self.patch_tokens(images), paths, kept)
+        self._require_whole_patches(images)
+        tokens = self.patch_embed.of_patches(images, kept)
+        positions = None
+        if self.pos_embed is not None:
+            positions = self._patch_positions((images.shape[-1] // self.patch_size) ** 2)
+        return self._encoded(self._some_tokens(tokens, positions, kept), paths)
 
-    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def plain(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """Reference of `forward`."""
-        return self.encode_plain(self.patch_tokens(images), paths)
+        return self.encode_plain(self.patch_tokens(images), paths, kept)
 
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
@@ -318,11 +347,15 @@ class VisionTransformer(nn.Module):
         per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
         return tokens * per_token * (len(self.blocks) + 1)
 
-    def forward_flops(self, side: int) -> float:
+    def forward_flops(self, side: int, keep: float = 1.0) -> float:
         """FLOPs of the products in one forward of a view of this many pixels per side, with every
-        token in every block.
+        token that stays in every block.
+
+        Args:
+            side: pixels per side.
+            keep: share of the patch tokens that stay; the others are not embedded.
         """
-        tokens = self.tokens_of(side)
+        tokens = int((side // self.patch_size) ** 2 * keep) + self._class_tokens
         weights = sum(parameter.numel() for parameter in self.blocks.parameters())
         weights += sum(parameter.numel() for parameter in self.patch_embed.parameters())
         return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
@@ -362,6 +395,25 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None and self.positions == "learned":
             tokens = tokens + self._learned_positions(patch_tokens.shape[1])
         return tokens
+
+    def _some_tokens(self, patch_tokens: Tensor, positions: Tensor | None, kept: Tensor) -> Tensor:
+        """Patch tokens that stay, [B, k, E], after the class token, with their positions.
+
+        `positions`: [1, L, E], those that the patch tokens do not have yet.
+        """
+        tokens = patch_tokens
+        if positions is not None:
+            tokens = tokens + taken(positions, kept)
+        if self.cls_token is None:
+            return tokens
+        class_token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            class_token = class_token + self.pos_embed[:, :1]
+        return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+    def _own_positions(self, count: int) -> Tensor | None:
+        """[1, count, E]: positions that `patch_tokens` does not add, the learned ones."""
+        return self._patch_positions(count) if self.positions == "learned" else None
 
     def _patch_positions(self, count: int) -> Tensor:
         """[1, count, E]: positions of the patch tokens of a square view with `count` of them."""

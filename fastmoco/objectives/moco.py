@@ -21,8 +21,8 @@ from fastmoco.distributed.shuffle import Shuffle, copy_of_first_rank_
 from fastmoco.distributed.sync_batch_norm import local_statistics
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, build_head
-from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.momentum import Momentum
+from fastmoco.objectives.interface import START, Features, Inputs, Objective, Output, Progress
+from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import plain_projection, two_views
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco_kernels import queued_info_nce_loss
@@ -100,7 +100,7 @@ class MoCo(Objective):
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         for encoder in (self.encoder, self.momentum_encoder):
             encoder.head = build_head(encoder.embed_dim, hidden_dim, projection_dim, HEADS[head])
-        self.momentum = Momentum(
+        self.average = Average(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule="constant"
         )
         self.coupling: Coupling = self.encoder.coupling
@@ -150,13 +150,13 @@ class MoCo(Objective):
         self,
         views: tuple[Tensor, ...],
         masks: tuple[Tensor, ...] = (),
-        at: Progress | None = None,
+        at: Progress = START,
         *,
         labels: Tensor | None = None,
     ) -> Inputs:
         """As of every objective; keys of a forward before, which no step has ended, are dropped."""
         self._pushed = []
-        return super().inputs(views, masks, at or Progress(), labels=labels)
+        return super().inputs(views, masks, at, labels=labels)
 
     def before_step(self, at: Progress) -> None:
         """Batch norms continue with the running averages of rank 0."""
@@ -261,17 +261,16 @@ class MoCo(Objective):
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
-        return self.momentum.averages()
+        return self.average.averages()
 
     def ema_momentum(self, at: Progress) -> float | None:
         """That of the next step; None at the end of the last step, as official runs average before
         a step's keys."""
-        following = at.step + 1
-        return self.momentum.value(following, at) if following < at.total_steps else None
+        return self.average.next_value(at)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """The momentum that made this step's keys."""
-        return {"ema_momentum": self.momentum.value(at.step, at)}
+        return {"ema_momentum": self.average.value(at.step, at)}
 
     def uninformed_loss(self, batch: int) -> float:
         """That of equal logits: ln(K + 1). While the queue is random, the loss of the first steps

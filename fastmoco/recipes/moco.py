@@ -9,7 +9,7 @@ from fastmoco.config import Config, DataConfig, ModelConfig, ObjectiveConfig, Op
 from fastmoco.config.objective import require_ema
 from fastmoco.recipes.expected import RELEASE, Expected, expects
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import Resume, ViewSpec, moco_v1_views, moco_v2_views, require
 
 HARDWARE = "8 V100 GPUs, 53 hours per 200 epochs"
 
@@ -43,31 +43,6 @@ class MoCoConfig(ObjectiveConfig):
         require(groups >= 0, "batch_norm_groups", groups, "must not be negative")
 
 
-def _v1_view() -> ViewSpec:
-    """Both views of v1 at 224 pixels: every image is jittered."""
-    return ViewSpec(
-        crop_scale=(0.2, 1.0),
-        jitter_probability=1.0,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.4,
-        blur_probability=0.0,
-    )
-
-
-def _v2_view() -> ViewSpec:
-    """Both views of v2 at 224 pixels: less jitter in hue, and blur in one of two."""
-    return ViewSpec(
-        crop_scale=(0.2, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        blur_probability=0.5,
-    )
-
-
 @expects(
     Expected(
         linear=60.6,
@@ -79,7 +54,7 @@ def _v2_view() -> ViewSpec:
 )
 def moco_v1_r50_e200_b256() -> Config:
     """MoCo v1 with ResNet-50 on ImageNet, 200 epochs, batch 256, queue of 65536."""
-    config = _r50("moco_v1_r50_e200_b256", epochs=200, view=_v1_view())
+    config = _r50("moco_v1_r50_e200_b256", epochs=200, views=moco_v1_views())
     optim = replace(config.optim, schedule="steps", milestones=(120.0, 160.0))
     return replace(config, objective=MoCoConfig(head="linear", temperature=0.07), optim=optim)
 
@@ -94,16 +69,16 @@ def moco_v1_r50_e200_b256() -> Config:
 )
 def moco_v2_r50_e200_b256() -> Config:
     """MoCo v2 with ResNet-50 on ImageNet, 200 epochs, batch 256, queue of 65536."""
-    return _r50("moco_v2_r50_e200_b256", epochs=200, view=_v2_view())
+    return _r50("moco_v2_r50_e200_b256", epochs=200, views=moco_v2_views())
 
 
 @expects(Expected(linear=71.1, source=f"{RELEASE} of MoCo", hardware=HARDWARE))
 def moco_v2_r50_e800_b256() -> Config:
     """MoCo v2 with ResNet-50 on ImageNet, 800 epochs, batch 256, queue of 65536."""
-    return _r50("moco_v2_r50_e800_b256", epochs=800, view=_v2_view())
+    return _r50("moco_v2_r50_e800_b256", epochs=800, views=moco_v2_views())
 
 
-def _r50(recipe: str, *, epochs: int, view: ViewSpec) -> Config:
+def _r50(recipe: str, *, epochs: int, views: tuple[ViewSpec, ViewSpec]) -> Config:
     return Config(
         recipe=recipe,
         epochs=epochs,
@@ -119,20 +94,38 @@ def _r50(recipe: str, *, epochs: int, view: ViewSpec) -> Config:
             warmup_epochs=0,
             schedule="cosine_per_epoch",
         ),
-        data=DataConfig(view1=view, view2=view),
+        data=DataConfig(view1=views[0], view2=views[1]),
     )
 
 
 def moco_digits() -> Config:
-    """MoCo v2 with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
+    """MoCo v2 with a tiny ResNet on 8x8 handwritten digits: a few minutes on two cores."""
     base = quickstart_digits()
-    objective = MoCoConfig(ema_momentum=0.97, queue=1024)
-    return replace(base, recipe="moco_digits", objective=objective)
+    model = ModelConfig(
+        architecture="resnet_nano",
+        image_size=8,
+        projection_dim=64,
+        hidden_dim=256,
+        zero_residual=False,
+    )
+    # A queue of 512 is a third of the set: of a longer one many keys are of the same images.
+    return replace(
+        base,
+        recipe="moco_digits",
+        model=model,
+        objective=MoCoConfig(ema_momentum=0.99, queue=512),
+        optim=replace(base.optim, name="sgd", lr=0.06, weight_decay=1e-4),
+    )
 
 
 def moco_nano7_e12_b256() -> Config:
     """MoCo v2 with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
     cores."""
     base = vit_nano7_e12_b256()
-    objective = MoCoConfig(ema_momentum=0.97, queue=4096)
-    return replace(base, recipe="moco_nano7_e12_b256", objective=objective)
+    # Keys of a fast encoder are told by their age: slower weights than with MoCo v3.
+    return replace(
+        base,
+        recipe="moco_nano7_e12_b256",
+        objective=MoCoConfig(ema_momentum=0.99, queue=4096),
+        optim=replace(base.optim, lr=5e-4),
+    )
