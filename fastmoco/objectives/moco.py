@@ -280,7 +280,7 @@ class MoCo(Objective):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoCo:
         """Keep the queue in float32 where a module is cast to a narrower type."""
         queue = self.queue
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.queue.dtype.itemsize < 4:
             self.queue = queue.to(self.queue.device)
         return self
