@@ -1,5 +1,5 @@
-"""What one of two real processes does with the golden traces of BYOL, MoCo, SimCLR and SwAV, and a
-run of MoCo on a ResNet.
+"""What one of two real processes does with the golden traces of siblings of MoCo v3, and
+a run of MoCo on a ResNet.
 
 Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
 """
@@ -24,14 +24,16 @@ from tests.distributed.cases import run_cases
 from tests.distributed.run_trainer import STEPS
 from tests.fastmoco.objectives import test_byol as byol
 from tests.fastmoco.objectives import test_moco as moco
+from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
 from tests.fastmoco.objectives import test_simclr as simclr
+from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
 from tests.fastmoco.objectives.test_conformance import RESNET, config_of
 
 
 def run_byol(world: World, prefix: str) -> dict[str, Any]:
     """Three steps on this rank's part of each batch."""
-    return byol.run(byol.read(), prefix, world)[1]
+    return byol.run(byol.read(), prefix, world)
 
 
 def run_simclr(world: World, prefix: str) -> dict[str, Any]:
@@ -69,6 +71,16 @@ def moco_run(world: World) -> dict[str, Any]:
         trainer.close()
 
 
+def run_simsiam(world: World, prefix: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return simsiam.run(simsiam.read(), prefix, world)
+
+
+def run_projector_momentum(world: World, ring: bool) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return projector_momentum.run(projector_momentum.read(), world, ring=ring)
+
+
 def swav_codes(world: World) -> Tensor:
     """Codes of this rank's scores in the file that was made on two ranks."""
     data = swav.read()
@@ -82,9 +94,17 @@ CASES: dict[str, Callable[[World], object]] = {
         ("byol", run_byol, byol.CASES),
         ("simclr", run_simclr, simclr.CASES),
         ("swav", run_swav, swav.CASES),
+        ("simsiam", run_simsiam, simsiam.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes, "moco": run_moco, "moco run": moco_run}
+} | {
+    "moco": run_moco,
+    "moco run": moco_run,
+    "swav codes": swav_codes,
+    "swav with a queue": swav.steps_with_queue,
+    "projector_momentum gathered": partial(run_projector_momentum, ring=False),
+    "projector_momentum ring": partial(run_projector_momentum, ring=True),
+}
 
 
 if __name__ == "__main__":
