@@ -28,6 +28,7 @@ from fastmoco.config import (
 from fastmoco.distributed import World
 from fastmoco.distributed.sharding import shard_
 from fastmoco.objectives.build import OBJECTIVES, build_objective
+from fastmoco.objectives.interface import START
 from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
@@ -145,8 +146,11 @@ def run_steps(
             named = objective.named_parameters()
             found["gradients"] = whole({n: p.grad for n, p in named if p.grad is not None})
         optimizer.step(ema_momentum=0.9, skip=torch.zeros(()))
+        objective.after_step(torch.zeros(()), START)
     tensors = training_state.collect(objective, optimizer)
-    found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith("rng")})
+    # Without what differs between ranks on purpose.
+    own = tuple(f"model.{name}" for name in objective.per_rank)
+    found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith(("rng", *own))})
     found["sharded"] = any(isinstance(t, DTensor) for t in tensors.values())
     return found
 

@@ -143,6 +143,10 @@ for names, trunk, head in (
         "predictor": PREDICTOR,
     }
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
+NAMES["moco"] = {
+    network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    for network in ("encoder", "momentum_encoder")
+}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
@@ -151,6 +155,7 @@ for good."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
+    "moco": {"queue": 768, "batch_norm_groups": 4},
 }
 """What an objective cannot have by default, or has to be tested with."""
 
@@ -520,5 +525,8 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
     dtype = next(objective.parameters()).dtype
     views = [torch.randn(256, 3, size, size, dtype=dtype) for _ in range(objective.view_count or 2)]
     with torch.no_grad():
-        loss = objective(*views, **rest_of(objective, 256)).loss.item()
+        # A queue is of features too, once it is full.
+        for _ in range(3):
+            loss = objective(*views, **rest_of(objective, 256)).loss.item()
+            objective.after_step(None, AT)
     assert loss == pytest.approx(value, rel=0.15)
