@@ -5,6 +5,7 @@ Two optimizations have a plain reference that a test compares with them. `patch_
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
 `encode` computes only the class token of the last block (see `blocks`), unless the feature is a
 mean of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
+`encode_taps` does the same and gives the feature after every block; its reference is `plain_taps`.
 
 Legend: B images, L patch tokens, E width.
 """
@@ -227,6 +228,45 @@ class VisionTransformer(nn.Module):
         normalised = self._normalised(tokens)
         return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
 
+    def encode_taps(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, L, E] patch tokens -> [B, depth, E]: the feature after every block, by the one final
+        norm. The last one is that of `encode`, and the last block computes as little as there.
+
+        Args:
+            patch_tokens: of `patch_tokens`.
+            paths: as for `encode`.
+        """
+        tokens = self._all_tokens(patch_tokens)
+        by_block = self._by_block(paths)
+        branch = None
+        rows = []
+        for block, factors in zip(self.blocks[:-1], by_block, strict=False):
+            tokens, branch = block(tokens, branch, factors)
+            rows.append(self._read(tokens, branch))
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        if self.reads_class_row:
+            rows.append(last.class_row(tokens, branch, by_block[-1]))
+        else:
+            rows.append(self._read(*last(tokens, branch, by_block[-1])))
+        taps = torch.stack(rows, dim=1)
+        return self._normalised(taps) if self.pooling == "class" else taps
+
+    def taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] images -> [B, depth, E] features after every block; see `encode_taps`."""
+        return self.encode_taps(self.patch_tokens(images), paths)
+
+    def plain_taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """Reference of `taps`: every block and, after each of them, the final norm on every
+        token."""
+        tokens = self._all_tokens(self.patch_tokens(images))
+        taps = []
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+            normalised = self._normalised(tokens)
+            taps.append(normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1))
+        return torch.stack(taps, dim=1)
+
     def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] images -> [B, E] features; `paths` as for `encode`."""
         return self.encode(self.patch_tokens(images), paths)
@@ -259,13 +299,14 @@ class VisionTransformer(nn.Module):
         return self.pooling == "class" and self.mlp_norm == "layer"
 
     def parts(self) -> Parts:
-        """Modules by role. Objectives call `encode` and `class_row`, not `forward`."""
+        """Modules by role. Objectives call `encode`, `taps` and `class_row`, not `forward`."""
         last = f"blocks.{len(self.blocks) - 1}"
         return Parts(
             stem={"patch_embed": self.patch_embed},
             blocks=self.blocks,
             heads={"head": self.head},
-            methods={"": ("encode",)} | ({last: ("class_row",)} if self.reads_class_row else {}),
+            methods={"": ("encode", "taps", "encode_taps")}
+            | ({last: ("class_row",)} if self.reads_class_row else {}),
         )
 
     def most_numbers(self) -> int:
@@ -307,6 +348,13 @@ class VisionTransformer(nn.Module):
             table = sincos_positions(grid, self.embed_dim)[1 - self._class_tokens :]
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
+
+    def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
+        """[B, E] of the residual stream after a block: the class token before the final norm, of
+        which alone the sum is taken, or the mean of all tokens after it."""
+        if self.pooling == "class":
+            return sum_of(tokens[:, 0], None if branch is None else branch[:, 0])
+        return self._normalised(sum_of(tokens, branch)).mean(dim=1)
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         normalised: Tensor = self.norm(tokens)

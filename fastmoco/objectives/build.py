@@ -20,10 +20,12 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
@@ -38,6 +40,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
     SupervisedConfig: Supervised.build,
+    SDSSLConfig: SDSSL.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -33,6 +33,14 @@ from fastmoco.recipes.moco_v3 import (
     vit_s16_e300_b1024,
     vit_s16_e300_b4096,
 )
+from fastmoco.recipes.sdssl import (
+    sdssl_byol_vit_s16_e300_b1024,
+    sdssl_digits,
+    sdssl_nano7_e12_b256,
+    sdssl_simclr_vit_s16_e300_b1024,
+    sdssl_vit_b16_e300_b1024,
+    sdssl_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.simclr import (
     simclr_digits,
     simclr_nano7_e12_b256,
@@ -112,6 +120,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b4096,
         swav_nano7_e12_b256,
         swav_digits,
+        sdssl_vit_s16_e300_b1024,
+        sdssl_vit_b16_e300_b1024,
+        sdssl_byol_vit_s16_e300_b1024,
+        sdssl_simclr_vit_s16_e300_b1024,
+        sdssl_nano7_e12_b256,
+        sdssl_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

@@ -123,6 +123,11 @@ RESNET_NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind, head in (("moco_v3", PREDICTOR), ("byol", ["0.bias", *PREDICTOR]))
 }
+NAMES["sdssl"] = {
+    **NAMES["moco_v3"],
+    "projectors": [name.removeprefix("head.") for name in PROJECTOR],
+}
+NAMES["sdssl"]["predictors"] = NAMES["sdssl"].pop("predictor")
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
