@@ -1,4 +1,4 @@
-"""What one of two real processes does with the golden traces of BYOL, SimCLR and SwAV.
+"""What one of two real processes does with the golden numbers of BYOL, SDSSL, SimCLR and SwAV.
 
 Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmoco.distributed import World
 from tests.distributed.cases import run_cases
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_sdssl as sdssl
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_swav as swav
 
@@ -49,7 +50,12 @@ CASES: dict[str, Callable[[World], object]] = {
         ("swav", run_swav, swav.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes}
+} | {
+    "swav codes": swav_codes,
+    "sdssl moco": sdssl.run_moco,
+    "sdssl simclr": partial(sdssl.run_simclr, local_gradient=True),
+    "sdssl simclr, true": partial(sdssl.run_simclr, local_gradient=False),
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BYOL, SimCLR and SwAV on two ranks: the golden traces, from one launch."""
+"""BYOL, SDSSL, SimCLR and SwAV on two ranks: the golden numbers, from one launch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_sdssl as sdssl
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_swav as swav
 
@@ -51,3 +52,10 @@ def test_codes_of_swav(ranks: Results) -> None:
     data = swav.read()
     for number, rank in enumerate(ranks):
         assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7
+
+
+def test_sdssl(ranks: Results) -> None:
+    """On SimCLR with the gradient of the official code, and with that of the global loss."""
+    sdssl.check_moco([rank["sdssl moco"] for rank in ranks])
+    sdssl.check_simclr([rank["sdssl simclr"] for rank in ranks])
+    sdssl.check_true_gradient([rank["sdssl simclr, true"] for rank in ranks])
