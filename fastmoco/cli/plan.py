@@ -80,7 +80,9 @@ def plan(options: PlanArguments) -> int:
         if options.scale:
             found = describe_scale(options, memory)
         else:
-            cluster = cluster_of(options, options.gpus)  # refuses wrong rates before it counts
+            # Refuse wrong words before seconds of counting.
+            cluster = cluster_of(options, options.gpus)
+            require_divided(options.config, options.gpus)
             counted = count(options.config)
             found = describe(counted, options.gpus, memory, cluster.gpus_per_node)
             if options.config.device != "cpu":

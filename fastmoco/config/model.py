@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args
 
+from fastmoco.config.phases import Phases, phases_of
 from fastmoco_pipelines.spec import Resume, require
 
 Architecture = Literal[
@@ -58,6 +59,8 @@ ONLY_VIT = {
     "mlp_norm": "it has no MLP",
     "freeze_patch_embed": "it has no patch projection, and all of it trains",
     "drop_path": "stochastic depth is that of a ViT",
+    "keep_tokens": "it has no tokens",
+    "patch_schedule": "it has no patches",
     "attention": "it has no attention",
     "linears": "it multiplies by convolutions",
     "momentum_linears": "it multiplies by convolutions",
@@ -97,6 +100,15 @@ class ModelConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth of the last block of a ViT in training; it rises linearly from 0 at
     the first block. Each residual branch of an image is left out with this probability."""
+    keep_tokens: str = "1"
+    """Share of the patch tokens of a view that the trained encoder of a ViT sees in training, a
+    number in (0, 1] (FLIP, Li et al. 2023). The momentum encoder and evaluation see all. A single
+    number below 1 ends with 5 % of the run with all tokens; a schedule of shares of the run says
+    it in full: 0.25@0,0.5@0.6,1@0.95 (docs/token_dropping.md)."""
+    patch_schedule: str = ""
+    """Larger patches of a ViT in a part of the run, for both encoders: 32@0,16@0.3 takes patches of
+    32 pixels in the first 30 % of the run and `patch_size` after it. The same weights serve them;
+    views are made smaller (docs/token_dropping.md). Empty: `patch_size` in the whole run."""
     init: Annotated[str, Resume.FREE] = ""
     """File or run whose encoder weights are the start values: a folder of a run, or weights of
     moco-v3, timm, torchvision, Hugging Face or fastmoco (docs/weights.md). Read once, when a run
@@ -161,6 +173,7 @@ class ModelConfig:
         if self.drop_path:
             rule = "blocks=fused has no stochastic depth: use 0, or blocks=modules"
             require(self.blocks != "fused", "drop_path", self.drop_path, rule)
+        self._require_phases()
         if self.mlp_norm == "batch":
             # A compiled or fused block has no messages between ranks inside.
             rule = "a batch norm in the blocks exchanges statistics inside them: use {}"
@@ -185,6 +198,34 @@ class ModelConfig:
     def family(self) -> Literal["vit", "resnet"]:
         """Kind of the encoder."""
         return "resnet" if self.architecture.startswith("resnet") else "vit"
+
+    @property
+    def phases(self) -> Phases:
+        """The parts of a run with constant shapes, by `keep_tokens` and `patch_schedule`."""
+        return phases_of(self.keep_tokens, self.patch_schedule, self.patch_size)
+
+    def _require_phases(self) -> None:
+        """Refuse schedules that this encoder cannot follow."""
+        phases = self.phases
+        if phases.plain or self.family != "vit":
+            return
+        for phase in phases.items:
+            patch = phase.patch_size or self.patch_size
+            rule = f"image_size={self.image_size} must be a multiple of every patch"
+            require(self.image_size % patch == 0, "patch_schedule", self.patch_schedule, rule)
+            tokens = (self.image_size // patch) ** 2
+            rule = f"keeps none of the {tokens} patch tokens of a view: take a larger share"
+            require(phase.kept(tokens) >= 1, "keep_tokens", self.keep_tokens, rule)
+        if self.mlp_norm == "batch":
+            rule = (
+                "a batch norm in the blocks would keep averages of views with fewer tokens than "
+                "evaluation has: use mlp_norm=layer"
+            )
+            name = "keep_tokens" if phases.drops_tokens else "patch_schedule"
+            require(False, name, getattr(self, name), rule)
+        if self.patch_schedule and self.architecture.startswith("vit_conv"):
+            rule = "the patches of the conv stem have 16 pixels: use a ViT with linear patches"
+            require(False, "patch_schedule", self.patch_schedule, rule)
 
     def _require_resnet(self) -> None:
         """Refuse what would have no effect on a ResNet."""

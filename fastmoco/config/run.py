@@ -173,6 +173,7 @@ class Config:
         for number, view in enumerate(self.data.more_views):
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)
+        self._require_phases()
         rule = "needs data.images, a folder that can be split; shards are packed already"
         splits = not self.knn.holdout_share or bool(self.data.images)
         require(splits, "knn.holdout", self.knn.holdout, rule)
@@ -186,6 +187,18 @@ class Config:
         require(
             small, "knn.resize", self.knn.resize, f"must be 0 or at least model.image_size={size}"
         )
+
+    def _require_phases(self) -> None:
+        """Refuse views that do not fit the patches of a phase, or keep no token in one."""
+        for phase in self.model.phases.items if self.model.family == "vit" else ():
+            patch = phase.patch_size or self.model.patch_size
+            for number, view in enumerate(self.data.more_views):
+                name = f"data.more_views.{number}.size"
+                rule = f"must be a multiple of every patch of model.patch_schedule, and {patch} is"
+                require(view.size % patch == 0, name, view.size, f"{rule} one")
+                tokens = (view.size // patch) ** 2
+                rule = f"model.keep_tokens keeps none of the {tokens} patch tokens of this view"
+                require(phase.kept(tokens) >= 1, name, view.size, f"{rule}: take a larger share")
 
     @property
     def peak_lr(self) -> float:

@@ -317,6 +317,15 @@ class PatchStem(nn.Module):
         out: Tensor = self.proj(images)
         return out
 
+    def of_patches(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Some patches alone: [B, 3, H, W] and their numbers [B, k], row by row -> [B, k, E]."""
+        side = self.proj.kernel_size[0]
+        B, C, H, W = images.shape
+        patches = images.view(B, C, H // side, side, W // side, side).permute(0, 2, 4, 1, 3, 5)
+        rows = torch.arange(B, device=images.device)[:, None]
+        some = patches[rows, numbers // (W // side), numbers % (W // side)]
+        return F.linear(some.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
 
 class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2 with batch norm and ReLU, then a 1x1

@@ -56,11 +56,16 @@ class Encoder(Protocol):
     head: nn.Module
     """The projector, attached by an objective; the encoder does not apply it."""
 
-    def __call__(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] features, without the head; `paths` as for `encode`."""
+    def __call__(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features, without the head; `paths` and `kept` as for
+        `encode`."""
         ...
 
-    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def plain(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """The reference of a call, without optimizations."""
         ...
 
@@ -72,12 +77,16 @@ class Encoder(Protocol):
         """The modules by role."""
         ...
 
-    def most_numbers(self) -> int:
-        """Upper bound on the elements kept per view in training, at least twice the true value."""
+    def most_numbers(self, side: int | None = None) -> int:
+        """Upper bound on the elements kept per view in training, at least twice the true value.
+
+        `side`: pixels of the view in each direction; default the image size.
+        """
         ...
 
-    def forward_flops(self, side: int) -> float:
-        """FLOPs of the forward of one view of `side` pixels in each direction."""
+    def forward_flops(self, side: int, keep: float = 1.0) -> float:
+        """FLOPs of the forward of one view of `side` pixels in each direction, of whose patch
+        tokens a ViT keeps a share."""
         ...
 
 
@@ -101,27 +110,38 @@ class TokenEncoder(Encoder, Protocol):
         """[B, 3, H, W] images -> [B, L, E] tokens."""
         ...
 
-    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, L, E] tokens -> [B, E] features.
 
         `paths`: [B, depth, 2] factors of residual branches; given to encoders that have
-        stochastic depth (`drop_path`).
+        stochastic depth (`drop_path`). `kept`: [B, k] numbers of the patch tokens that the blocks
+        see; given where some are left out (`token_drop`).
         """
         ...
 
-    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode_plain(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """The reference of `encode`, without optimizations."""
         ...
 
-    def encode_taps(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode_taps(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, L, E] tokens -> [B, depth, E] features after every block; the last is `encode`."""
         ...
 
-    def taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, 3, H, W] images -> [B, depth, E] features after every block."""
         ...
 
-    def plain_taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def plain_taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """The reference of `taps`, without optimizations."""
         ...
 

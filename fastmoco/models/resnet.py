@@ -260,16 +260,22 @@ class ResNet(nn.Module):
             alike=False,
         )
 
-    def most_numbers(self) -> int:
+    def most_numbers(self, side: int | None = None) -> int:
         """Upper bound on the elements that training keeps per view, at least twice the true value.
 
         The true value is about two per output of a convolution: the output and its norm after ReLU.
+
+        Args:
+            side: pixels per side of the view; default `image_size`.
         """
-        outputs = (layer.out_channels * side**2 for layer, side in self._sides(self.image_size))
+        sides = self._sides(self.image_size if side is None else side)
+        outputs = (layer.out_channels * out**2 for layer, out in sides)
         return 6 * sum(outputs)
 
-    def forward_flops(self, side: int) -> float:
-        """FLOPs of the convolutions in one forward of a view of this many pixels per side."""
+    def forward_flops(self, side: int, keep: float = 1.0) -> float:
+        """FLOPs of the convolutions in one forward of a view of this many pixels per side; `keep`
+        has no effect, because it has no tokens.
+        """
         return float(sum(2 * layer.weight.numel() * out**2 for layer, out in self._sides(side)))
 
     def _blocks(self) -> list[ResidualBlock]:

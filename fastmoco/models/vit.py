@@ -12,12 +12,14 @@ Legend: B images, L patch tokens, E width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.models.blocks import (
@@ -30,11 +32,15 @@ from fastmoco.models.blocks import (
     sum_of,
 )
 from fastmoco.models.encoder import Coupling, Family, Parts
+from fastmoco.models.token_drop import taken
 
 STEM_COUPLES = (
     "its convolutional stem has batch norms, whose statistics are those of the whole batch"
 )
-BLOCKS_COUPLE = "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole batch"
+BLOCKS_COUPLE = (
+    "mlp_norm=batch puts a batch norm into each block, whose statistics are those of the whole "
+    "batch"
+)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -63,9 +69,38 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     return torch.cat([table.new_zeros(1, width), table])
 
 
+def resized_positions(table: Tensor, grid: int) -> Tensor:
+    """A table of positions for images of another size, by the rule of DINO (Caron et al. 2021).
+
+    Bicubic interpolation with corners not aligned. The sampling points follow from the factor
+    `(grid + 0.1) / old_grid`, not from the two sizes: `size=` would give other numbers. Gradients
+    flow to the table.
+
+    Args:
+        table: [1, old_grid * old_grid, E], row by row, without a class token.
+        grid: tokens per side.
+
+    Returns:
+        [1, grid * grid, E]; the table itself where `grid` is its own.
+    """
+    old = math.isqrt(table.shape[1])
+    if grid == old:
+        return table
+    square = table.transpose(1, 2).reshape(1, -1, old, old)
+    factor = (grid + 0.1) / old
+    found: Tensor = interpolate(
+        square, scale_factor=(factor, factor), mode="bicubic", align_corners=False
+    )
+    return found.flatten(2).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
     """A ViT; parameter names are timm's. Its feature is the class token after the final norm, or a
     mean of patch tokens.
+
+    Images may have another size than `image_size`, a multiple of the patch size: positions are then
+    interpolated (`resized_positions`), fixed ones too, so that a small crop is at the coordinates
+    of a large one.
 
     Initialisation (Chen, Xie, He 2021): every linear layer Xavier-uniform, with q, k and v taken as
     three matrices; biases 0; class token normal with deviation 1e-6; patch projection uniform by
@@ -175,33 +210,36 @@ class VisionTransformer(nn.Module):
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Embed the patches and add their fixed positions: [B, 3, H, W] -> [B, L, E], row by row,
+        """Embed the patches and add their fixed positions: [B, 3, S, S] -> [B, L, E], row by row,
         without the class token. Learned positions are added by `encode`, so that encoders whose
         positions differ can share the tokens.
 
         Raises:
-            ValueError: if the images are not [B, 3, image_size, image_size].
+            ValueError: if the images are not squares of whole patches.
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
-            side = self.image_size
-            raise ValueError(
-                f"images shape={tuple(images.shape)}: this encoder takes [B, 3, {side}, {side}]"
-            )
+            self._require_whole_patches(images)
         patches: Tensor = self.patch_embed(images)
         tokens = patches.flatten(2).transpose(1, 2)
         if self.pos_embed is not None and self.positions == "sincos":
-            tokens = tokens + self.pos_embed[:, self._class_tokens :]
+            tokens = tokens + self._patch_positions(tokens.shape[1])
         return tokens
 
-    def encode(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, L, E] patch tokens -> [B, E] feature. Where only the class token of the last block is
         read, and no batch norm needs the others, the block computes nothing else.
 
         Args:
             patch_tokens: of `patch_tokens`.
             paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
+            kept: [B, k] numbers of the patch tokens that the blocks see (`token_drop`); None: all.
         """
-        tokens = self._all_tokens(patch_tokens)
+        return self._encoded(self._placed(patch_tokens, kept), paths)
+
+    def _encoded(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """Blocks and final norm on tokens with all their positions."""
         by_block = self._by_block(paths)
         branch = None
         for block, factors in zip(self.blocks[:-1], by_block, strict=False):
@@ -218,25 +256,34 @@ class VisionTransformer(nn.Module):
             return feature
         return self._normalised(tokens).mean(dim=1)
 
-    def encode_plain(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
-        """Reference of `encode`: every block and the final norm on every token,
-        then the row of the class token or the mean.
+    def encode_plain(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `encode`: all tokens get their positions, then some are left out; every
+        block and the final norm on every token that stays, then the row of the class token or the
+        mean.
         """
-        tokens = self._all_tokens(patch_tokens)
+        tokens = self._plain_tokens(patch_tokens, kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
         normalised = self._normalised(tokens)
         return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
 
-    def encode_taps(self, patch_tokens: Tensor, paths: Tensor | None = None) -> Tensor:
+    def encode_taps(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, L, E] patch tokens -> [B, depth, E]: the feature after every block, by the one final
         norm. The last one is that of `encode`, and the last block computes as little as there.
 
         Args:
             patch_tokens: of `patch_tokens`.
             paths: as for `encode`.
+            kept: as for `encode`.
         """
-        tokens = self._all_tokens(patch_tokens)
+        return self._tapped(self._placed(patch_tokens, kept), paths)
+
+    def _tapped(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """`encode_taps` of tokens with all their positions."""
         by_block = self._by_block(paths)
         branch = None
         rows = []
@@ -252,14 +299,18 @@ class VisionTransformer(nn.Module):
         taps = torch.stack(rows, dim=1)
         return self._normalised(taps) if self.pooling == "class" else taps
 
-    def taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """[B, 3, H, W] images -> [B, depth, E] features after every block; see `encode_taps`."""
-        return self.encode_taps(self.patch_tokens(images), paths)
+        return self._tapped(self._embedded(images, kept), paths)
 
-    def plain_taps(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """Reference of `taps`: every block and, after each of them, the final norm on every
-        token."""
-        tokens = self._all_tokens(self.patch_tokens(images))
+    def plain_taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `taps`: every block and, after each of them, the final norm on every token
+        that stays."""
+        tokens = self._plain_tokens(self.patch_tokens(images), kept)
         taps = []
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
@@ -267,13 +318,21 @@ class VisionTransformer(nn.Module):
             taps.append(normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1))
         return torch.stack(taps, dim=1)
 
-    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] images -> [B, E] features; `paths` as for `encode`."""
-        return self.encode(self.patch_tokens(images), paths)
+    def forward(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, E] features; `paths` and `kept` as for `encode`. Patches that
+        are left out are not embedded.
+        """
+        if kept is None or not isinstance(self.patch_embed, PatchStem):
+            return self.encode(self.patch_tokens(images), paths, kept)
+        return self._encoded(self._embedded(images, kept), paths)
 
-    def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+    def plain(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """Reference of `forward`."""
-        return self.encode_plain(self.patch_tokens(images), paths)
+        return self.encode_plain(self.patch_tokens(images), paths, kept)
 
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
@@ -309,24 +368,36 @@ class VisionTransformer(nn.Module):
             | ({last: ("class_row",)} if self.reads_class_row else {}),
         )
 
-    def most_numbers(self) -> int:
+    def tokens_of(self, side: int) -> int:
+        """Tokens of a view of this many pixels per side, including the class token."""
+        return (side // self.patch_size) ** 2 + self._class_tokens
+
+    def most_numbers(self, side: int | None = None) -> int:
         """Upper bound on the elements that training keeps per view, about twice the true value.
 
         It counts 40 elements per token, channel and block, and 8 per pair of tokens and head, which
         explicit attention keeps.
+
+        Args:
+            side: pixels per side of the view; default `image_size`.
         """
         first = self.blocks[0]
         assert isinstance(first, Block)
-        per_token = self.embed_dim * 40 + first.attn.num_heads * self.tokens * 8
-        return self.tokens * per_token * (len(self.blocks) + 1)
+        tokens = self.tokens if side is None else self.tokens_of(side)
+        per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
+        return tokens * per_token * (len(self.blocks) + 1)
 
-    def forward_flops(self, side: int) -> float:
+    def forward_flops(self, side: int, keep: float = 1.0) -> float:
         """FLOPs of the products in one forward of a view of this many pixels per side, with every
-        token in every block.
+        token that stays in every block.
+
+        Args:
+            side: pixels per side.
+            keep: share of the patch tokens that stay; the others are not embedded.
         """
-        tokens = self.tokens * (side / self.image_size) ** 2
+        tokens = int((side // self.patch_size) ** 2 * keep) + self._class_tokens
         weights = sum(parameter.numel() for parameter in self.blocks.parameters())
-        weights += sum(tensor.numel() for tensor in self.stem_tensors())
+        weights += sum(parameter.numel() for parameter in self.patch_embed.parameters())
         return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
 
     def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
@@ -349,6 +420,32 @@ class VisionTransformer(nn.Module):
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
 
+    def _placed(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """The tokens that stay, with all their positions."""
+        if kept is None:
+            return self._all_tokens(patch_tokens)
+        positions = self._own_positions(patch_tokens.shape[1])
+        return self._some_tokens(taken(patch_tokens, kept), positions, kept)
+
+    def _embedded(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """`_placed` of images; patches that are left out are not embedded."""
+        if kept is None or not isinstance(self.patch_embed, PatchStem):
+            return self._placed(self.patch_tokens(images), kept)
+        self._require_whole_patches(images)
+        tokens = self.patch_embed.of_patches(images, kept)
+        positions = None
+        if self.pos_embed is not None:
+            positions = self._patch_positions((images.shape[-1] // self.patch_size) ** 2)
+        return self._some_tokens(tokens, positions, kept)
+
+    def _plain_tokens(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """Reference of `_placed`: all tokens get their positions, then some are left out."""
+        tokens = self._all_tokens(patch_tokens)
+        if kept is None:
+            return tokens
+        first = self._class_tokens
+        return torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
+
     def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
         """[B, E] of the residual stream after a block: the class token before the final norm, of
         which alone the sum is taken, or the mean of all tokens after it."""
@@ -369,8 +466,55 @@ class VisionTransformer(nn.Module):
                 class_token = class_token + self.pos_embed[:, :1]
             tokens = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.pos_embed is not None and self.positions == "learned":
-            tokens = tokens + self.pos_embed
+            tokens = tokens + self._learned_positions(patch_tokens.shape[1])
         return tokens
+
+    def _some_tokens(self, patch_tokens: Tensor, positions: Tensor | None, kept: Tensor) -> Tensor:
+        """Patch tokens that stay, [B, k, E], after the class token, with their positions.
+
+        `positions`: [1, L, E], those that the patch tokens do not have yet.
+        """
+        tokens = patch_tokens
+        if positions is not None:
+            tokens = tokens + taken(positions, kept)
+        if self.cls_token is None:
+            return tokens
+        class_token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            class_token = class_token + self.pos_embed[:, :1]
+        return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+    def _own_positions(self, count: int) -> Tensor | None:
+        """[1, count, E]: positions that `patch_tokens` does not add, the learned ones."""
+        return self._patch_positions(count) if self.positions == "learned" else None
+
+    def _patch_positions(self, count: int) -> Tensor:
+        """[1, count, E]: positions of the patch tokens of a square view with `count` of them."""
+        assert self.pos_embed is not None
+        return resized_positions(self.pos_embed[:, self._class_tokens :], math.isqrt(count))
+
+    def _learned_positions(self, count: int) -> Tensor:
+        """[1, tokens, E]: trained positions, that of the class token first if there is one."""
+        assert self.pos_embed is not None
+        if count + self._class_tokens == self.tokens:
+            return self.pos_embed
+        patches = self._patch_positions(count)
+        return torch.cat([self.pos_embed[:, : self._class_tokens], patches], dim=1)
+
+    def _require_whole_patches(self, images: Tensor) -> None:
+        """Refuse images that are no squares of whole patches.
+
+        Raises:
+            ValueError: with the sizes that fit.
+        """
+        patch, side = self.patch_size, images.shape[-1]
+        fits = images.ndim == 4 and images.shape[1:] == (3, side, side)
+        if not fits or side < patch or side % patch:
+            raise ValueError(
+                f"images shape={tuple(images.shape)}: this encoder takes [B, 3, S, S], S a "
+                f"multiple of patch_size={patch}, such as image_size={self.image_size}; "
+                "change the size of the view or of the evaluation crop"
+            )
 
 
 def _check_sizes(

@@ -16,6 +16,7 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
@@ -93,6 +94,9 @@ def build_model(config: Config) -> Objective:
     if model.drop_path and _trains(objective.encoder):
         depth = len(objective.encoder.blocks)
         objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
+    objective.phases = model.phases
+    if objective.phases.drops_tokens:
+        objective.token_draws = TokenDraws(config.seed)
     return objective
 
 

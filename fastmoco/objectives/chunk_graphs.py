@@ -152,7 +152,8 @@ class ChunkGraphs:
         """
         parameters = list(self._objective.parameters())
         shapes = [(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in _tensors(inputs)]
-        key = (*shapes, self._objective.choices(at), *(p.data_ptr() for p in parameters))
+        chosen = self._objective.choices(at), self._objective.phase(at).patch_size
+        key = (*shapes, *chosen, *(p.data_ptr() for p in parameters))
         if key != self._key:
             self._build(inputs, at)
             self._key = key
@@ -210,10 +211,12 @@ class ChunkGraphs:
             tuple(map(blank, inputs.masks)),
             tuple(map(blank, inputs.paths)),
             None if inputs.labels is None else blank(inputs.labels),
+            tuple(map(blank, inputs.kept)),
         )
 
         def prepared() -> Inputs:
-            return self._inputs._replace(views=self._prepare(self._inputs.views))
+            held = self._inputs._replace(views=self._prepare(self._inputs.views))
+            return objective.resized(held, at)
 
         def features() -> Features:
             with torch.no_grad(), self._autocast():
@@ -309,7 +312,7 @@ def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     labels = () if inputs.labels is None else (inputs.labels,)
-    return (*inputs.views, *inputs.masks, *inputs.paths, *labels)
+    return (*inputs.views, *inputs.masks, *inputs.paths, *labels, *inputs.kept)
 
 
 def _random_state(device: torch.device) -> Tensor:

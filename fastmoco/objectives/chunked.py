@@ -160,7 +160,7 @@ class ChunkedStep:
         for i, chunk in enumerate(chunks):
             share = len(chunk.views[0]) / images
             with self.autocast():
-                features = self.objective.features(self._prepared(chunk), at)
+                features = self.objective.features(self._prepared(chunk, at), at)
                 output = self.objective.compare(features, at, accuracy=accuracy)
             average = self.average.last() if i == len(chunks) - 1 else self.average.local()
             with part(BACKWARD), average:
@@ -263,16 +263,17 @@ class ChunkedStep:
     def _features(self, chunk: Inputs, at: Progress) -> tuple[Features, RandomState]:
         """Features of a chunk, and where the random numbers stood before."""
         state = _random_state(chunk.views[0].device)
-        return self.objective.features(self._prepared(chunk), at), state
+        return self.objective.features(self._prepared(chunk, at), at), state
 
     def _again(self, chunk: Inputs, at: Progress, state: RandomState) -> tuple[Tensor, ...]:
         """The same online features once more, with gradient, from the same random numbers."""
         with _replay(state, chunk.views[0].device), self.autocast():
-            return self.objective.features(self._prepared(chunk), at, target=False).online
+            return self.objective.features(self._prepared(chunk, at), at, target=False).online
 
-    def _prepared(self, chunk: Inputs) -> Inputs:
+    def _prepared(self, chunk: Inputs, at: Progress) -> Inputs:
         with part(TRANSFER):
-            return chunk._replace(views=self.prepare(chunk.views))
+            prepared = chunk._replace(views=self.prepare(chunk.views))
+            return self.objective.resized(prepared, at)
 
 
 def require_separable(objective: Objective, chunk: int) -> None:
@@ -301,7 +302,8 @@ def _split(inputs: Inputs, sizes: list[int]) -> list[Inputs]:
     labels = [None] * len(sizes)
     if inputs.labels is not None:
         labels = list(inputs.labels.split(sizes))  # type: ignore[no-untyped-call]
-    chunks = zip(parts(inputs.views), parts(inputs.masks), parts(inputs.paths), labels, strict=True)
+    tensors = map(parts, (inputs.views, inputs.masks, inputs.paths))
+    chunks = zip(*tensors, labels, parts(inputs.kept), strict=True)
     return [Inputs(*chunk) for chunk in chunks]
 
 

@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config.phases import Phase, Phases
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
+from fastmoco.models.token_drop import TokenDraws, shrunk
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
 from fastmoco_pipelines.step_parts import EMA, part
@@ -86,13 +88,19 @@ class Inputs(NamedTuple):
     residual branches; see `paths_of`."""
     labels: Tensor | None = None
     """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
+    kept: tuple[Tensor, ...] = ()
+    """With token dropping: one [b, k] int64 for each view, the numbers of the patch tokens that the
+    trained encoder sees; see `paths_of`."""
 
-    def paths_of(self, *views: int) -> tuple[()] | tuple[Tensor]:
-        """The last argument of a trained encoder for some views by number, concatenated in this
-        order: [views * b, depth, 2]. Empty without stochastic depth."""
-        if not self.paths:
-            return ()
-        return (torch.cat([self.paths[0][:, view] for view in views]),)
+    def paths_of(self, *views: int) -> tuple[Tensor | None, ...]:
+        """The last arguments of a trained encoder for some views of one size by number,
+        concatenated in this order: factors of residual branches [views * b, depth, 2], then the
+        tokens that stay [views * b, k]. Empty without stochastic depth and token dropping; the
+        factors are None without stochastic depth alone."""
+        paths = torch.cat([self.paths[0][:, view] for view in views]) if self.paths else None
+        if self.kept:
+            return paths, torch.cat([self.kept[view] for view in views])
+        return () if paths is None else (paths,)
 
 
 class Features(NamedTuple):
@@ -130,6 +138,9 @@ class Objective(nn.Module, ABC):
         per_rank: names of buffers that differ between ranks on purpose. Others must be equal on all
             ranks.
         path_draws: makes `Inputs.paths`; None: no stochastic depth.
+        token_draws: makes `Inputs.kept`; None: the trained encoder sees all tokens.
+        phases: parts of the run with constant shapes, by which tokens and size of the patches
+            follow from the step.
         needs_labels: whether `Inputs.labels` must be given.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
@@ -143,6 +154,8 @@ class Objective(nn.Module, ABC):
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
     path_draws: PathDraws | None = None
+    token_draws: TokenDraws | None = None
+    phases: Phases = Phases()
     needs_labels: bool = False
     images_together: int = 1
     ring: bool | None = None
@@ -157,13 +170,56 @@ class Objective(nn.Module, ABC):
     ) -> Inputs:
         """What the trunks read of the local batch in this step: the same in every call.
 
-        In training mode with stochastic depth it has `paths`, which `features` gives to the encoder
-        that trains.
+        In training mode with stochastic depth it has `paths`, and with token dropping `kept`, which
+        `features` gives to the encoder that trains. Views are as given: `resized` makes them
+        smaller where a phase has larger patches.
         """
         paths: tuple[Tensor, ...] = ()
         if self.path_draws is not None and self.training:
             paths = (self.path_draws(len(views[0]), len(views), at.step, views[0].device),)
-        return Inputs(views, masks, paths, labels)
+        return Inputs(views, masks, paths, labels, self._kept(views, at))
+
+    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
+        """The tokens of each view that the trained encoder sees; empty where it sees all."""
+        phase = self.phase(at)
+        if self.token_draws is None or phase.keep == 1:
+            return ()
+        found = []
+        for number, view in enumerate(views):
+            tokens = (view.shape[-1] // (phase.patch_size or self.encoder.patch_size)) ** 2
+            kept = phase.kept(tokens)
+            if kept < 1:
+                raise ValueError(
+                    f"model.keep_tokens={phase.keep:g}: keeps none of the {tokens} patch tokens of "
+                    f"a view of {view.shape[-1]} pixels; take a larger share or larger views"
+                )
+            draws = self.token_draws(
+                len(view), number, tokens=tokens, kept=kept, step=at.step, device=view.device
+            )
+            found.append(draws)
+        return tuple(found)
+
+    def phase(self, at: Progress) -> Phase:
+        """The phase of a step, by which all shapes follow; in evaluation that of all tokens and the
+        encoder's own patches."""
+        return self.phases.at(at.step, at.total_steps) if self.training else Phase()
+
+    def lengths(self, at: Progress) -> Mapping[str, float]:
+        """What a log shows of the phase of a step: the share of tokens that stay, and pixels of a
+        patch; empty where the run is one phase of all tokens."""
+        if self.phases.plain:
+            return {}
+        phase = self.phase(at)
+        patch = phase.patch_size or self.encoder.patch_size
+        return {"keep_tokens": phase.keep, "patch_size": float(patch)}
+
+    def resized(self, inputs: Inputs, at: Progress) -> Inputs:
+        """The same inputs with the views as the trunks of this step read them: smaller where the
+        phase has larger patches, otherwise as they are."""
+        patch = self.phase(at).patch_size
+        if not patch:
+            return inputs
+        return inputs._replace(views=shrunk(inputs.views, patch, self.encoder.patch_size))
 
     @abstractmethod
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -221,7 +277,7 @@ class Objective(nn.Module, ABC):
         Returns:
             The loss, differentiable in all trained parameters, and what telemetry looks at.
         """
-        inputs = self.inputs(views, masks, at, labels=labels)
+        inputs = self.resized(self.inputs(views, masks, at, labels=labels), at)
         return self.compare(self.features(inputs, at), at, accuracy=accuracy)
 
     def classifier(self) -> nn.Module | None:

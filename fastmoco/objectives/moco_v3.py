@@ -10,19 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
 
 from fastmoco.config import Config, MoCoV3Config
-from fastmoco.distributed.gather import gather_keys, start_gathering
-from fastmoco.distributed.mesh import group_rank
-from fastmoco.distributed.ring import start_ring
 from fastmoco.models.encoder import family_of
 from fastmoco.models.heads import HeadForm, build_head, moco_v3_forms
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
+from fastmoco.objectives.key_comparison import info_nce_reference, start_comparing
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
-from fastmoco_kernels.info_nce.op import InfoNCEResult, symmetric_info_nce_loss
-from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
 from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
@@ -137,56 +132,17 @@ class MoCoV3(Objective):
         # Keys leave before the queries are computed.
         with torch.no_grad(), part(KEY_FORWARD):
             keys = self.momentum_encoder.head(by_view(features.target[0]))
-            k1, k2 = keys.unbind()
-            compared = self._start_comparing(torch.cat([k1, k2], dim=1), accuracy)
+            compared = start_comparing(
+                keys, temperature=self.temperature, ring=self.ring, accuracy=accuracy
+            )
         with part(QUERY_FORWARD):
             queries = self.predictor(self.encoder.head(by_view(features.online[0])))
         with part(LOSS):
-            q1, q2 = queries.unbind()
-            loss, top1, top5 = compared(q1, q2)
+            loss, top1, top5 = compared(queries)
         watch = {"queries": queries.detach(), "keys": keys}
         if top1 is not None and top5 is not None:
             watch["accuracy"] = torch.stack([top1, top5])
         return Output(loss, watch)
-
-    def _start_comparing(
-        self, keys: Tensor, accuracy: bool
-    ) -> Callable[[Tensor, Tensor], InfoNCEResult]:
-        """Start to exchange the keys of both views, [B, 2 D], and return what compares the queries
-        of both with those of all ranks."""
-        offset = group_rank() * len(keys)
-        if self.ring:
-            ring = start_ring(keys)
-
-            def from_the_ring(q1: Tensor, q2: Tensor) -> InfoNCEResult:
-                blocks = (
-                    KeyBlock(rank * len(q1), tuple(rows.chunk(2, dim=1))[::-1])
-                    for rank, rows in ring
-                )
-                return info_nce_over_blocks(
-                    (q1, q2),
-                    blocks,
-                    temperature=self.temperature,
-                    positive_offset=offset,
-                    accuracy=accuracy,
-                )
-
-            return from_the_ring
-        finish_gathering = start_gathering(keys)
-
-        def from_all_ranks(q1: Tensor, q2: Tensor) -> InfoNCEResult:
-            keys1, keys2 = finish_gathering().chunk(2, dim=1)
-            return symmetric_info_nce_loss(
-                q1,
-                keys2,
-                q2,
-                keys1,
-                temperature=self.temperature,
-                positive_offset=offset,
-                accuracy=accuracy,
-            )
-
-        return from_all_ranks
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing saved and nothing fused.
@@ -196,27 +152,20 @@ class MoCoV3(Objective):
         over both directions.
         """
 
-        def loss(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            logits = normalize(q, dim=1) @ gather_keys(normalize(k, dim=1)).T / self.temperature
-            positives = group_rank() * q.shape[0] + torch.arange(q.shape[0], device=q.device)
-            found = logits.topk(min(5, logits.shape[1]), dim=1).indices == positives[:, None]
-            shares = torch.stack(
-                [found[:, :1].any(1).to(q.dtype).mean(), found.any(1).to(q.dtype).mean()]
-            )
-            return 2 * self.temperature * cross_entropy(logits, positives), shares
-
         views = two_views(inputs)
-        q1, q2 = (
-            self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
-            for number, view in enumerate(views)
+        queries = torch.stack(
+            [
+                self.predictor(plain_projection(self.encoder, view, *inputs.paths_of(number)))
+                for number, view in enumerate(views)
+            ]
         )
         with torch.no_grad():
-            k1, k2 = (plain_projection(self.momentum_encoder, view) for view in views)
-        (loss1, shares1), (loss2, shares2) = loss(q1, k2), loss(q2, k1)
-        watch = {"queries": torch.stack([q1, q2]).detach(), "keys": torch.stack([k1, k2])}
+            keys = torch.stack([plain_projection(self.momentum_encoder, view) for view in views])
+        loss, shares = info_nce_reference(queries, keys, temperature=self.temperature)
+        watch = {"queries": queries.detach(), "keys": keys}
         if accuracy:
-            watch["accuracy"] = (shares1 + shares2) / 2
-        return Output(loss1 + loss2, watch)
+            watch["accuracy"] = shares
+        return Output(loss, watch)
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
@@ -225,8 +174,7 @@ class MoCoV3(Objective):
     def ema_momentum(self, at: Progress) -> float | None:
         """That of the next step, m(t + 1): the paper averages before a step's forward. None at the
         end of the last step."""
-        following = at.step + 1
-        return self.momentum.value(following, at) if following < at.total_steps else None
+        return self.momentum.next_value(at)
 
     def schedules(self, at: Progress) -> Mapping[str, float]:
         """The momentum that made this step's keys."""

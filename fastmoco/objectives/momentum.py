@@ -1,7 +1,7 @@
-"""The momentum encoder that several objectives share: an exponential moving average of the
-encoder's weights.
+"""Exponential moving averages of weights that several objectives share: the momentum encoder, and
+the average of any other module.
 
-A part, not a base class: an objective makes one of its two encoders and asks it.
+Parts, not base classes: an objective makes one of its two modules and asks it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,57 @@ from fastmoco.optim.schedule import ema_momentum
 from fastmoco_pipelines.step_parts import KEY_FORWARD, QUERY_FORWARD, part
 
 
-class Momentum:
+class Average:
+    """A module and the exponential moving average of its weights.
+
+    Only parameters are averaged; buffers, as those of batch norms, are each module's own.
+
+    Args:
+        module: whose weights the other one copies.
+        average: of equal shapes; loses its gradient.
+        start: momentum of the average at step 0.
+        schedule: "cosine" rises to 1 at the end of the run, "constant" stays.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        average: nn.Module,
+        *,
+        start: float,
+        schedule: Literal["cosine", "constant"],
+    ) -> None:
+        self._pair = (module, average)
+        self._start = start
+        self._schedule = schedule
+        average.requires_grad_(False)
+        with torch.no_grad():
+            for copy, own in zip(average.parameters(), module.parameters(), strict=True):
+                copy.copy_(own)
+
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """Parameter -> its average, frozen ones included."""
+        module, average = self._pair
+        return dict(zip(module.parameters(), average.parameters(), strict=True))
+
+    def value(self, step: int, at: Progress) -> float:
+        """The momentum of the average at a step of the run of `at`, m(step)."""
+        return ema_momentum(
+            step,
+            start=self._start,
+            epochs=at.epochs,
+            steps_per_epoch=at.steps_per_epoch,
+            schedule=self._schedule,
+        )
+
+    def next_value(self, at: Progress) -> float | None:
+        """The momentum of the next step, m(t + 1), of methods that average before a step's forward;
+        None at the end of the last step."""
+        following = at.step + 1
+        return self.value(following, at) if following < at.total_steps else None
+
+
+class Momentum(Average):
     """An encoder and its momentum encoder.
 
     Both run in training mode: the momentum encoder normalises by the statistics of its own batch
@@ -43,33 +93,12 @@ class Momentum:
         start: float,
         schedule: Literal["cosine", "constant"],
     ) -> None:
+        super().__init__(encoder, momentum_encoder, start=start, schedule=schedule)
         self.encoder = encoder
         self.momentum_encoder = momentum_encoder
         self.coupling = with_heads(encoder)
-        self._start = start
-        self._schedule = schedule
-        momentum_encoder.requires_grad_(False)
-        with torch.no_grad():
-            for average, own in zip(
-                momentum_encoder.parameters(), encoder.parameters(), strict=True
-            ):
-                average.copy_(own)
         self._stems_equal = True
         self._stems_compared: tuple[tuple[int, int, int], ...] | None = None
-
-    def averages(self) -> dict[nn.Parameter, Tensor]:
-        """Parameter -> its average, frozen ones included."""
-        return dict(zip(self.encoder.parameters(), self.momentum_encoder.parameters(), strict=True))
-
-    def value(self, step: int, at: Progress) -> float:
-        """The momentum of the average at a step of the run of `at`, m(step)."""
-        return ema_momentum(
-            step,
-            start=self._start,
-            epochs=at.epochs,
-            steps_per_epoch=at.steps_per_epoch,
-            schedule=self._schedule,
-        )
 
     def shares_tokens(self) -> bool:
         """Whether both encoders must give the same patch tokens: their stems are frozen and equal.

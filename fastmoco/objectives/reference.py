@@ -24,5 +24,5 @@ def plain_forward(
         at: the step.
         accuracy: whether the output has one.
     """
-    inputs = objective.inputs(views, at=at, labels=labels)
+    inputs = objective.resized(objective.inputs(views, at=at, labels=labels), at)
     return objective.reference(inputs, at, accuracy=accuracy)

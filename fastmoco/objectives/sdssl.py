@@ -42,6 +42,7 @@ from fastmoco.objectives.interface import (
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.simclr import FLOOR, TILE, TILE_CPU, nt_xent_loss, nt_xent_reference
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
+from fastmoco.objectives.watched import feature_deviation
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
@@ -319,7 +320,8 @@ class _WithMomentum(SDSSL):
     def _output(self, terms: Terms, predictions: Tensor, targets: Tensor, at: Progress) -> Output:
         loss = terms.loss(self.loss_ratio(at), self.blocks, all_at_zero=self.all_at_zero)
         rows = {"queries": predictions[:, -1].detach(), "keys": targets}
-        return Output(loss, rows | terms.watch())
+        others = {"intermediate_feature_std": feature_deviation(predictions[:, :-1])}
+        return Output(loss, rows | others | terms.watch())
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of the trunk and the last projector -> those of the momentum encoder."""
@@ -474,7 +476,9 @@ class SDSimCLR(SDSSL):
     def _output(self, terms: Terms, projections: Tensor, at: Progress) -> Output:
         shown = projections[-1].detach()
         loss = terms.loss(self.loss_ratio(at), self.blocks)
-        return Output(loss, {"queries": shown, "keys": shown} | terms.watch())
+        rows = {"queries": shown, "keys": shown}
+        others = {"intermediate_feature_std": feature_deviation(projections[:-1])}
+        return Output(loss, rows | others | terms.watch())
 
 
 def heads_of(*, last_norm: bool) -> tuple[HeadForm, HeadForm]:

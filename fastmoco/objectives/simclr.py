@@ -19,7 +19,7 @@ from fastmoco.distributed.mesh import group_rank, group_size
 from fastmoco.models.encoder import Coupling, with_heads
 from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.view_pairs import by_view, two_views
+from fastmoco.objectives.view_pairs import by_view, encoded_views
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -107,7 +107,7 @@ class SimCLR(Objective):
         """
         together = self.joint or self.coupling is not Coupling.TRUNK
         with part(QUERY_FORWARD):
-            rows = _encoded(self.encoder, inputs, together=together)
+            rows = encoded_views(self.encoder, inputs, together=together)
         return Features((rows.transpose(0, 1),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
@@ -131,7 +131,7 @@ class SimCLR(Objective):
         """The same with nothing shared: each view passes the trunk alone where that makes no
         difference, and the logits of all ranks' rows are one matrix."""
         together = self.joint and self.coupling is Coupling.TRUNK
-        projections = self._project(_encoded(self.encoder.plain, inputs, together=together))
+        projections = self._project(encoded_views(self.encoder.plain, inputs, together=together))
         loss, hits = nt_xent_reference(
             projections, temperature=self.temperature, scale=self.loss_scale
         )
@@ -152,16 +152,6 @@ class SimCLR(Objective):
         shown = projections.detach()
         watch: Mapping[str, Tensor] = {"queries": shown, "keys": shown}
         return Output(loss, watch if hits is None else {**watch, "accuracy": hits})
-
-
-def _encoded(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:
-    """[2, b, E]: both views through a trunk, as one batch or each alone."""
-    views = two_views(inputs)
-    if together:
-        rows = encode(torch.cat(views), *inputs.paths_of(0, 1))
-    else:
-        rows = torch.cat([encode(view, *inputs.paths_of(i)) for i, view in enumerate(views)])
-    return rows.view(2, len(views[0]), -1)
 
 
 def nt_xent_loss(

@@ -140,12 +140,14 @@ class Supervised(Objective):
         """
         own = config.objective
         assert isinstance(own, SupervisedConfig)
-        if own.train_from == "head" and config.model.drop_path:
-            raise ValueError(
-                f"model.drop_path={config.model.drop_path}: has no effect on a frozen encoder, "
-                "which is in eval mode; take --model.drop-path 0, or --objective.train-from "
-                "everything"
-            )
+        model, none = config.model, {"drop_path": 0, "keep_tokens": "1", "patch_schedule": ""}
+        for name, value in none.items():
+            if own.train_from == "head" and getattr(model, name) != value:
+                option = f"--model.{name.replace('_', '-')} {value}" if value != "" else "none"
+                raise ValueError(
+                    f"model.{name}={getattr(model, name)}: has no effect on a frozen encoder, "
+                    f"which is in eval mode; take {option}, or --objective.train-from everything"
+                )
         return cls(
             build_encoder,
             classes=own.classes,
@@ -285,8 +287,9 @@ class Supervised(Objective):
         """The step, from which follows how images are mixed."""
         return at.step if self.mixup or self.cutmix else None
 
-    def _paths(self, inputs: Inputs) -> tuple[()] | tuple[Tensor]:
-        """Factors of stochastic depth; none of a frozen encoder, which is in eval mode."""
+    def _paths(self, inputs: Inputs) -> tuple[Tensor | None, ...]:
+        """Factors of stochastic depth and tokens that stay; none of a frozen encoder, which is in
+        eval mode."""
         return () if self.probes else inputs.paths_of(0)
 
     def _watch(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmoco.objectives.interface import Inputs
@@ -25,12 +27,26 @@ def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return view1, view2
 
 
+def encoded_views(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:
+    """[2, b, E]: both views through a trunk, as one batch or each alone.
+
+    Raises:
+        ValueError: if the views differ in shape, or are not two.
+    """
+    views = two_views(inputs)
+    if together:
+        rows = encode(torch.cat(views), *inputs.paths_of(0, 1))
+    else:
+        rows = torch.cat([encode(view, *inputs.paths_of(i)) for i, view in enumerate(views)])
+    return rows.view(2, len(views[0]), -1)
+
+
 def by_view(features: Tensor) -> Tensor:
     """[B, V, E] -> [V, B, E], of which batch norms take the statistics of each view alone."""
     return features.transpose(0, 1).contiguous()
 
 
-def plain_projection(encoder: Any, view: Tensor, *paths: Tensor) -> Tensor:
+def plain_projection(encoder: Any, view: Tensor, *paths: Tensor | None) -> Tensor:
     """The projection of one view alone, by plain operations with nothing fused: for references.
 
     `paths`: of `Inputs.paths_of` this view, for the encoder that trains.

@@ -147,7 +147,8 @@ def _at_most(config: Config, objective: Objective, images: int) -> float:
     heads.
     """
     element = next(objective.parameters()).element_size()
-    views = len(each_view(config.data.views))
-    numbers = views * (objective.encoder.most_numbers() + 40 * config.model.hidden_dim)
+    views = each_view(config.data.views)
+    numbers = sum(objective.encoder.most_numbers(view.size) for view in views)
+    numbers += len(views) * 40 * config.model.hidden_dim
     state = 5 * sum(parameter.numel() for parameter in objective.parameters())
     return float(element * (images * numbers + state))

@@ -509,7 +509,8 @@ class _Pieces:
     def inputs(self, views: tuple[torch.Tensor, ...]) -> Inputs:
         """What the trunks read of some views."""
         labels = self.labels(len(views[0]))
-        return self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+        found = self.objective.inputs(self.prepare(views), at=self.at, labels=labels)
+        return self.objective.resized(found, self.at)
 
     def features(self, images: int) -> Features:
         """Features of some images as the trunks return them, without a graph."""

@@ -48,6 +48,8 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
         "linears": "native",
         "momentum_linears": "native",
         "drop_path": 0.0,
+        "keep_tokens": "1",
+        "patch_schedule": "",
         "init": "",
     }
     if isinstance(found, EncoderDescription):

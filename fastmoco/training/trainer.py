@@ -441,7 +441,10 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
-            schedules = self.objective.schedules(result.at)
+            schedules = {
+                **self.objective.schedules(result.at),
+                **self.objective.lengths(result.at),
+            }
             self.recorder.log(
                 number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
             )

@@ -17,6 +17,10 @@ from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
+from fastmoco_kernels.soft_cross_entropy.op import (
+    soft_cross_entropy,
+    soft_cross_entropy_of_rows,
+)
 from fastmoco_kernels.stacked_qkv.op import split_qkv
 from fastmoco_kernels.view_color.op import view_color
 from fastmoco_kernels.view_color.plan import ViewColorParameters
@@ -39,6 +43,8 @@ __all__ = [
     "info_nce_over_blocks",
     "lars_step_",
     "residual_norm",
+    "soft_cross_entropy",
+    "soft_cross_entropy_of_rows",
     "split_qkv",
     "symmetric_info_nce_loss",
     "view_color",

@@ -55,7 +55,12 @@ if TYPE_CHECKING:
         EvalSpec,
         LoaderSpec,
         ViewSpec,
+        dino_views,
+        moco_v1_views,
+        moco_v2_views,
         moco_v3_views,
+        simsiam_views,
+        swav_views,
     )
     from fastmoco_pipelines.views.levels import normalise
 
@@ -77,17 +82,22 @@ __all__ = [
     "ViewSpec",
     "build_eval_loader",
     "build_loader",
+    "dino_views",
     "epoch_order",
     "expand_shards",
     "index_shards",
     "loader_bytes",
+    "moco_v1_views",
+    "moco_v2_views",
     "moco_v3_views",
     "normalise",
     "pack_digits",
     "pack_folder",
     "rank_slice",
     "samples_at",
+    "simsiam_views",
     "steps_per_epoch",
+    "swav_views",
 ]
 
 _ROOMS = {
@@ -108,17 +118,22 @@ _ROOMS = {
     "ViewSpec": "spec",
     "build_eval_loader": "loading.eval_loader",
     "build_loader": "loading.loader",
+    "dino_views": "spec",
     "epoch_order": "sampling.order",
     "expand_shards": "sets.shard_set",
     "index_shards": "making.indexing",
     "loader_bytes": "loading.memory",
+    "moco_v1_views": "spec",
+    "moco_v2_views": "spec",
     "moco_v3_views": "spec",
     "normalise": "views.levels",
     "pack_digits": "making.digits",
     "pack_folder": "making.pack",
     "rank_slice": "sampling.order",
     "samples_at": "sampling.order",
+    "simsiam_views": "spec",
     "steps_per_epoch": "sampling.order",
+    "swav_views": "spec",
 }
 """Public name -> the module that has it."""
 

@@ -19,6 +19,8 @@ Device = Literal["cpu", "gpu"]
 """Where images are decoded and models are trained."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SWAV_STD = (0.228, 0.224, 0.225)
+"""Deviations in the official code of SwAV, which has 0.228 where others have 0.229."""
 MOST_VIEWS = 255
 """Views of an image at most: a view's number is one byte of the Philox counter of its draws."""
 GPU_SUB_BATCH = 128
@@ -118,8 +120,8 @@ class ViewSpec:
     blur_probability: float = 1.0
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in output pixels (made for 224: scale it
-    with `size`)."""
+    """Smallest and largest standard deviation of the blur, in output pixels. Made for images of
+    224: scale it with the size of the large views. Small crops have the same blur in pixels."""
     solarize_probability: float = 0.0
     """Probability that pixels at or above `solarize_threshold` are inverted."""
     solarize_threshold: int = 128
@@ -128,6 +130,8 @@ class ViewSpec:
     """Per-channel mean subtracted after scaling to [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Per-channel standard deviation divided by."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the resize, with antialiasing: `bilinear`, or `bicubic` as in DINO."""
     color: Literal["dali", "exact"] = "exact"
     """Implementation of the color operations. `exact`: bit-identical to torchvision's PIL
     transforms, in each image's own random order, by fused kernels on GPUs and compiled C on CPUs
@@ -169,6 +173,12 @@ class ViewSpec:
         require(
             all(s > 0 for s in self.std), "std", self.std, "every channel's deviation is positive"
         )
+        require(
+            self.interpolation in ("bilinear", "bicubic"),
+            "interpolation",
+            self.interpolation,
+            'is "bilinear" or "bicubic"',
+        )
         require(self.color in ("dali", "exact"), "color", self.color, 'is "dali" or "exact"')
 
 
@@ -183,11 +193,150 @@ def moco_v3_views(
         crop_min: smallest share of the image's area a crop covers.
         color: implementation of the color operations.
     """
-    sigma = (0.1 * size / 224, 2.0 * size / 224)
-    first = ViewSpec(
-        size=size, crop_scale=(crop_min, 1.0), blur_sigma=sigma, blur_probability=1.0, color=color
-    )
+    first = ViewSpec(size=size, crop_scale=(crop_min, 1.0), blur_sigma=_sigma(size), color=color)
     return first, replace(first, blur_probability=0.1, solarize_probability=0.2)
+
+
+def dino_views(
+    size: int = 224,
+    local_size: int = 96,
+    local_copies: int = 8,
+    *,
+    global_scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    color: Literal["dali", "exact"] = "exact",
+) -> tuple[ViewSpec, ...]:
+    """The views of DINO (Caron et al. 2021): two large crops and several small ones, bicubic.
+
+    The first large crop is always blurred, the second rarely, and sometimes solarized; a small one
+    is blurred in one of two.
+
+    Args:
+        size: height and width of the large crops in pixels.
+        local_size: height and width of the small crops in pixels.
+        local_copies: number of small crops; 0: no group of them.
+        global_scale: smallest and largest share of the image's area of a large crop.
+        local_scale: smallest and largest share of a small crop.
+        color: implementation of the color operations.
+
+    Returns:
+        Two groups of large crops, then the group of small ones: `data.view1`, `data.view2` and
+        `data.more_views`. The blur is 0.1 to 2 pixels in large and small crops alike where `size`
+        is 224, and is scaled with `size`.
+    """
+    first = ViewSpec(
+        size=size,
+        crop_scale=global_scale,
+        blur_sigma=_sigma(size),
+        interpolation="bicubic",
+        color=color,
+    )
+    second = replace(first, blur_probability=0.1, solarize_probability=0.2)
+    small = replace(
+        first, copies=local_copies, size=local_size, crop_scale=local_scale, blur_probability=0.5
+    )
+    return (first, second, small) if local_copies else (first, second)
+
+
+def swav_views(
+    size: int = 224,
+    local_size: int = 96,
+    local_copies: int = 6,
+    *,
+    global_scale: tuple[float, float] = (0.14, 1.0),
+    local_scale: tuple[float, float] = (0.05, 0.14),
+    color: Literal["dali", "exact"] = "exact",
+) -> tuple[ViewSpec, ...]:
+    """The views of SwAV (Caron et al. 2020): two large crops and several small ones, all with the
+    same strong color and a blur in one of two.
+
+    Args:
+        size: height and width of the large crops in pixels.
+        local_size: height and width of the small crops in pixels.
+        local_copies: number of small crops; 0: no group of them.
+        global_scale: smallest and largest share of the image's area of a large crop.
+        local_scale: smallest and largest share of a small crop.
+        color: implementation of the color operations.
+
+    Returns:
+        Two groups of large crops, then the group of small ones. The blur is that of `dino_views`.
+        The channels are divided by the deviations of the official code, 0.228 for red.
+    """
+    large = ViewSpec(
+        size=size,
+        crop_scale=global_scale,
+        brightness=0.8,
+        contrast=0.8,
+        saturation=0.8,
+        hue=0.2,
+        blur_probability=0.5,
+        blur_sigma=_sigma(size),
+        std=SWAV_STD,
+        color=color,
+    )
+    small = replace(large, copies=local_copies, size=local_size, crop_scale=local_scale)
+    return (large, large, small) if local_copies else (large, large)
+
+
+def moco_v2_views(
+    size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
+    """The views of MoCo v2 (Chen, Fan, Girshick, He 2020), both of one distribution: saturation
+    0.4, and a blur in one of two.
+
+    Args:
+        size: output height and width in pixels. The blur, defined at 224, is scaled with it.
+        crop_min: smallest share of the image's area a crop covers.
+        color: implementation of the color operations.
+    """
+    view = ViewSpec(
+        size=size,
+        crop_scale=(crop_min, 1.0),
+        saturation=0.4,
+        blur_probability=0.5,
+        blur_sigma=_sigma(size),
+        color=color,
+    )
+    return view, view
+
+
+def simsiam_views(
+    size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
+    """The views of SimSiam (Chen, He 2021), which are those of MoCo v2; arguments as there."""
+    return moco_v2_views(size, crop_min=crop_min, color=color)
+
+
+def moco_v1_views(
+    size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
+    """The views of MoCo v1 (He et al. 2020), both of one distribution: the color always changes,
+    with 0.4 of everything, and nothing is blurred.
+
+    Greyscale comes after the jitter here, before it in the official code. A grey image, one of
+    five, differs by that: its luma weighs channels that hue and saturation have moved.
+
+    Args:
+        size: output height and width in pixels.
+        crop_min: smallest share of the image's area a crop covers.
+        color: implementation of the color operations.
+    """
+    view = ViewSpec(
+        size=size,
+        crop_scale=(crop_min, 1.0),
+        jitter_probability=1.0,
+        saturation=0.4,
+        hue=0.4,
+        blur_probability=0.0,
+        blur_sigma=_sigma(size),
+        color=color,
+    )
+    return view, view
+
+
+def _sigma(size: int) -> tuple[float, float]:
+    """The blur of 0.1 to 2 pixels at size 224, scaled with the size of the large views."""
+    return 0.1 * size / 224, 2.0 * size / 224
 
 
 def each_view(groups: Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:

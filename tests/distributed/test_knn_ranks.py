@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastmoco.evaluation.reference import plain_knn_accuracy, plain_neighbours
-from tests.distributed.run_knn import SETS
+from tests.distributed.run_knn import ALONE, SETS
 from tests.distributed.test_ranks import launch
 
 EXACT = [name for name, sets in SETS.items() if sets.bank.dtype != torch.float64]
@@ -30,9 +30,14 @@ def ranks(
 ) -> list[dict[str, Any]]:
     """Results of all searches, once a world size."""
     out = tmp_path_factory.mktemp("knn")
-    return launch(
-        request.param, out, *SETS, "refused", module="tests.distributed.run_knn", debug="DETAIL"
-    )
+    return launch(request.param, out, *SETS, "refused", module="tests.distributed.run_knn")
+
+
+@pytest.mark.slow
+def test_all_ranks_call_the_same_collectives(tmp_path: Path) -> None:
+    """torch compares every collective over the ranks, which takes many times the search."""
+    names = ("an empty part", "small blocks and several rounds", "refused")
+    launch(2, tmp_path, *names, module="tests.distributed.run_knn", debug="DETAIL")
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -50,7 +55,8 @@ def test_neighbours_and_accuracy_are_those_of_the_plain_formula(
     accuracy = plain_knn_accuracy(*tables, k=sets.k, center=sets.center)
     assert [rank[name]["accuracy"] for rank in ranks] == [accuracy] * len(ranks)
     for rank in ranks:
-        assert rank[name]["swept"] == rank[name]["alone"] == ranks[0][name]["alone"]
+        assert rank[name]["swept"] == ranks[0][name]["swept"]
+        assert [rank[name]["swept"][pair] for pair in ALONE] == rank[name]["alone"]
 
 
 def test_these_sets_can_tell_mistakes_apart() -> None:

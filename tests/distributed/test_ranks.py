@@ -231,7 +231,7 @@ def test_losses_of_ranks_match_golden(ranks: Results, golden: Golden) -> None:
 
 @pytest.mark.slow
 def test_losses_of_eight_ranks_match_golden(tmp_path: Path, golden: Golden) -> None:
-    check_golden_loss(launch(8, tmp_path, "golden loss", debug="DETAIL"), golden("loss"))
+    check_golden_loss(launch(8, tmp_path, "golden loss"), golden("loss"))
 
 
 def test_three_golden_steps_over_ranks(ranks: Results, golden: Golden) -> None:

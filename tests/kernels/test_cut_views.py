@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastmoco_kernels import ViewColorParameters, cut_views
 from fastmoco_kernels.cut_views import native
+from fastmoco_kernels.cut_views.op import INTERPOLATIONS
 from fastmoco_kernels.cut_views.reference import resize_reference
 from fastmoco_pipelines.views import reference
 from tests.kernels.view_color_cases import LEVELS, by_pillow, drawn, pictures
@@ -55,36 +56,83 @@ def windows(images: list[np.ndarray], seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(crops)
 
 
-def resized(images: list[np.ndarray], crops: torch.Tensor, size: int) -> torch.Tensor:
+def resized(
+    images: list[np.ndarray], crops: torch.Tensor, size: int, interpolation: str = "bilinear"
+) -> torch.Tensor:
     """[B, size, size, 3] uint8 by Pillow."""
     cut = [
-        np.asarray(reference.crop_and_resize(Image.fromarray(image), tuple(crop), size))
+        np.asarray(
+            reference.crop_and_resize(Image.fromarray(image), tuple(crop), size, interpolation)
+        )
         for image, crop in zip(images, crops.tolist(), strict=True)
     ]
     return torch.from_numpy(np.stack(cut))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("size", [224, 96, 33, 8, 1])
-def test_the_resize_is_pillows_to_the_bit(backend: str, size: int) -> None:
+def test_the_resize_is_pillows_to_the_bit(backend: str, interpolation: str, size: int) -> None:
     images = photos(size)
     neutral = ViewColorParameters.neutral(len(images))
+    how = {"size": size, "backend": backend, "interpolation": interpolation}
     for seed in range(3):
         crops = windows(images, seed)
-        views = cut_views(images, crops, neutral, size=size, backend=backend, **LEVELS)
-        assert torch.equal(views, resized(images, crops, size).permute(0, 3, 1, 2).float())
+        views = cut_views(images, crops, neutral, **how, **LEVELS)
+        want = resized(images, crops, size, interpolation)
+        assert torch.equal(views, want.permute(0, 3, 1, 2).float())
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_the_resize_of_any_window_is_pillows_to_the_bit(interpolation: str) -> None:
+    """Sizes spread evenly in the logarithm; noise of 0 and 255, whose cubic leaves the bytes; one
+    window in four is a line of pixels."""
+    rng = np.random.default_rng(11)
+    for number in range(150):
+        high, wide = np.exp(rng.uniform(0, np.log(700), 2)).astype(int)
+        image = rng.integers(0, 256, (high, wide, 3), dtype=np.uint8)
+        if number % 2:
+            image = np.where(image > 127, np.uint8(255), np.uint8(0))
+        crop = windows([image], seed=number)
+        if number % 4 == 0:
+            crop[0, 2 + rng.integers(2)] = 1
+        size = int(rng.choice([1, 2, 7, 49, 96, 97, 224]))
+        got = cut_views(
+            [image],
+            crop,
+            ViewColorParameters.neutral(1),
+            size=size,
+            dtype=torch.uint8,
+            interpolation=interpolation,
+        )
+        want = resized([image], crop, size, interpolation)
+        assert torch.equal(got, want.permute(0, 3, 1, 2)), (high, wide, crop, size)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize(("shape", "size"), [((1, 9000), 3), ((9000, 1), 3), ((2, 3), 700)])
+def test_long_lines_and_large_views_are_pillows(
+    interpolation: str, shape: tuple[int, int], size: int
+) -> None:
+    image = np.random.default_rng(4).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    crop = torch.tensor([[0, 0, *shape]], dtype=torch.int32)
+    neutral, want = ViewColorParameters.neutral(1), resized([image], crop, size, interpolation)
+    for backend in BACKENDS:
+        how = {"size": size, "interpolation": interpolation, "backend": backend}
+        got = cut_views([image], crop, neutral, dtype=torch.uint8, **how)
+        assert torch.equal(got, want.permute(0, 3, 1, 2)), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [64, 49])
-def test_a_whole_view_is_pillows_to_the_bit(backend: str, size: int) -> None:
+@pytest.mark.parametrize(("size", "interpolation"), [(64, "bilinear"), (49, "bicubic")])
+def test_a_whole_view_is_pillows_to_the_bit(backend: str, size: int, interpolation: str) -> None:
     images = photos(1) * 5  # fifty rows: every order of the jitter, and twice
     parameters = drawn(len(images), seed=2)
     crops = windows(images, 3)
-    views = cut_views(
-        images, crops, parameters, size=size, solarize_threshold=100, backend=backend, **LEVELS
-    )
-    assert torch.equal(views, by_pillow(resized(images, crops, size), parameters, threshold=100))
+    how = {"size": size, "interpolation": interpolation, "backend": backend}
+    views = cut_views(images, crops, parameters, solarize_threshold=100, **how, **LEVELS)
+    windows_by_pillow = resized(images, crops, size, interpolation)
+    assert torch.equal(views, by_pillow(windows_by_pillow, parameters, threshold=100))
 
 
 def test_every_colour_survives_each_operation_as_in_pillow() -> None:
@@ -215,8 +263,12 @@ def test_a_library_older_than_its_source_is_named(monkeypatch: pytest.MonkeyPatc
     image = photos()[0]
     arguments = ([image], windows([image]), ViewColorParameters.neutral(1))
     assert cut_views(*arguments, size=9, backend="native").dtype == torch.float32
-    with pytest.raises(RuntimeError, match=r"older than its source\. Install fastmoco again"):
+    cure = r"older than its source\. Install fastmoco again"
+    with pytest.raises(RuntimeError, match=cure):
         cut_views(*arguments, size=9, dtype=torch.uint8, backend="native")
+    monkeypatch.setattr(native, "BICUBIC", "_future")
+    with pytest.raises(RuntimeError, match=f"no fastmoco_cut_views_future.*{cure}"):
+        cut_views(*arguments, size=9, interpolation="bicubic", backend="native")
 
 
 def test_the_structure_is_laid_out_as_in_c() -> None:
@@ -249,6 +301,7 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ({"size": 0}, "size=0 is outside 1 to 32768"),
         ({"solarize_threshold": 257}, "solarize_threshold=257"),
         ({"dtype": torch.float16}, "dtype=torch.float16 is neither torch.float32 nor torch.uint8"),
+        ({"interpolation": "cubic"}, "interpolation='cubic' is none of ('bilinear', 'bicubic')"),
         ({"threads": 0}, "threads=0; needs at least one"),
         ({"std": (1, 0, 1)}, "cut_views: std=(1, 0, 1) must be positive"),
         ({"mean": (1, 0)}, "cut_views: mean has 2 numbers"),

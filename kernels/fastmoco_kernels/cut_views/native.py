@@ -16,8 +16,12 @@ from fastmoco_kernels.view_color.plan import Plan
 
 LIBRARY = "fastmoco_kernels.cut_views._native"
 """Where setup.py puts it. It does not use the Python API: one file serves every version."""
+VIEWS = "fastmoco_cut_views"
+"""The function that writes normalised floats."""
 LEVELS = "fastmoco_cut_levels"
 """The function that writes bytes; libraries built from older sources lack it."""
+BICUBIC = "_bicubic"
+"""Ends the names of the functions that resize by a cubic; older libraries lack them, too."""
 
 _POINTERS = (
     "pixels",
@@ -51,7 +55,8 @@ def native_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    for function in (library.fastmoco_cut_views, getattr(library, LEVELS, None)):
+    names = [name + end for name in (VIEWS, LEVELS) for end in ("", BICUBIC)]
+    for function in (getattr(library, name, None) for name in names):
         if function is not None:
             function.argtypes = [ctypes.POINTER(_Batch)]
             function.restype = ctypes.c_int
@@ -65,6 +70,7 @@ def cut_views_native(
     scale: Tensor,
     shift: Tensor,
     threshold: int,
+    interpolation: str,
     threads: int,
     out: Tensor,
 ) -> None:
@@ -77,6 +83,7 @@ def cut_views_native(
         scale: [3] float32, factor of a level in the result.
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
+        interpolation: of the resize, "bilinear" or "bicubic".
         threads: that work on it, this one among them.
         out: [B, 3, size, size] float32, contiguous; or uint8, for levels without factor and
             summand.
@@ -87,7 +94,8 @@ def cut_views_native(
     """
     library = native_library()
     assert library is not None
-    name = LEVELS if out.dtype == torch.uint8 else "fastmoco_cut_views"
+    name = LEVELS if out.dtype == torch.uint8 else VIEWS
+    name += BICUBIC if interpolation == "bicubic" else ""
     cut = getattr(library, name, None)
     if cut is None:
         raise RuntimeError(

@@ -36,6 +36,8 @@ from fastmoco_kernels.view_color.op import (
 )
 from fastmoco_kernels.view_color.plan import ViewColorParameters, plan
 
+INTERPOLATIONS = ("bilinear", "bicubic")
+"""Filters of the resize."""
 _LARGEST = 2**15
 """Most rows or columns, so that sums of weights and offsets within a view fit int32."""
 
@@ -50,6 +52,7 @@ def cut_views(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
     solarize_threshold: int = 128,
+    interpolation: str = "bilinear",
     threads: int = 1,
     backend: str = "auto",
 ) -> Tensor:
@@ -70,6 +73,8 @@ def cut_views(
         std: of the three channels, divided by; positive.
         dtype: float32; or uint8: levels, not normalised, whatever `mean` and `std` are.
         solarize_threshold: level, 0 to 256, from which solarize inverts.
+        interpolation: of the resize, `"bilinear"` or `"bicubic"` (Keys' cubic, a = -1/2), both with
+            antialiasing.
         threads: number of threads, including this one; the result does not depend on it.
         backend: `"auto"`, `"native"` (compiled C) or `"torch"`.
 
@@ -78,8 +83,8 @@ def cut_views(
 
     Raises:
         ValueError: for an image or crops of another type, shape or device, a window that leaves its
-            image, parameters of another length or out of range, another dtype, or a backend that
-            cannot run here.
+            image, parameters of another length or out of range, another dtype or interpolation, or
+            a backend that cannot run here.
         MemoryError: if a thread gets no memory to work in.
 
     Numerics: levels are whole numbers, equal on every backend and machine; the last step is one
@@ -102,6 +107,8 @@ def cut_views(
     check_normalisation("cut_views", mean, std)
     if dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"cut_views: dtype={dtype} is neither torch.float32 nor torch.uint8")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"cut_views: interpolation={interpolation!r} is none of {INTERPOLATIONS}")
     check_ranges("cut_views", parameters)
     default = "native" if native_library() is not None else "torch"
     chosen = choose_backend("cut_views", backend, default, ("native", "torch"))
@@ -115,10 +122,20 @@ def cut_views(
     out = torch.empty(len(arrays), 3, size, size, dtype=dtype)
     if chosen == "native":
         cut_views_native(
-            arrays, crops, plan(parameters), scale, shift, solarize_threshold, threads, out
+            arrays,
+            crops,
+            plan(parameters),
+            scale,
+            shift,
+            solarize_threshold,
+            interpolation,
+            threads,
+            out,
         )
     else:
-        cut_views_reference(arrays, crops, plan(parameters), scale, shift, solarize_threshold, out)
+        cut_views_reference(
+            arrays, crops, plan(parameters), scale, shift, solarize_threshold, interpolation, out
+        )
     return out
 
 

@@ -20,6 +20,7 @@ def cut_views_reference(
     scale: Tensor,
     shift: Tensor,
     threshold: int,
+    interpolation: str,
     out: Tensor,
 ) -> None:
     """Compute a batch into `out`, float32 or uint8; arguments as `cut_views_native`."""
@@ -28,42 +29,56 @@ def cut_views_reference(
         top, left, height, width = crop
         window = torch.from_numpy(image[top : top + height, left : left + width].copy())
         rows = slice(row, row + 1)
-        resized = resize_reference(window, size)[None]
+        resized = resize_reference(window, size, interpolation)[None]
         view_color_reference(
             resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows]
         )
 
 
-def resize_reference(window: Tensor, size: int) -> Tensor:
-    """Bilinear with antialiasing, along the rows first: [H, W, 3] uint8 to [size, size, 3] uint8.
+def resize_reference(window: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
+    """Resize with antialiasing, along the rows first: [H, W, 3] uint8 to [size, size, 3] uint8.
 
     A level of a pass is `(2^21 + sum of weight * level) >> 22` with whole weights; in float64 all
     of it is exact.
     """
     height, width, _ = window.shape
-    narrow = _whole(torch.einsum("xw,hwc->hxc", resize_weights(width, size), window.double()))
-    return _whole(torch.einsum("yh,hxc->yxc", resize_weights(height, size), narrow)).to(torch.uint8)
+    across = resize_weights(width, size, interpolation)
+    down = resize_weights(height, size, interpolation)
+    narrow = _whole(torch.einsum("xw,hwc->hxc", across, window.double()))
+    return _whole(torch.einsum("yh,hxc->yxc", down, narrow)).to(torch.uint8)
 
 
 def _whole(sums: Tensor) -> Tensor:
     half, one = 2.0 ** (_WEIGHT_BITS - 1), 2.0**_WEIGHT_BITS
-    return ((sums + half) / one).floor_().clamp_(max=255.0)
+    return ((sums + half) / one).floor_().clamp_(0.0, 255.0)
 
 
-def resize_weights(length: int, size: int) -> Tensor:
+def resize_weights(length: int, size: int, interpolation: str = "bilinear") -> Tensor:
     """[size, length] float64: weights of an axis's levels in each result, times 2^22; integers.
 
-    A triangle that reaches one pixel to each side, or `length / size` pixels where the axis
-    shrinks; about its centre `(place + 0.5) length / size`, and with a sum of 1 before rounding.
+    "bilinear": a triangle that reaches one pixel to each side, or `length / size` pixels where the
+    axis shrinks. "bicubic": Keys' cubic with a = -1/2, which reaches twice as far. About their
+    centre `(place + 0.5) length / size`, and with a sum of 1 before rounding.
     """
     scale = length / size
-    reach = max(scale, 1.0)
+    stretch = max(scale, 1.0)
+    reach = stretch * (2.0 if interpolation == "bicubic" else 1.0)
     centre = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
     taps = torch.arange(length, dtype=torch.float64)[None]
     first = (centre - reach + 0.5).trunc().clamp(min=0.0)
     end = (centre + reach + 0.5).trunc().clamp(max=float(length))
-    weights = (1.0 - ((taps - centre + 0.5) * (1.0 / reach)).abs()).clamp(min=0.0)
+    away = ((taps - centre + 0.5) * (1.0 / stretch)).abs()
+    weights = _cubic(away) if interpolation == "bicubic" else (1.0 - away).clamp(min=0.0)
     weights = torch.where((taps >= first) & (taps < end), weights, 0.0)
     # Added one by one as in Pillow: the last bit decides the rounding of a weight near a tie.
     total = weights.cumsum(1)[:, -1:]
-    return (0.5 + weights / total * 2.0**_WEIGHT_BITS).trunc()
+    shares = weights / total
+    half = torch.where(shares < 0, -0.5, 0.5).double()
+    return (half + shares * 2.0**_WEIGHT_BITS).trunc()
+
+
+def _cubic(away: Tensor) -> Tensor:
+    """Keys' cubic at distances >= 0, its operations in Pillow's order."""
+    near = (1.5 * away - 2.5) * away * away + 1.0
+    far = (((away - 5.0) * away + 8.0) * away - 4.0) * -0.5
+    return torch.where(away < 1.0, near, torch.where(away < 2.0, far, 0.0))

@@ -172,7 +172,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         result = (incoming * gradient).to(dtype)
         if torch.is_grad_enabled():  # create_graph=True: what the forward computed has no graph
-            return once_differentiable(result)
+            return once_differentiable(result, "info_nce_loss")
         return result
 
     both = scaled(dq, q_dtype) if wanted[0] and wanted[2] else None  # one launch instead of two
@@ -206,22 +206,23 @@ class _OnceOnly(torch.autograd.Function):
     """Passes a gradient on, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, gate: Tensor, op: str) -> Tensor:
+        ctx.op = op
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> Any:
         raise RuntimeError(
-            "info_nce_loss: the gradient was computed in the forward and cannot be "
+            f"{ctx.op}: the gradient was computed in the forward and cannot be "
             "differentiated again; "
             "backend='reference' can be differentiated any number of times"
         )
 
 
-def once_differentiable(gradient: Tensor) -> Tensor:
-    """The gradient, whose own derivative is refused in words."""
+def once_differentiable(gradient: Tensor, op: str) -> Tensor:
+    """The gradient, whose own derivative is refused in words that name the op."""
     gate = torch.zeros((), requires_grad=True)
-    result: Tensor = _OnceOnly.apply(gradient, gate)  # type: ignore[no-untyped-call]
+    result: Tensor = _OnceOnly.apply(gradient, gate, op)  # type: ignore[no-untyped-call]
     return result
 
 

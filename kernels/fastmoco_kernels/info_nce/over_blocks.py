@@ -159,7 +159,9 @@ class _OverBlocks(torch.autograd.Function):
 
         def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
             result = (incoming * gradient).to(dtype)
-            return once_differentiable(result) if torch.is_grad_enabled() else result
+            if not torch.is_grad_enabled():
+                return result
+            return once_differentiable(result, "info_nce_over_blocks")
 
         return (
             *[None] * 4,

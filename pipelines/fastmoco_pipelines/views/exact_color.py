@@ -76,5 +76,6 @@ def exact_views(
         std=spec.std,
         dtype=dtype,
         solarize_threshold=spec.solarize_threshold,
+        interpolation=spec.interpolation,
         threads=threads,
     )

@@ -74,7 +74,9 @@ def cut_view(
         shape=argument("shape", types.INT32, 1),
         axes=(0, 1),
     )
-    view = fn.resize(window, size=(spec.size, spec.size), antialias=True)
+    cubic = spec.interpolation == "bicubic"
+    interpolation = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
+    view = fn.resize(window, size=(spec.size, spec.size), interp_type=interpolation, antialias=True)
     if spec.color == "exact":
         return view
     uses = operations(spec)

@@ -8,6 +8,8 @@ after each of them, as they do there.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -15,17 +17,25 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 from fastmoco_pipelines.views.draws import ViewDraws
 
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+"""Pillow's filters by `ViewSpec.interpolation`."""
 
-def crop_and_resize(image: Image.Image, crop: tuple[int, int, int, int], size: int) -> Image.Image:
-    """Cut (top, left, height, width) and scale it to `size` x `size`, bilinear with antialiasing.
+
+def crop_and_resize(
+    image: Image.Image,
+    crop: tuple[int, int, int, int],
+    size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Image.Image:
+    """Cut (top, left, height, width) and scale it to `size` x `size` with antialiasing.
 
     Along the rows first, as Pillow does by itself up to version 12; version 13 takes the other
     order for windows much taller than wide, and a level may differ by one there.
     """
     top, left, height, width = crop
     window = image.crop((left, top, left + width, top + height))
-    narrow = window.resize((size, height), Image.Resampling.BILINEAR)
-    return narrow.resize((size, size), Image.Resampling.BILINEAR)
+    narrow = window.resize((size, height), FILTERS[interpolation])
+    return narrow.resize((size, size), FILTERS[interpolation])
 
 
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
@@ -86,7 +96,8 @@ def reference_image(
     `ViewSpec`, the four of the jitter in the row's own where `spec.color` is "exact"."""
     source = image if isinstance(image, Image.Image) else Image.fromarray(image)
     top, left, height, width = (int(value) for value in draws.crop[i])
-    view = crop_and_resize(source.convert("RGB"), (top, left, height, width), spec.size)
+    window = top, left, height, width
+    view = crop_and_resize(source.convert("RGB"), window, spec.size, spec.interpolation)
     for operation in draws.jitter_order[i].tolist() if spec.color == "exact" else range(4):
         view = _jitter(view, operation, draws, i)
     if draws.grayscale[i]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -12,7 +16,22 @@ pytest.importorskip("tyro", reason="tyro is not installed")
 from fastmoco.cli.main import main
 from fastmoco.cli.plan import PlanArguments, parse_bytes
 from fastmoco.cli.plan_scale import cluster_of, parse_rate, print_scale, print_step
+from fastmoco.config import Config, ParallelConfig
+from fastmoco.planning import costs
 from fastmoco.recipes import quickstart_digits
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once() -> Iterator[None]:
+    """Costs of a step, which take seconds to count, are counted once for each step."""
+    counted = functools.cache(costs.measure_costs)
+
+    def cached(config: Config, *words: Any, **how: Any) -> costs.StepCosts:
+        return counted(replace(config, parallel=ParallelConfig()), *words, **how)
+
+    with mock.patch.object(costs, "measure_costs", cached):
+        yield
+
 
 SMALL = ["--model.hidden-dim", "32", "--model.projection-dim", "8", "--model.compile", "False"]
 

@@ -41,6 +41,18 @@ def test_a_config_from_before_more_views_loads_and_may_continue():
     assert differences(from_json(old), config) == []
 
 
+def test_a_config_from_before_there_was_a_filter_means_bilinear():
+    config = multi_crop(CROPS)
+    old = json.loads(json.dumps(to_json(config)))
+    for group in (old["data"]["view1"], old["data"]["more_views"][0]):
+        assert group.pop("interpolation") == "bilinear"
+    assert from_json(old) == config
+    cubic = multi_crop(replace(CROPS, interpolation="bicubic"))
+    (found,) = differences(from_json(old), cubic)
+    assert found == "data.more_views.0.interpolation: 'bilinear' -> 'bicubic'"
+    assert may_change(cubic, found.partition(":")[0], Resume.WITH_ALLOW)
+
+
 def test_groups_of_small_crops_reach_the_loader_and_travel_through_json():
     config = multi_crop(CROPS, replace(CROPS, size=32, copies=1))
     assert from_json(json.loads(json.dumps(to_json(config)))) == config

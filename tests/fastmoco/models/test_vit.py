@@ -4,6 +4,7 @@ plain one."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmoco.config.model import Pooling, Positions
 from fastmoco.models import (
     ARCHITECTURES,
     VisionTransformer,
@@ -23,7 +25,9 @@ from fastmoco.models import (
     vit_tiny,
 )
 from fastmoco.models.encoder import Coupling
+from fastmoco.models.vit import resized_positions
 from fastmoco.objectives import MoCoV3
+from tests.golden_objective import read_sibling
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -246,11 +250,59 @@ def test_wrong_sizes_are_named(change: dict[str, object], message: str) -> None:
         VisionTransformer(**(sizes | change))  # type: ignore[arg-type]
 
 
-def test_wrong_images_are_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"images shape=\(2, 3, 28, 28\): this encoder takes \[B, 3, 32, 32\]"
-    ):
-        vit_micro()(torch.zeros(2, 3, 28, 28))
+@pytest.mark.parametrize("shape", [(2, 3, 30, 30), (2, 3, 28, 32), (2, 1, 32, 32), (3, 32, 32)])
+def test_wrong_images_are_named(shape: tuple[int, ...]) -> None:
+    message = (
+        f"images shape={shape}: this encoder takes [B, 3, S, S], S a multiple of patch_size=4, "
+        "such as image_size=32"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vit_micro()(torch.zeros(shape))
+
+
+def test_positions_of_other_sizes_match_golden() -> None:
+    data = read_sibling("dino")
+    tables = [key for key in data if key.startswith("pos") and key.endswith("_table")]
+    assert len(tables) >= 2
+    for key in tables:
+        table = torch.from_numpy(data[key]).double()
+        prefix = key.removesuffix("table")
+        for name in (name for name in data if name.startswith(prefix) and name != key):
+            own = resized_positions(table[:, 1:], int(name.removeprefix(prefix)))
+            ours = torch.cat([table[:, :1], own], dim=1)
+            expected = data[name]
+            tolerance = 1e-7 if expected.dtype == np.float32 else 1e-12
+            assert relative(ours, expected.reshape(ours.shape)) < tolerance, name
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos", "none"])
+@pytest.mark.parametrize("pooling", ["class", "norm_mean"])
+def test_a_small_crop_has_interpolated_positions_and_their_gradient(
+    positions: Positions, pooling: Pooling
+) -> None:
+    torch.manual_seed(0)
+    encoder = vit_micro(image_size=32, patch_size=8, positions=positions, pooling=pooling).double()
+    small = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    feature = encoder(small)
+    torch.testing.assert_close(feature, encoder.plain(small))
+
+    # By hand: an encoder of that size whose table is the interpolated one.
+    other = vit_micro(image_size=16, patch_size=8, positions=positions, pooling=pooling).double()
+    weights = encoder.state_dict()
+    if positions != "none":
+        own = int(pooling == "class")
+        first, rest = weights["pos_embed"].tensor_split([own], dim=1)
+        weights["pos_embed"] = torch.cat([first, resized_positions(rest, 2)], dim=1)
+    other.load_state_dict(weights)
+    torch.testing.assert_close(feature, other(small), rtol=1e-12, atol=1e-12)
+    assert encoder.forward_flops(16) == other.forward_flops(16) < encoder.forward_flops(32)
+    assert encoder.most_numbers(16) == other.most_numbers() < encoder.most_numbers()
+
+    if positions == "learned":
+        feature.square().sum().backward()
+        assert encoder.pos_embed is not None
+        assert encoder.pos_embed.grad is not None
+        assert (encoder.pos_embed.grad != 0).any(dim=-1).all()
 
 
 def test_bf16_autocast_keeps_parameters_and_comes_close() -> None:

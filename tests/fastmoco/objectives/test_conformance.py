@@ -419,6 +419,33 @@ def test_stochastic_depth_leaves_out_the_same_branches_in_every_pass(
     assert torch.equal(loss(config, AT, training=False), loss(plain, AT, training=False))
 
 
+@every_objective
+def test_tokens_are_dropped_alike_in_every_pass(kind: type[ObjectiveConfig]) -> None:
+    """With stochastic depth, and in a phase with larger patches."""
+    plain = config_of(kind)
+    patch = plain.model.patch_size
+
+    def having(**model: Any) -> Config:
+        return replace(plain, model=replace(plain.model, **model))
+
+    dropping = having(keep_tokens="0.5", drop_path=0.5)
+    for config in (dropping, having(patch_schedule=f"{2 * patch}@0,{patch}@0.5")):
+        check_reference(config)
+        check_chunks(config)
+
+    # The encoder sees fewer tokens, others in the next step, and all in evaluation and at the end.
+    def loss(config: Config, step: int, *, training: bool = True) -> float:
+        objective, views = rough(config), views_of(config)
+        objective.train(training)
+        at = Progress(step, AT.total_steps, AT.steps_per_epoch)
+        return float(objective(*views, **rest_of(objective), at=at).loss.detach())
+
+    config = having(keep_tokens="0.5")
+    assert len({loss(c, step) for c, step in ((plain, 3), (config, 3), (config, 4))}) == 3
+    assert loss(config, 11) == loss(plain, 11)
+    assert loss(config, 3, training=False) == loss(plain, 3, training=False)
+
+
 @every_trunk
 @every_objective
 def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Config) -> None:

@@ -341,6 +341,15 @@ def test_a_resnet_with_larc_passes_the_suite(tmp_path: Path) -> None:
     conformance.check_skip(config, tmp_path)
 
 
+def test_small_crops_on_a_vit_pass_the_suite(tmp_path: Path) -> None:
+    small = replace(CONFIG.data.view1, size=4, copies=2)
+    model = replace(CONFIG.model, positions="learned", drop_path=0.1)
+    config = replace(with_queue(), model=model, data=replace(CONFIG.data, more_views=(small,)))
+    conformance.check_reference(config)
+    conformance.check_chunks(config)
+    conformance.check_skip(config, tmp_path)
+
+
 def test_a_queue_is_saved_and_continues_to_the_same_bits(tmp_path: Path) -> None:
     config = with_queue(freeze_prototypes_steps=4)
     conformance.run_whole(config, tmp_path / "whole")

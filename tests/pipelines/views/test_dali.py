@@ -73,12 +73,14 @@ def level_errors(made: np.ndarray, expected: np.ndarray) -> np.ndarray:
     )
 
 
+CUBIC = {"interpolation": "bicubic"}
 # name: (fields, largest mean level error, largest error of one image). The bounds are about one and
 # a half times what was measured; docs/views.md says where the errors come from. Hue has a test of
 # its own.
 OPERATIONS = {
     "crop and resize": (NOTHING, 0.22, 0.3),
     "flip": (NOTHING | {"flip_probability": 0.5}, 0.22, 0.3),
+    "bicubic and flip": (NOTHING | CUBIC | {"flip_probability": 0.5}, 0.3, 0.4),
     "brightness": (JITTER | {"brightness": 0.4}, 0.22, 0.4),
     "contrast": (JITTER | {"contrast": 0.4}, 0.27, 0.5),
     "brightness and contrast": (JITTER | {"brightness": 0.4, "contrast": 0.4}, 0.25, 0.5),

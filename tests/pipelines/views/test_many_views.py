@@ -19,7 +19,7 @@ from tests.pipelines.dali_cases import photographs
 
 COUNT = 6
 LARGE = moco_v3_views(64)
-SMALL = replace(moco_v3_views(32)[0], crop_scale=(0.05, 0.4), copies=3)
+SMALL = replace(moco_v3_views(32)[0], crop_scale=(0.05, 0.4), copies=3, interpolation="bicubic")
 GROUPS = (*LARGE, SMALL, replace(LARGE[1], size=24, color="dali", copies=2))
 LIMIT = 12.0
 """Mean distance from Pillow, in levels of 255, of `color="dali"`: its hue is approximate

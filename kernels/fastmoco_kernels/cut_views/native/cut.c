@@ -23,7 +23,8 @@ typedef struct {
 } Batch;
 
 /* as_levels: write bytes, and leave out the normalisation. */
-static void cut_one(Batch *batch, int64_t i, int as_levels, uint8_t *memory, size_t view_bytes)
+static void
+cut_one(Batch *batch, int64_t i, int as_levels, Filter filter, uint8_t *memory, size_t view_bytes)
 {
     int size = (int)batch->size;
     const int32_t *crop = batch->crops + 4 * i, *flags = batch->flags + 3 * i, *box = batch->boxes + 4 * i;
@@ -32,7 +33,7 @@ static void cut_one(Batch *batch, int64_t i, int as_levels, uint8_t *memory, siz
     Window window = {
         batch->pixels[i] + crop[0] * batch->strides[i] + (ptrdiff_t)3 * crop[1], batch->strides[i], crop[2], crop[3]
     };
-    resize_window(window, planes, scratch);
+    resize_window(window, planes, filter, scratch);
     for (int step = 0; step < 4; step++)
         jitter_step(planes, batch->steps[4 * i + step], batch->factors + 4 * i, batch->hue_shift[i]);
     if (flags[0])
@@ -47,7 +48,7 @@ static void cut_one(Batch *batch, int64_t i, int as_levels, uint8_t *memory, siz
         normalise(planes, batch->scale, batch->shift, flags[2], (float *)batch->out + 3 * planes.count * i);
 }
 
-static int cut_rest(Batch *batch, int as_levels)
+static int cut_rest(Batch *batch, int as_levels, Filter filter)
 {
     int size = (int)batch->size;
     size_t view_bytes = ((size_t)3 * size * size + 63) & ~(size_t)63, room = 0;
@@ -56,7 +57,7 @@ static int cut_rest(Batch *batch, int as_levels)
         int64_t i = atomic_fetch_add(&batch->next, 1);
         if (i >= batch->images)
             break;
-        size_t resizing = resize_scratch(batch->crops[4 * i + 2], batch->crops[4 * i + 3], size);
+        size_t resizing = resize_scratch(batch->crops[4 * i + 2], batch->crops[4 * i + 3], size, filter);
         size_t blurring = blur_scratch(size, size), needed = view_bytes + (resizing > blurring ? resizing : blurring);
         if (needed > room) {
             free(memory);
@@ -65,7 +66,7 @@ static int cut_rest(Batch *batch, int as_levels)
             if (memory == NULL)
                 return -1;
         }
-        cut_one(batch, i, as_levels, memory, view_bytes);
+        cut_one(batch, i, as_levels, filter, memory, view_bytes);
     }
     free(memory);
     return 0;
@@ -74,10 +75,21 @@ static int cut_rest(Batch *batch, int as_levels)
 /* Cut the rest of the batch, to normalised floats or to bytes. Return 0, or -1 without memory. */
 __attribute__((visibility("default"))) int fastmoco_cut_views(Batch *batch)
 {
-    return cut_rest(batch, 0);
+    return cut_rest(batch, 0, BILINEAR);
 }
 
 __attribute__((visibility("default"))) int fastmoco_cut_levels(Batch *batch)
 {
-    return cut_rest(batch, 1);
+    return cut_rest(batch, 1, BILINEAR);
+}
+
+/* The same two, resized by the cubic. */
+__attribute__((visibility("default"))) int fastmoco_cut_views_bicubic(Batch *batch)
+{
+    return cut_rest(batch, 0, BICUBIC);
+}
+
+__attribute__((visibility("default"))) int fastmoco_cut_levels_bicubic(Batch *batch)
+{
+    return cut_rest(batch, 1, BICUBIC);
 }

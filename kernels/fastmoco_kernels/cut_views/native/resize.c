@@ -12,10 +12,16 @@ typedef struct {
     int most; /* weights that each place has room for */
 } Axis;
 
-static int most_taps(int length, int size)
+/* Pixels of the input, or of the result where the axis shrinks, that a weight reaches to each side. */
+static double reach_of(Filter filter)
+{
+    return filter == BICUBIC ? 2.0 : 1.0;
+}
+
+static int most_taps(int length, int size, Filter filter)
 {
     double scale = (double)length / size;
-    return (int)ceil(scale < 1.0 ? 1.0 : scale) * 2 + 1;
+    return (int)ceil(reach_of(filter) * (scale < 1.0 ? 1.0 : scale)) * 2 + 1;
 }
 
 static size_t aligned(size_t bytes)
@@ -23,32 +29,48 @@ static size_t aligned(size_t bytes)
     return (bytes + 63) & ~(size_t)63;
 }
 
-static size_t axis_bytes(int length, int size)
+static size_t axis_bytes(int length, int size, Filter filter)
 {
-    return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, size)));
+    return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, size, filter)));
 }
 
-/* A triangle two input pixels wide, two output pixels if the image shrinks; double as in Pillow. */
-static Axis make_axis(int length, int size, uint8_t *memory)
+/* A triangle, or Keys' cubic with a = -1/2; operations in Pillow's order, which decides last bits. */
+static double weight_at(double away, Filter filter)
 {
-    Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, size)};
+    if (filter == BILINEAR)
+        return away < 1.0 ? 1.0 - away : 0.0;
+    if (away < 1.0)
+        return (1.5 * away - 2.5) * away * away + 1.0;
+    return away < 2.0 ? (((away - 5.0) * away + 8.0) * away - 4.0) * -0.5 : 0.0;
+}
+
+/* A weight in 2^-22, rounded half away from zero. */
+static int32_t whole_weight(double weight)
+{
+    return (int32_t)((weight < 0.0 ? -0.5 : 0.5) + weight * (1 << WEIGHT_BITS));
+}
+
+/* The filter about each place of the result, `stretch` times as wide; double as in Pillow. */
+static Axis make_axis(int length, int size, Filter filter, uint8_t *memory)
+{
+    Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, size, filter)};
     axis.taps = axis.first + size;
     axis.weights = axis.taps + size;
     double scale = (double)length / size, stretch = scale < 1.0 ? 1.0 : scale;
+    double reach = reach_of(filter) * stretch;
     for (int place = 0; place < size; place++) {
         double centre = (place + 0.5) * scale, total = 0.0;
-        int first = (int)(centre - stretch + 0.5), end = (int)(centre + stretch + 0.5);
+        int first = (int)(centre - reach + 0.5), end = (int)(centre + reach + 0.5);
         first = first < 0 ? 0 : first;
         end = end > length ? length : end;
         int32_t *weights = axis.weights + (ptrdiff_t)place * axis.most;
         for (int pass = 0; pass < 2; pass++)
             for (int tap = first; tap < end; tap++) {
-                double away = fabs((tap - centre + 0.5) * (1.0 / stretch));
-                double weight = away < 1.0 ? 1.0 - away : 0.0;
+                double weight = weight_at(fabs((tap - centre + 0.5) * (1.0 / stretch)), filter);
                 if (pass == 0)
                     total += weight;
                 else
-                    weights[tap - first] = (int32_t)(0.5 + (total != 0.0 ? weight / total : weight) * (1 << WEIGHT_BITS));
+                    weights[tap - first] = whole_weight(total != 0.0 ? weight / total : weight);
             }
         axis.first[place] = first;
         axis.taps[place] = end - first;
@@ -56,7 +78,15 @@ static Axis make_axis(int length, int size, uint8_t *memory)
     return axis;
 }
 
-/* out[i] = sum of weights[t] * in[t * step + i], rounded to a byte; weights >= 0, sum 1. */
+/* The level of a sum; a cubic goes below 0 and above 255. */
+static inline __attribute__((always_inline)) uint8_t level_of(int32_t sum)
+{
+    int32_t level = sum >> WEIGHT_BITS;
+    level = level < 0 ? 0 : level;
+    return (uint8_t)(level > 255 ? 255 : level);
+}
+
+/* out[i] = sum of weights[t] * in[t * step + i], rounded to a byte; the sum of the weights is 1. */
 static inline __attribute__((always_inline)) void
 weighted_sum(const uint8_t *in, ptrdiff_t step, const int32_t *weights, int taps, int count, uint8_t *out)
 {
@@ -75,10 +105,8 @@ weighted_sum(const uint8_t *in, ptrdiff_t step, const int32_t *weights, int taps
                 for (int i = 0; i < some; i++)
                     sums[i] += levels[i] * weight;
         }
-        for (int i = 0; i < some; i++) {
-            int32_t level = sums[i] >> WEIGHT_BITS;
-            out[start + i] = (uint8_t)(level > 255 ? 255 : level);
-        }
+        for (int i = 0; i < some; i++)
+            out[start + i] = level_of(sums[i]);
     }
 }
 
@@ -96,10 +124,8 @@ VECTORISED static void along_rows(const uint8_t *strip, Axis axis, int size, uin
             for (int tap = 0; tap < axis.taps[x]; tap++)
                 for (int i = 0; i < LANES; i++)
                     sums[i] += in[tap * 3 * LANES + i] * weights[tap];
-            for (int i = 0; i < LANES; i++) {
-                int32_t level = sums[i] >> WEIGHT_BITS;
-                to[i] = (uint8_t)(level > 255 ? 255 : level);
-            }
+            for (int i = 0; i < LANES; i++)
+                to[i] = level_of(sums[i]);
         }
     }
 }
@@ -118,19 +144,20 @@ VECTORISED static void along_columns(const uint8_t *rows, Axis axis, int size, P
             );
 }
 
-size_t resize_scratch(int window_height, int window_width, int size)
+size_t resize_scratch(int window_height, int window_width, int size, Filter filter)
 {
-    return axis_bytes(window_width, size) + axis_bytes(window_height, size) + aligned((size_t)3 * LANES * window_width) +
-           aligned((size_t)3 * LANES * size) + aligned((size_t)3 * size * window_height);
+    return axis_bytes(window_width, size, filter) + axis_bytes(window_height, size, filter) +
+           aligned((size_t)3 * LANES * window_width) + aligned((size_t)3 * LANES * size) +
+           aligned((size_t)3 * size * window_height);
 }
 
-void resize_window(Window window, Planes planes, uint8_t *scratch)
+void resize_window(Window window, Planes planes, Filter filter, uint8_t *scratch)
 {
     int size = planes.width;
-    Axis across = make_axis(window.width, size, scratch);
-    scratch += axis_bytes(window.width, size);
-    Axis down = make_axis(window.height, size, scratch);
-    scratch += axis_bytes(window.height, size);
+    Axis across = make_axis(window.width, size, filter, scratch);
+    scratch += axis_bytes(window.width, size, filter);
+    Axis down = make_axis(window.height, size, filter, scratch);
+    scratch += axis_bytes(window.height, size, filter);
     uint8_t *strip = scratch, *narrow = strip + aligned((size_t)3 * LANES * window.width);
     uint8_t *rows = narrow + aligned((size_t)3 * LANES * size);
     for (int y = 0; y < window.height; y += LANES) {

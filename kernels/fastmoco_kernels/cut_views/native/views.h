@@ -33,12 +33,14 @@ typedef struct {
     int height, width;
 } Window;
 
+typedef enum { BILINEAR, BICUBIC } Filter;
+
 /* Bytes of scratch memory that the functions below need. */
-size_t resize_scratch(int window_height, int window_width, int size);
+size_t resize_scratch(int window_height, int window_width, int size, Filter filter);
 size_t blur_scratch(int height, int width);
 
-/* Resize a window to the planes, bilinear with antialiasing, as Pillow's Image.resize. */
-void resize_window(Window window, Planes planes, uint8_t *scratch);
+/* Resize a window to the planes with antialiasing, as Pillow's Image.resize. */
+void resize_window(Window window, Planes planes, Filter filter, uint8_t *scratch);
 
 /* The jitter: codes 0 brightness, 1 contrast, 2 saturation, 3 hue, all else nothing. */
 void jitter_step(Planes planes, int32_t code, const float *factors, int32_t hue_shift);
