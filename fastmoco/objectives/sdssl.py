@@ -28,7 +28,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from fastmoco.config import Config
 from fastmoco.distributed.gather import gather_keys, start_gathering
 from fastmoco.distributed.mesh import group_rank, group_size
-from fastmoco.models.encoder import Coupling, Parts, with_heads
+from fastmoco.models.encoder import Coupling, with_heads
 from fastmoco.models.heads import FORMS, HeadForm, HeadStack, build_head
 from fastmoco.objectives.byol import regression_loss
 from fastmoco.objectives.interface import (
@@ -188,10 +188,6 @@ class SDSSL(Objective):
         """Biases and norms do not decay."""
         undecayed = parameter.ndim <= 1 or name.endswith(".bias")
         return UNDECAYED if undecayed else super().parameter_group(name, parameter)
-
-    def parts(self) -> Mapping[str, Parts]:
-        """Measurements do not shorten a network: there are heads for each of its blocks."""
-        return {name: replace(parts, alike=False) for name, parts in super().parts().items()}
 
     def _project(self, taps: Tensor) -> Tensor:
         """[..., n, E] features -> [..., n, D] projections. Leading dimensions are those of
