@@ -216,12 +216,13 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
         yield from counts()
         yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
 
+    has_keys = hasattr(objective, "keys")
     method = _method(config)
-    if objective.kind == "moco_v3" and ranks.ring:
+    if has_keys and ranks.ring:
         yield from counts()
         size = images * 2 * config.model.projection_dim * element
         yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
-    elif method in ("moco_v3", "simclr"):
+    elif has_keys or method in ("moco_v3", "simclr"):
         yield from gather(images * 2 * config.model.projection_dim * element)
     if method == "simclr" and not getattr(objective, "local_gradient", False):
         yield from gather(images * 2 * 2 * element)  # sums of both views' rows
