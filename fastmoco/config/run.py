@@ -106,8 +106,8 @@ class Config:
     seed: int = 0
     """Seed of weights, order of images and augmentation."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """bf16: autocast with float32 weights; fp32: no autocast; fp64: all in float64, slow. `auto`: bf16 if the device multiplies it natively, else
-    fp32."""
+    """bf16: autocast with float32 weights; fp32: no autocast; fp64: all in float64, slow. `auto`:
+    bf16 if the device multiplies it natively, else fp32."""
     device: Literal["auto", "cuda"] | Device = "auto"
     """`auto` uses a GPU if there is one. `cuda`, as torch spells it, is stored as `gpu`."""
     threads: Annotated[int, Resume.FREE] = 0

@@ -24,6 +24,7 @@ from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
+from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
@@ -32,6 +33,7 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
+from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.simsiam import SimSiamConfig
 from fastmoco.recipes.supervised import SupervisedConfig
@@ -51,6 +53,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SimSiamConfig: SimSiam.build,
     ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
+    SDSSLConfig: SDSSL.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

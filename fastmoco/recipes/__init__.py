@@ -52,6 +52,14 @@ from fastmoco.recipes.projector_momentum import (
     projector_momentum_vit_b16_e300_b4096,
     projector_momentum_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.sdssl import (
+    sdssl_byol_vit_s16_e300_b1024,
+    sdssl_digits,
+    sdssl_nano7_e12_b256,
+    sdssl_simclr_vit_s16_e300_b1024,
+    sdssl_vit_b16_e300_b1024,
+    sdssl_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.simclr import (
     simclr_digits,
     simclr_nano7_e12_b256,
@@ -174,6 +182,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
         projector_momentum_vit_b16_e300_b4096,
         projector_momentum_nano7_e12_b256,
         projector_momentum_digits,
+        sdssl_vit_s16_e300_b1024,
+        sdssl_vit_b16_e300_b1024,
+        sdssl_byol_vit_s16_e300_b1024,
+        sdssl_simclr_vit_s16_e300_b1024,
+        sdssl_nano7_e12_b256,
+        sdssl_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

@@ -33,6 +33,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
@@ -40,7 +41,14 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
-from tests.fastmoco.objectives.test_conformance import TRUNKS, config_of, rest_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import (
+    ONLY_VIT,
+    TRUNKS,
+    config_of,
+    rest_of,
+    rough,
+    views_of,
+)
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,6 +78,7 @@ VARIANTS = {
     "keys in a ring": Variant(
         MoCoV3Config, objective={"keys": "ring"}, ways=("ddp", "fsdp chunked")
     ),
+    "SDSSL on SimCLR": Variant(SDSSLConfig, objective={"on": "simclr"}),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
     "frozen trunk": Variant(
         SupervisedConfig,
@@ -159,7 +168,9 @@ def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
     """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks."""
     if kind is MoCoV3Config:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")
-    return ("ddp", "fsdp chunked") if trunk == "vit" else ("fsdp",)
+    if trunk == "vit":
+        return ("ddp", "fsdp chunked")
+    return () if kind.kind in ONLY_VIT else ("fsdp",)
 
 
 def scores_in_bf16(world: World) -> dict[str, Any]:

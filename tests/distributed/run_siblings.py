@@ -26,6 +26,7 @@ from tests.fastmoco.objectives import test_byol as byol
 from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_moco as moco
 from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
+from tests.fastmoco.objectives import test_sdssl as sdssl
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
@@ -118,6 +119,9 @@ CASES: dict[str, Callable[[World], object]] = {
     "dino ddp": partial(run_dino, strategy="ddp"),
     "dino fsdp": partial(run_dino, strategy="fsdp"),
     "dino centre": dino_centre,
+    "sdssl moco": sdssl.run_moco,
+    "sdssl simclr": partial(sdssl.run_simclr, local_gradient=True),
+    "sdssl simclr, true": partial(sdssl.run_simclr, local_gradient=False),
 }
 
 

@@ -18,6 +18,7 @@ from tests.fastmoco.objectives import test_byol as byol
 from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_moco as moco
 from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
+from tests.fastmoco.objectives import test_sdssl as sdssl
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
@@ -88,6 +89,8 @@ def test_dino(ranks: Results, strategy: str) -> None:
 
 def test_centre_of_dino(ranks: Results) -> None:
     dino.check_ranks([rank["dino centre"] for rank in ranks], dino.read())
+
+
 def test_moco(ranks: Results) -> None:
     """The file was made on two ranks: losses, gradients and running averages are those of each."""
     cases = [rank["moco"] for rank in ranks]
@@ -122,3 +125,10 @@ def test_a_run_of_moco_continues_on_another_number_of_ranks(
 def test_a_queue_of_swav_and_small_crops(ranks: Results) -> None:
     """It is that of one process, which continues from the state of two ranks."""
     swav.check_queue_of_ranks([rank["swav with a queue"] for rank in ranks])
+
+
+def test_sdssl(ranks: Results) -> None:
+    """On SimCLR with the gradient of the official code, and with that of the global loss."""
+    sdssl.check_moco([rank["sdssl moco"] for rank in ranks])
+    sdssl.check_simclr([rank["sdssl simclr"] for rank in ranks])
+    sdssl.check_true_gradient([rank["sdssl simclr, true"] for rank in ranks])

@@ -142,6 +142,11 @@ for names, trunk, head in (
         "momentum_projector": head,
         "predictor": PREDICTOR,
     }
+NAMES["sdssl"] = {
+    **NAMES["moco_v3"],
+    "projectors": [name.removeprefix("head.") for name in PROJECTOR],
+}
+NAMES["sdssl"]["predictors"] = NAMES["sdssl"].pop("predictor")
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["moco"] = {
     network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
@@ -158,10 +163,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moco": {"queue": 768, "batch_norm_groups": 4},
 }
 """What an objective cannot have by default, or has to be tested with."""
+ONLY_VIT = {"sdssl"}
+"""Objectives that read every block of a ViT; on a ResNet they are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
+    if kind.kind in ONLY_VIT and base is RESNET:
+        with pytest.raises(ValueError, match="must be a ViT"):
+            build_objective(replace(base, objective=kind()), torch.device("cpu"))
+        pytest.skip(f"{kind.kind} needs the blocks of a ViT")
     view2 = base.data.view2
     if _class_of(kind).view_count == 1:
         view2 = replace(view2, copies=0)
