@@ -44,6 +44,7 @@ OPS = (
     "info_nce",
     "lars",
     "residual_norm",
+    "soft_cross_entropy",
     "stacked_qkv",
     "view_color",
 )

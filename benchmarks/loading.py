@@ -1,5 +1,5 @@
-"""Feeds: the ways of making two views of every image that the loader benchmark
-compares, on the same shards.
+"""Feeds: the ways of making views of every image that the benchmarks of the loader compare, on the
+same shards.
 
 A feed gives batches. Its threads or worker processes prefetch a bounded number of batches, so
 between two idle moments it makes as many batches as are taken.
@@ -26,9 +26,11 @@ from fastmoco_pipelines import LoaderSpec, ViewSpec, moco_v3_views
 from fastmoco_pipelines.loading.loader import Loader, build_loader
 from fastmoco_pipelines.sampling.stand_ins import Plan
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.spec import each_view
 from fastmoco_pipelines.views.draws import ViewDraws, draw_views
 from fastmoco_pipelines.views.exact_color import exact_color, exact_views
 from fastmoco_pipelines.views.reference import (
+    FILTERS,
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -39,7 +41,7 @@ from fastmoco_pipelines.views.reference import (
     to_grayscale,
 )
 
-Views = tuple[Tensor, Tensor]
+Views = tuple[Tensor, ...]
 Color = Literal["dali", "exact"]
 
 
@@ -49,8 +51,8 @@ class Feed:
 
     Attributes:
         name: in the result.
-        next: makes or takes one batch: two tensors [B, 3, size, size] float32,
-            or None for a part of the work.
+        next: makes or takes one batch: tensors [B, 3, size, size] float32, one for each view, or
+            None for a part of the work.
         close: releases its resources.
         resting: whether no thread of this process is prefetching.
         loader: fastmoco's own, if it is one.
@@ -63,6 +65,10 @@ class Feed:
     loader: Loader | None = None
 
 
+def _pair(size: int, color: Color) -> tuple[ViewSpec, ...]:
+    return moco_v3_views(size, color=color)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """The batches that every feed makes.
@@ -72,6 +78,7 @@ class Job:
         size: height and width of a view; batch: images of a batch.
         device: of the batches.
         threads: of DALI and of torch.
+        groups: of views, by their size and color; the pair of MoCo v3 if not given.
     """
 
     shards: str
@@ -79,10 +86,11 @@ class Job:
     batch: int
     device: torch.device
     threads: int
+    groups: Callable[[int, Color], tuple[ViewSpec, ...]] = _pair
 
-    def views(self, color: Color) -> tuple[ViewSpec, ViewSpec]:
-        """The two views of MoCo v3."""
-        return moco_v3_views(self.size, color=color)
+    def views(self, color: Color) -> tuple[ViewSpec, ...]:
+        """Each view of an image."""
+        return each_view(self.groups(self.size, color))
 
     @cached_property
     def set(self) -> ShardSet:
@@ -98,7 +106,7 @@ class Job:
     def draws(
         self, ids: NDArray[np.int64], number: int, color: Color = "exact", epoch: int = 0
     ) -> ViewDraws:
-        """The draws of fastmoco's loader for view 1 or 2 of these samples."""
+        """The draws of fastmoco's loader for a view of these samples, counted from 1."""
         spec, sizes = self.views(color)[number - 1], self.set.sizes_of(ids)
         return draw_views(spec, seed=0, epoch=epoch, sample_ids=ids, sizes=sizes, view=number)
 
@@ -125,38 +133,83 @@ def fastmoco_feed(job: Job, color: Color, name: str = "") -> Feed:
     torch.set_num_threads(job.threads)  # the loader's threads read it at their first use
     loader = build_loader(spec, device_id=0 if on_gpu else None)
 
-    def following() -> Views:
-        view1, view2 = loader.next().views
-        return view1, view2
-
     shown = name or f"fastmoco {color}"
     return Feed(
         name=shown,
-        next=following,
+        next=lambda: loader.next().views,
         close=loader.close,
         resting=lambda: loader.resting,
         loader=loader,
     )
 
 
+MakeView = Callable[[Image.Image, ViewSpec, ViewDraws, int], Tensor]
+"""A view of a decoded image by a row of the draws: [3, size, size] float32."""
+
+
 def pillow_feed(job: Job) -> Feed:
-    """torchvision's PIL transforms, one image after the other, in this process."""
+    """The operations of torchvision's PIL transforms, one image after the other, in this
+    process."""
+    return _one_by_one(job, "pillow", pillow_view)
+
+
+def torchvision_feed(job: Job) -> Feed:
+    """torchvision's PIL transforms themselves, one image after the other, in this process."""
+    return _one_by_one(job, "torchvision", torchvision_view())
+
+
+def _one_by_one(job: Job, name: str, view_of: MakeView) -> Feed:
     batches = job.batches()
-    pair = job.views("exact")
+    specs = job.views("exact")
 
     def following() -> Views:
         ids, encoded = next(batches)
-        draws = job.draws(ids, 1), job.draws(ids, 2)
         images = [pillow_decode(data) for data in encoded]
-        view1, view2 = (
-            torch.stack([pillow_view(image, spec, drawn, i) for i, image in enumerate(images)]).to(
-                job.device
-            )
-            for spec, drawn in zip(pair, draws, strict=True)
-        )
-        return view1, view2
+        made = []
+        for number, spec in enumerate(specs, start=1):
+            drawn = job.draws(ids, number)
+            views = [view_of(image, spec, drawn, i) for i, image in enumerate(images)]
+            made.append(torch.stack(views).to(job.device))
+        return tuple(made)
 
-    return Feed(name="pillow", next=following)
+    return Feed(name=name, next=following)
+
+
+def torchvision_view() -> MakeView:
+    """torchvision's functional transforms of PIL images with drawn parameters; the blur is Pillow's,
+    as in the code of DINO and MoCo v3."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
+    jitter = (
+        transforms.adjust_brightness,
+        transforms.adjust_contrast,
+        transforms.adjust_saturation,
+        transforms.adjust_hue,
+    )
+
+    def view_of(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) -> Tensor:
+        how = InterpolationMode(spec.interpolation)
+        window = draws.crop[i].tolist()
+        view = transforms.resized_crop(image, *window, [spec.size, spec.size], how)
+        factors = draws.brightness[i], draws.contrast[i], draws.saturation[i], draws.hue[i]
+        for number in draws.jitter_order[i].tolist():
+            if factors[number] != (0 if number == 3 else 1):
+                view = jitter[number](view, float(factors[number]))
+        if draws.grayscale[i]:
+            view = transforms.to_grayscale(view, 3)
+        if draws.blur_sigma[i] > 0:
+            view = gaussian_blur(view, float(draws.blur_sigma[i]))
+        if draws.solarize[i]:
+            view = transforms.solarize(view, spec.solarize_threshold)
+        if draws.flip[i]:
+            view = transforms.hflip(view)
+        made: Tensor = transforms.normalize(
+            transforms.to_tensor(view), list(spec.mean), list(spec.std)
+        )
+        return made
+
+    return view_of
 
 
 def webdataset_feed(job: Job, workers: int, paths: list[Path]) -> Feed:
@@ -192,8 +245,8 @@ def reading_feed(job: Job) -> Feed:
 
     def following() -> None:
         ids, _ = next(batches)
-        job.draws(ids, 1)
-        job.draws(ids, 2)
+        for number, _ in enumerate(job.views("exact"), start=1):
+            job.draws(ids, number)
 
     return Feed(name="read and draw", next=following)
 
@@ -223,10 +276,10 @@ def augment_feed(job: Job) -> Feed:
     if job.device.type == "cuda":
         cut = [
             [
-                crop_and_resize(image, tuple(draws.crop[i]), job.size)
+                crop_and_resize(image, tuple(draws.crop[i]), spec.size, spec.interpolation)
                 for i, image in enumerate(images)
             ]
-            for _, draws in pair
+            for spec, draws in pair
         ]
         resized = [
             torch.from_numpy(np.stack([np.asarray(image) for image in some])).to(job.device)
@@ -235,12 +288,8 @@ def augment_feed(job: Job) -> Feed:
 
     def following() -> Views:
         if resized:
-            view1, view2 = (
-                exact_color(some, *how) for some, how in zip(resized, pair, strict=True)
-            )
-        else:
-            view1, view2 = (exact_views(decoded, spec, draws, job.threads) for spec, draws in pair)
-        return view1, view2
+            return tuple(exact_color(some, *how) for some, how in zip(resized, pair, strict=True))
+        return tuple(exact_views(decoded, spec, draws, job.threads) for spec, draws in pair)
 
     return Feed(name="exact views alone", next=following)
 
@@ -257,7 +306,7 @@ def pillow_view(image: Image.Image, spec: ViewSpec, draws: ViewDraws, i: int) ->
     """
     top, left, height, width = draws.crop[i].tolist()
     window = image.crop((left, top, left + width, top + height))
-    view = window.resize((spec.size, spec.size), Image.Resampling.BILINEAR)
+    view = window.resize((spec.size, spec.size), FILTERS[spec.interpolation])
     jitter = (
         (adjust_brightness, draws.brightness[i], 1),
         (adjust_contrast, draws.contrast[i], 1),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,85 @@ def error(ours: Tensor, expected: np.ndarray) -> float:
     return float(
         np.abs(ours.double().numpy() - expected).max() / (largest if largest > 1e-12 else 1.0)
     )
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Largest errors of a trace of three steps, relative to the largest entry of an array.
+
+    The float32 ones are three times what a second implementation had. Under AdamW they leave out
+    what has no true gradient: noise moves it by up to the learning rate.
+
+    Args:
+        loss: of the losses.
+        parameter: of parameters, buffers and what is named in `found`; None: not compared.
+        gradient: of the first gradients.
+    """
+
+    loss: float = 1e-7
+    parameter: float | None = 1e-7
+    gradient: float = 1e-7
+    adamw_noise: bool = False
+    """Whether to leave out what only noise moves under AdamW."""
+
+
+FLOAT64 = Gates()
+
+
+def same_trace(
+    found: dict[str, Any],
+    data: Data,
+    prefix: str,
+    our_name: Callable[[str], str],
+    gates: Gates = FLOAT64,
+) -> None:
+    """Everything that a golden file has of three steps.
+
+    Args:
+        found: "losses", "gradients" of the first step and "states" after each one, by our names;
+            what else the file has of step 0 ("p1", "z2") by its name.
+        data: the file.
+        prefix: of the trace.
+        our_name: from a name in the file.
+        gates: the largest errors.
+    """
+    assert error(torch.stack(found["losses"]), data[f"{prefix}loss"]) <= gates.loss
+
+    # Exactly the trained parameters have a gradient.
+    start = f"{prefix}step0/grad/"
+    names = {our_name(key[len(start) :]): key for key in data if key.startswith(start)}
+    assert names.keys() == found["gradients"].keys()
+    for name, key in names.items():
+        wider = 3 if name.endswith("qkv.bias") and gates.adamw_noise else 1
+        assert error(found["gradients"][name], data[key]) <= wider * gates.gradient, key
+
+    # What step 0 computed, and the state after each step.
+    if gates.parameter is None:
+        return
+    for key in (key for key in data if key.startswith(f"{prefix}step0/") and key.count("/") < 3):
+        name = key.rpartition("/")[2]
+        if name in found:
+            assert error(found[name], data[key]) <= gates.parameter, key
+    compared = 0
+    for step, state in zip(("step0", "step1", "final"), found["states"], strict=True):
+        for kind in ("param", "buf"):
+            start = f"{prefix}{step}/{kind}/"
+            for key in (key for key in data if key.startswith(start)):
+                name = our_name(key[len(start) :])
+                ours, expected = state[name].double(), data[key]
+                if gates.adamw_noise and name.endswith(NOISE):
+                    continue
+                if gates.adamw_noise and name.endswith("qkv.bias"):  # the third of the keys
+                    parts = ours.chunk(3)
+                    first, _, last = np.split(expected, 3)
+                    ours, expected = torch.cat([parts[0], parts[2]]), np.concatenate([first, last])
+                assert error(ours, expected) <= gates.parameter, key
+                compared += 1
+    assert compared > 25
+
+
+NOISE = ("encoder.norm.bias", "head.1.running_mean", "momentum_projector.1.running_mean")
+"""Without a true gradient where a batch norm follows, and the running mean behind it."""
 
 
 class ConvTrunk(nn.Module):

@@ -22,6 +22,7 @@ from fastmoco_kernels import (
     info_nce_loss,
     lars_step_,
     residual_norm,
+    soft_cross_entropy_of_rows,
     split_qkv,
     symmetric_info_nce_loss,
     view_color,
@@ -177,6 +178,29 @@ def _residual_norm(place: Place) -> Errors:
     truth = results(lambda t: t.double(), torch.float64, "reference")
     names = ("x", "y", "dx", "dbranch", "dweight", "dbias")
     return _against(place, names, ours, truth)
+
+
+def _soft_cross_entropy(place: Place) -> Errors:
+    images, width, outputs = (3, 16, 70) if place.dry else (64, 256, 65536)
+    rows, weight = place.random(4, images, width, seed=1), place.random(outputs, width, seed=2)
+    teacher = place.random(2, images, outputs, seed=3, dtype=torch.float32)
+    shrunk = 0.1 * weight
+
+    def results(cast: Callable[[Tensor], Tensor], backend: str) -> list[Tensor]:
+        leaves = [cast(t).detach().requires_grad_() for t in (rows, shrunk)]
+        loss = soft_cross_entropy_of_rows(
+            leaves[0],
+            leaves[1],
+            cast(teacher),
+            temperature=1.0,
+            target_temperature=0.5,
+            backend=backend,
+        )
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    ours = results(lambda t: t, "triton")
+    truth = results(Tensor.double, "reference")
+    return _against(place, ("loss", "drows", "dweight"), ours, truth)
 
 
 def _gelu_bias(place: Place) -> Errors:
@@ -338,6 +362,7 @@ CHECKS: dict[tuple[str, str], Check] = {
     ("adamw_ema", "adamw_ema"): _adamw,
     ("lars", "lars"): _lars,
     ("residual_norm", "residual_norm"): _residual_norm,
+    ("soft_cross_entropy", "soft_cross_entropy"): _soft_cross_entropy,
     ("gelu_bias", "fused_block"): _gelu_bias,
     ("split_qkv", "fused_block"): _split_qkv,
     ("fused_block", "fused_block"): _fused_block,

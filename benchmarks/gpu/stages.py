@@ -77,6 +77,7 @@ SMOKE = Stage(
         "blur",
         "view_color",
         "residual_norm",
+        "soft_cross_entropy",
         "fused_block",
         "gelu_bias",
         "split_qkv",
@@ -243,6 +244,12 @@ FUSED = Stage(
             case="residual_norm",
             op="residual_norm",
             dry=("rows=64", "E=32", "compile=0", "rounds=1"),
+        ),
+        Row(
+            name="soft cross-entropy DINO",
+            case="soft_cross_entropy",
+            op="soft_cross_entropy",
+            dry=("views=3", "images=2", "outputs=64", "dim=16", "compile=0", "rounds=1"),
         ),
     ),
 )

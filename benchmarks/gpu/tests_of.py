@@ -32,6 +32,7 @@ TESTS_OF = {
         "tests/kernels/test_blur.py",
     ),
     "residual_norm": ("tests/kernels/test_residual_norm*.py",),
+    "soft_cross_entropy": ("tests/kernels/test_soft_cross_entropy.py",),
     "fused_block": (
         "tests/kernels/test_fused_block.py",
         "tests/kernels/test_gelu_bias.py",

@@ -6,9 +6,12 @@ The config of any other objective is in `fastmoco/recipes/<kind>.py`, beside its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from fastmoco_pipelines.spec import Resume, require
+
+Keys = Literal["auto", "gathered", "ring"]
+"""How the keys of other processes come to a loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class MoCoV3Config(ObjectiveConfig):
     head_norm: bool = True
     """Whether projector and predictor have batch norms. Without them they are linear layers and
     ReLUs."""
-    keys: Annotated[Literal["auto", "gathered", "ring"], Resume.FREE] = "auto"
+    keys: Annotated[Keys, Resume.FREE] = "auto"
     """How the keys of other processes come to the loss. `gathered`: all at once. `ring`: in blocks
     from the neighbour, of which a process holds three, so that memory does not grow with the number
     of processes. `auto`: gathered, unless they would take more than 5 % of the free memory. Results
@@ -55,12 +58,16 @@ class MoCoV3Config(ObjectiveConfig):
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "must be positive")
         require_ema(self.ema_momentum, self.ema_schedule)
-        require(
-            self.keys in ("auto", "gathered", "ring"),
-            "keys",
-            self.keys,
-            "must be auto, gathered or ring",
-        )
+        require_keys(self.keys)
+
+
+def require_keys(keys: str) -> None:
+    """Refuse an unknown way of keys.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    require(keys in get_args(Keys), "keys", keys, "must be auto, gathered or ring")
 
 
 def require_ema(momentum: float, schedule: str) -> None:

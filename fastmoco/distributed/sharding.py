@@ -15,7 +15,7 @@ encoder:
 
 Parameters that do not train and are not averages of trained ones (positions, the patch projection)
 are not sharded, because two encoders may share the tokens computed from them, outside of any unit.
-They are small, and `require_equal_start` has checked that they are equal.
+So is the frozen bias of a projector. They are small, and `require_equal_start` has checked that they are equal.
 
 FSDP2 is imported by `shard_`. Its import takes half as long as that of torch, and most runs do not
 need it.
@@ -92,7 +92,7 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
                 unit(module)
         for module in parts.heads.values():
             if module is not network:
-                unit(module)
+                unit(module, whole)
         unit(network, whole)
 
         # Units are gathered also when methods other than forward are called; then prefetching.

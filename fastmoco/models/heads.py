@@ -42,6 +42,9 @@ FORMS = {
     "byol": HeadForm(layers=2, bias=True, last_norm=False),
     # Chen, Kornblith, Swersky, Norouzi, Hinton 2020 (SimCLR v2); 2 layers in the first paper.
     "simclr": HeadForm(layers=3, last_norm_weight=True),
+    # Chen, He 2021; the last bias of the projector has no effect before a norm, and is frozen.
+    "simsiam_projector": HeadForm(layers=3, last_bias=True),
+    "simsiam_predictor": HeadForm(layers=2, last_bias=True, last_norm=False),
     # Caron et al. 2020.
     "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
 }

@@ -21,11 +21,15 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.projector_momentum import ProjectorMomentum
 from fastmoco.objectives.simclr import SimCLR
+from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.simclr import SimCLRConfig
+from fastmoco.recipes.simsiam import SimSiamConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
@@ -38,6 +42,8 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
+    SimSiamConfig: SimSiam.build,
+    ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an

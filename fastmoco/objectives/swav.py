@@ -28,6 +28,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.recipes.swav import SwAVConfig
+from fastmoco_kernels import soft_cross_entropy
 from fastmoco_kernels.tensors import local
 from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -169,16 +170,15 @@ class SwAV(Objective):
             scores, queued = scores.tensor_split([views * images])
             scores = scores.view(views, images, -1)
 
-        # Codes, which are constants, and the loss.
+        # Codes, which are constants, and the loss, which keeps no second tensor of all scores.
         with part(LOSS):
             embeddings = embeddings.detach().view(views, images, -1)
             with torch.no_grad():
                 queued = queued.view(ASSIGNED, -1, queued.shape[1])
                 codes = self.assign(scores[:ASSIGNED].detach(), queued)
             self._pushed = embeddings[:ASSIGNED] if fills else None
-            log_shares = F.log_softmax(scores / self.temperature, dim=-1)
-            loss = swapped_loss(log_shares, codes)
-            return Output(loss, _watch(embeddings, log_shares, codes))
+            loss = soft_cross_entropy(scores, codes, temperature=self.temperature)
+            return Output(loss, self._watch(embeddings, scores[0], codes))
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: scores of all ranks are gathered and assigned in one matrix, and
@@ -206,9 +206,7 @@ class SwAV(Objective):
             for v in range(views)
             if v != c
         ]
-        watch = _watch(
-            torch.stack(embeddings).detach(), torch.stack(log_shares), torch.stack(codes)
-        )
+        watch = self._watch(torch.stack(embeddings).detach(), scores[0], torch.stack(codes))
         return Output(torch.stack(terms).mean(), watch)
 
     def assign(self, scores: Tensor, queued: Tensor) -> Tensor:
@@ -263,6 +261,32 @@ class SwAV(Objective):
     def uninformed_loss(self, batch: int) -> float:
         """That of codes and predictions that are alike for all images: ln K."""
         return math.log(self.prototypes.out_features)
+
+    @torch.no_grad()
+    def _watch(self, embeddings: Tensor, scores: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """What shows a collapse, which the loss does not.
+
+        Args:
+            embeddings: [V, B, D] unit rows of all views.
+            scores: [B, K] of the first view.
+            codes: [2, B, K].
+
+        Returns:
+            `code_entropy`, the mean entropy of a code: ln K where codes do not depend on the image.
+            `mean_code_entropy`, that of the mean code of this rank's images: near ln K where they
+            share all prototypes evenly. `used_prototypes`, exp of the entropy of the mean
+            prediction of the first view: the number of prototypes among which this rank's images
+            are spread. Telemetry takes the deviation of the unit rows from the embeddings.
+        """
+        mean = (scores / self.temperature).softmax(-1).mean(0)
+        entropy = torch.special.entr
+        return {
+            "queries": embeddings,
+            "keys": embeddings,
+            "code_entropy": entropy(codes).sum(-1).mean(),
+            "mean_code_entropy": entropy(codes.mean(1)).sum(-1).mean(),
+            "used_prototypes": entropy(mean).sum().exp(),
+        }
 
     def _fills(self, at: Progress) -> bool:
         """Whether the queue takes the embeddings of a step."""
@@ -376,23 +400,6 @@ def sinkhorn_reference(scores: Tensor, epsilon: float, iterations: int) -> Tenso
     return (matrix * images).T
 
 
-def swapped_loss(log_shares: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of each code with the predictions of all other views: a mean over codes, other
-    views and images.
-
-    Args:
-        log_shares: [V, B, K] log-softmax of the scores; the first two views are those with codes.
-        codes: [2, B, K], constants.
-
-    Returns:
-        Scalar.
-    """
-    views, images = log_shares.shape[:2]
-    swapped = (log_shares[:ASSIGNED] * codes.flip(0)).sum()
-    others = (log_shares[ASSIGNED:] * codes.sum(0)).sum()
-    return -(swapped + others) / (len(codes) * (views - 1) * images)
-
-
 def _by_size(inputs: Inputs, encode: Callable[..., Tensor]) -> Tensor:
     """[b, V, E] features; neighbouring views of one size pass as one batch."""
     views = inputs.views
@@ -405,20 +412,3 @@ def _by_size(inputs: Inputs, encode: Callable[..., Tensor]) -> Tensor:
         rows = encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
         passed.append(rows.view(len(group), len(views[0]), -1))
     return torch.cat(passed).transpose(0, 1)
-
-
-@torch.no_grad()
-def _watch(embeddings: Tensor, log_shares: Tensor, codes: Tensor) -> dict[str, Tensor]:
-    """What shows a collapse, which the loss does not.
-
-    `code_entropy` is the mean entropy of a code, ln K where codes do not depend on the image.
-    `used_prototypes` is exp of the entropy of the mean prediction of the first view: the number of
-    prototypes among which this rank's images are spread.
-    """
-    mean = log_shares[0].exp().mean(0)
-    return {
-        "queries": embeddings,
-        "keys": embeddings,
-        "code_entropy": torch.special.entr(codes).sum(-1).mean(),
-        "used_prototypes": torch.special.entr(mean).sum().exp(),
-    }

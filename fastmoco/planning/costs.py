@@ -200,7 +200,7 @@ def measure_costs(
         trainable=sum(p.numel() for p in own if p.requires_grad),
         parameters=sum(p.numel() for p in own),
         coupling_reason=objective.coupling_reason,
-        averaged=bool(objective.averages()),
+        averaged=bool(objective.averages() and features.target),
         separate=objective.coupling is Coupling.NONE,
         view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)

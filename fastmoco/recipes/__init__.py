@@ -33,12 +33,25 @@ from fastmoco.recipes.moco_v3 import (
     vit_s16_e300_b1024,
     vit_s16_e300_b4096,
 )
+from fastmoco.recipes.projector_momentum import (
+    projector_momentum_digits,
+    projector_momentum_nano7_e12_b256,
+    projector_momentum_vit_b16_e300_b4096,
+    projector_momentum_vit_s16_e300_b4096,
+)
 from fastmoco.recipes.simclr import (
     simclr_digits,
     simclr_nano7_e12_b256,
     simclr_r50_e100_b4096,
     simclr_vit_b16_e300_b4096,
     simclr_vit_s16_e300_b4096,
+)
+from fastmoco.recipes.simsiam import (
+    simsiam_digits,
+    simsiam_nano7_e12_b256,
+    simsiam_r50_e100_b512,
+    simsiam_vit_b16_e300_b4096,
+    simsiam_vit_s16_e300_b4096,
 )
 from fastmoco.recipes.small import (
     quickstart_digits,
@@ -52,11 +65,16 @@ from fastmoco.recipes.supervised import (
     supervised_vit_s16,
 )
 from fastmoco.recipes.swav import (
+    swav_crops_digits,
+    swav_crops_nano7_e12_b256,
     swav_digits,
     swav_nano7_e12_b256,
+    swav_r50_e400_b256,
     swav_r50_e400_b4096,
+    swav_r50_e800_b4096,
     swav_vit_b16_e300_b4096,
     swav_vit_s16_e300_b4096,
+    swav_vit_s16_e300_b4096_crops,
 )
 from fastmoco_pipelines.spec import ViewSpec, under
 
@@ -109,9 +127,23 @@ RECIPES: dict[str, Callable[[], Config]] = {
         simclr_digits,
         swav_vit_s16_e300_b4096,
         swav_vit_b16_e300_b4096,
+        swav_vit_s16_e300_b4096_crops,
         swav_r50_e400_b4096,
+        swav_r50_e800_b4096,
+        swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        swav_crops_nano7_e12_b256,
+        swav_crops_digits,
+        simsiam_vit_s16_e300_b4096,
+        simsiam_vit_b16_e300_b4096,
+        simsiam_r50_e100_b512,
+        simsiam_nano7_e12_b256,
+        simsiam_digits,
+        projector_momentum_vit_s16_e300_b4096,
+        projector_momentum_vit_b16_e300_b4096,
+        projector_momentum_nano7_e12_b256,
+        projector_momentum_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

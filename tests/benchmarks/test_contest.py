@@ -160,6 +160,7 @@ def test_no_case_prints_a_speedup_on_a_failed_gate(name, monkeypatch):
         "fused_block": ["tokens=5", "E=32", "heads=4"],
         "info_nce": ["rows=32", "dim=8"],
         "residual_norm": ["rows=8", "E=16"],
+        "soft_cross_entropy": ["images=2", "outputs=16", "dim=8"],
         "view_color": ["images=1", "size=16"],
     }
     monkeypatch.setattr(harness, "_error", lambda *_: float("nan"))

@@ -1,4 +1,4 @@
-"""What one of two real processes does with the golden traces of BYOL, SimCLR and SwAV.
+"""What one of two real processes does with the golden traces of siblings of MoCo v3.
 
 Started by test_siblings_ranks.py as `python -m tests.distributed.run_siblings OUT`.
 """
@@ -15,13 +15,15 @@ from torch import Tensor
 from fastmoco.distributed import World
 from tests.distributed.cases import run_cases
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
 from tests.fastmoco.objectives import test_simclr as simclr
+from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
 
 
 def run_byol(world: World, prefix: str) -> dict[str, Any]:
     """Three steps on this rank's part of each batch."""
-    return byol.run(byol.read(), prefix, world)[1]
+    return byol.run(byol.read(), prefix, world)
 
 
 def run_simclr(world: World, prefix: str) -> dict[str, Any]:
@@ -32,6 +34,16 @@ def run_simclr(world: World, prefix: str) -> dict[str, Any]:
 def run_swav(world: World, prefix: str) -> dict[str, Any]:
     """All steps on this rank's part of each batch."""
     return swav.run(swav.read(), prefix, world)
+
+
+def run_simsiam(world: World, prefix: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return simsiam.run(simsiam.read(), prefix, world)
+
+
+def run_projector_momentum(world: World, ring: bool) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch."""
+    return projector_momentum.run(projector_momentum.read(), world, ring=ring)
 
 
 def swav_codes(world: World) -> Tensor:
@@ -47,9 +59,15 @@ CASES: dict[str, Callable[[World], object]] = {
         ("byol", run_byol, byol.CASES),
         ("simclr", run_simclr, simclr.CASES),
         ("swav", run_swav, swav.CASES),
+        ("simsiam", run_simsiam, simsiam.CASES),
     )
     for prefix in prefixes
-} | {"swav codes": swav_codes}
+} | {
+    "swav codes": swav_codes,
+    "swav with a queue": swav.steps_with_queue,
+    "projector_momentum gathered": partial(run_projector_momentum, ring=False),
+    "projector_momentum ring": partial(run_projector_momentum, ring=True),
+}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""BYOL, SimCLR and SwAV on two ranks: the golden traces, from one launch."""
+"""Siblings of MoCo v3 on two ranks: the golden traces, from one launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
 from tests.fastmoco.objectives import test_simclr as simclr
+from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
 
 Results = list[dict[str, Any]]
@@ -23,9 +25,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def merged(cases: Results) -> dict[str, Any]:
-    """The first rank's, with the mean of both losses."""
+    """The first rank's, with the mean of both losses, and rows of both ranks' images."""
     losses = [sum(pair) / 2 for pair in zip(*(case["losses"] for case in cases), strict=True)]
-    return {**cases[0], "losses": losses}
+    names = {"p1", "p2", "z1", "z2"} & cases[0].keys()
+    rows = {name: torch.cat([case[name] for case in cases]) for name in names}
+    return {**cases[0], "losses": losses, **rows}
 
 
 @pytest.mark.parametrize("prefix", byol.CASES)
@@ -35,10 +39,19 @@ def test_byol(ranks: Results, prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", simclr.CASES)
 def test_simclr(ranks: Results, prefix: str) -> None:
-    cases = [rank[f"simclr {prefix}"] for rank in ranks]
-    projections = torch.cat([case["projections"] for case in cases], dim=1)
-    found = {**merged(cases), "projections": projections}
-    simclr.check_trace(found, simclr.read(), prefix)
+    simclr.check_trace(merged([rank[f"simclr {prefix}"] for rank in ranks]), simclr.read(), prefix)
+
+
+@pytest.mark.parametrize("prefix", simsiam.CASES)
+def test_simsiam(ranks: Results, prefix: str) -> None:
+    found = merged([rank[f"simsiam {prefix}"] for rank in ranks])
+    simsiam.check_trace(found, simsiam.read(), prefix)
+
+
+@pytest.mark.parametrize("keys", ["gathered", "ring"])
+def test_projector_momentum(ranks: Results, keys: str) -> None:
+    found = merged([rank[f"projector_momentum {keys}"] for rank in ranks])
+    projector_momentum.check_trace(found, projector_momentum.read())
 
 
 @pytest.mark.parametrize("prefix", swav.CASES)
@@ -51,3 +64,8 @@ def test_codes_of_swav(ranks: Results) -> None:
     data = swav.read()
     for number, rank in enumerate(ranks):
         assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7
+
+
+def test_a_queue_of_swav_and_small_crops(ranks: Results) -> None:
+    """It is that of one process, which continues from the state of two ranks."""
+    swav.check_queue_of_ranks([rank["swav with a queue"] for rank in ranks])

@@ -135,6 +135,22 @@ def test_targets_of_zeros_and_logits_without_a_share(path: str) -> None:
     assert _call("logits", given, path)[0] == math.inf
 
 
+@pytest.mark.parametrize("path", [*PATHS, "reference"])
+@pytest.mark.parametrize("name", ["logits", "targets", "centre"])
+def test_a_nan_is_seen(path: str, name: str) -> None:
+    """In the loss: a trainer skips the step by it."""
+    given = _inputs(3, 2, 4, 40, teacher=True, dtype=torch.float32)
+    given[name][..., 3] = math.nan
+    found = _call("logits", given, path, **TEACHER)
+    assert all(bool(t.isnan().any()) for t in found)
+
+    given = _inputs(3, 2, 4, 40, teacher=False, dtype=torch.float32)
+    given["logits" if name == "logits" else "targets"][..., 1, 3] = math.nan
+    if name == "logits":
+        given["targets"][:, 1] = 0
+    assert _call("logits", given, path)[0].isnan()
+
+
 def test_the_widest_head_of_few_images() -> None:
     given = _inputs(4, 2, 2, 65536, teacher=True, dtype=torch.float32)
     for form in FORMS:

@@ -214,11 +214,12 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
         yield from counts()
         yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
 
-    if objective.kind == "moco_v3" and ranks.ring:
+    has_keys = hasattr(objective, "keys")
+    if has_keys and ranks.ring:
         yield from counts()
         size = images * 2 * config.model.projection_dim * element
         yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
-    elif objective.kind in ("moco_v3", "simclr"):
+    elif has_keys or objective.kind == "simclr":
         yield from gather(images * 2 * config.model.projection_dim * element)
     if objective.kind == "simclr":  # sums of both views' rows
         yield from gather(images * 2 * 2 * element)

@@ -11,6 +11,7 @@ Legend: V views, Q views with targets, B images, K outputs, D width of the rows;
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from fastmoco_kernels.soft_cross_entropy.reference import probabilities
 CACHED_BYTES = {"cpu": 1 << 20}
 """One buffer of a block, by the type of the device; a few of them should fit in a core's cache."""
 CACHED_BYTES_ELSEWHERE = 64 << 20
-MULTIPLIED_BYTES = {"cpu": 32 << 20}
+MULTIPLIED_BYTES = {"cpu": 64 << 20}
 """Logits of all views of a block of images, between two products. The gradient of the weight is
 read and written once a block, so that many small blocks would cost more than the products."""
 MULTIPLIED_BYTES_ELSEWHERE = 256 << 20
@@ -95,15 +96,25 @@ def of_logits(
         images = slice(first, first + size)
         shares = targets.of(images).probabilities(dtype)
         b = shares.shape[1]
+        other: Tensor | None = None
+        mass = shares
         for v in range(V):
-            if not targets.others(v):
+            others = targets.others(v)
+            if not others:
                 if gradient is not None:
                     gradient[v, images] = 0
                 continue
-            other = _sum_of_others(shares, v, summed[:b])
+            # All views without targets of their own have the same.
+            if other is None or v <= len(shares):
+                other = _sum_of_others(shares, v, summed[:b])
+                if gradient is not None and targets.temperature is None:
+                    mass = other.sum(-1, keepdim=True)
+
             x = logits[v, images]
-            if x.dtype != dtype or temperature != 1:
-                x = scaled[:b].copy_(x).div_(temperature)
+            if x.dtype != dtype:
+                x = scaled[:b].copy_(x)
+            if temperature != 1:
+                x = torch.mul(x, 1 / temperature, out=scaled[:b])
             own = torch.log_softmax(x, -1, out=log_shares[:b])
             if value:
                 total -= _inner_product(other, own)
@@ -111,11 +122,13 @@ def of_logits(
                 continue
 
             # Targets need not sum to 1: codes of SwAV may be 0 as a whole.
-            mass: float | Tensor = targets.others(v)
+            own.exp_()
             if targets.temperature is None:
-                mass = other.sum(-1, keepdim=True)
-            own.exp_().mul_(mass).sub_(other)
-            gradient[v, images] = own.mul_(factor)
+                own.mul_(mass).sub_(other)
+                torch.mul(own, factor, out=gradient[v, images])
+            else:
+                own.sub_(other, alpha=1 / others)
+                torch.mul(own, factor * others, out=gradient[v, images])
     return total
 
 
@@ -147,7 +160,7 @@ def of_rows(
     wide = weight.to(dtype)
     scaled = rows.to(dtype) / temperature
     drows = torch.empty_like(scaled) if row_gradient else scaled.new_empty(0)
-    dweight = torch.zeros_like(wide) if weight_gradient else wide.new_empty(0)
+    dweight = torch.empty_like(wide) if weight_gradient else wide.new_empty(0)
     pairs = count_of_pairs(V, len(targets.values))
 
     size = min(B, images_of_block(rows.device, V * K * dtype.itemsize, multiplied=True))
@@ -168,7 +181,10 @@ def of_rows(
         if row_gradient:
             drows[:, images] = (logits @ wide).view(V, -1, D).div_(temperature)
         if weight_gradient:
-            dweight.addmm_(logits.T, x)
+            if first == 0:
+                torch.mm(logits.T, x, out=dweight)
+            else:
+                dweight.addmm_(logits.T, x)
     assert isinstance(total, Tensor)
     return (total / (pairs * B)).to(dtype), drows, dweight
 
@@ -190,10 +206,11 @@ def _sum_of_others(shares: Tensor, view: int, out: Tensor) -> Tensor:
 
 
 def _inner_product(shares: Tensor, log_shares: Tensor) -> Tensor:
-    """The sum of the products, where nothing times -inf is nothing."""
+    """The sum of the products, where nothing times -inf is nothing; NaN stays."""
     if shares.device.type == "cpu" and shares.is_contiguous():
         product = torch.dot(shares.view(-1), log_shares.view(-1))
         if product.isfinite():
             return product
-    products: Tensor = torch.where(shares > 0, shares * log_shares, 0.0)
+    nothing = (shares == 0) & (log_shares == -math.inf)
+    products: Tensor = torch.where(nothing, 0.0, shares * log_shares)
     return products.sum()

@@ -29,10 +29,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(K: int) -> Tile:
-    """Eight numbers a thread, and no wider than a row."""
-    block = min(2048, max(32, 1 << (K - 1).bit_length()))
-    return Tile(block, max(1, min(8, block // 256)))
+def tile_of(K: int, Q: int) -> Tile:
+    """Eight numbers a thread, and no wider than a row. Four for many targets, or they spill."""
+    numbers = 8 if Q <= 2 else 4
+    block = min(numbers * 256, max(32, 1 << (K - 1).bit_length()))
+    return Tile(block, max(1, min(8, block // (32 * numbers))))
 
 
 def forward(logits: Tensor, targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def _value(logits: Tensor, targets: Targets, temperature: float) -> tuple[Tensor
     """[V B] losses, and the statistics."""
     V, B, K = logits.shape
     Q = len(targets.values)
-    tile = tile_of(K)
+    tile = tile_of(K, Q)
     statistics = torch.empty((2 * V + Q) * B, dtype=torch.float32, device=logits.device)
     lse, mass, target_lse = torch.split(statistics, [V * B, V * B, Q * B])
     loss = torch.empty(V * B, dtype=torch.float32, device=logits.device)
@@ -157,7 +158,7 @@ def _gradient(
 ) -> None:
     V, B, K = logits.shape
     Q = len(targets.values)
-    tile = tile_of(K)
+    tile = tile_of(K, Q)
     lse, mass, target_lse = torch.split(statistics, [V * B, V * B, Q * B])
     arguments, constants = _of_targets(targets, logits)
     soft_cross_entropy_gradient_kernel[(V * B, -(-K // tile.block))](

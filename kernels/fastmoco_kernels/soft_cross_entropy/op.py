@@ -126,7 +126,7 @@ def soft_cross_entropy_of_rows(
         dtype of the rows, and logits of a block are stored in it: bf16 rows give bf16 logits, as
         autocast does.
     Memory and cost: `6 V B K D` FLOPs with both gradients. Memory beyond inputs and gradients: a
-        block of logits, 32 MiB on the CPU and 256 MiB elsewhere, or those of one image.
+        block of logits, 64 MiB on the CPU and 256 MiB elsewhere, or those of one image.
     Distributed: none.
 
     Example:

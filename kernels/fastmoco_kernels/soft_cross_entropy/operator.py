@@ -235,6 +235,14 @@ def _logits_gradient(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None
     return _guarded(run(*arguments)), None, None, None, None, None
 
 
+def _times(gradient: Tensor, incoming: Tensor) -> Tensor:
+    """The product. Of the loss itself the incoming gradient is 1: where asking costs nothing, that
+    saves a second tensor of the size of the weight."""
+    if not _watched((incoming,)) and incoming.device.type == "cpu" and incoming.item() == 1:
+        return gradient
+    return incoming * gradient
+
+
 def _guarded(gradient: Tensor) -> Tensor:
     """With create_graph=True, a gradient that refuses to be differentiated."""
     if torch.is_grad_enabled():
@@ -251,7 +259,7 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _rows_gradient(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = [
-        _guarded((incoming * gradient).to(dtype)) if gradient.numel() else None
+        _guarded(_times(gradient, incoming).to(dtype)) if gradient.numel() else None
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
     return (*gradients, *[None] * 7)

@@ -6,6 +6,8 @@ the head, D width of its rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,12 +54,18 @@ def soft_cross_entropy_reference(
         log_shares = torch.log_softmax(logits_VBK.to(dtype) / temperature, dim=-1)
         targets = probabilities(targets_QBK.detach(), centre, target_temperature, dtype)
         terms = [
-            torch.where(target > 0, -target * log_shares[v], 0.0).sum(-1).mean()
+            _products(target, log_shares[v]).sum(-1).mean().neg()
             for q, target in enumerate(targets)
             for v in range(len(log_shares))
             if v != q
         ]
         return torch.stack(terms).mean()
+
+
+def _products(target_BK: Tensor, log_shares_BK: Tensor) -> Tensor:
+    """Their products, where nothing times -inf is nothing; NaN stays."""
+    nothing = (target_BK == 0) & (log_shares_BK == -math.inf)
+    return torch.where(nothing, 0.0, target_BK * log_shares_BK.masked_fill(nothing, 0.0))
 
 
 def soft_cross_entropy_rows_reference(

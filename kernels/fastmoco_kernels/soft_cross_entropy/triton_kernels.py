@@ -138,7 +138,8 @@ def soft_cross_entropy_value_kernel(
         before = tl.where(highest == float("-inf"), reference, highest)
         total = total * tl.exp2(highest - reference) + tl.exp2(x - reference)
         product += mass * (before - reference)
-        product += tl.where(target > 0, target * (x - reference), 0.0)
+        nothing = (target == 0) & (x == float("-inf"))
+        product += tl.where(nothing, 0.0, target * (x - reference))
         mass += target
         highest = higher
 
@@ -146,7 +147,7 @@ def soft_cross_entropy_value_kernel(
     top = tl.max(highest, 0)
     total = tl.sum(total * tl.exp2(highest - top), 0)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
-    shift = tl.where(mass > 0, mass * (reference - top), 0.0)
+    shift = tl.where(mass == 0, 0.0, mass * (reference - top))
     all_mass = tl.sum(mass, 0)
     log_total = tl.log2(total)
     loss = all_mass * log_total - tl.sum(product + shift, 0)

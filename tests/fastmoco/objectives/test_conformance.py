@@ -123,6 +123,21 @@ RESNET_NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind, head in (("moco_v3", PREDICTOR), ("byol", ["0.bias", *PREDICTOR]))
 }
+SIMSIAM_PREDICTOR = [*PREDICTOR, "3.bias"]
+NAMES["simsiam"] = {"encoder": ENCODER + PROJECTOR, "predictor": SIMSIAM_PREDICTOR}
+RESNET_NAMES["simsiam"] = {
+    "encoder": RESNET_ENCODER + PROJECTOR + ["head.6.bias"],
+    "predictor": SIMSIAM_PREDICTOR,
+}
+for names, trunk, head in (
+    (NAMES, ENCODER, [name.removeprefix("head.") for name in PROJECTOR]),
+    (RESNET_NAMES, RESNET_ENCODER, PREDICTOR),
+):
+    names["projector_momentum"] = {
+        "encoder": trunk + [f"head.{name}" for name in head],
+        "momentum_projector": head,
+        "predictor": PREDICTOR,
+    }
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load

@@ -30,7 +30,7 @@ from fastmoco.optim import build_adamw
 from fastmoco.optim.averaged import AveragedOptimizer, AveragedSGD, FusedAdamW
 from fastmoco.optim.groups import split_groups
 from fastmoco.optim.larc import build_larc
-from fastmoco.recipes import get_recipe
+from fastmoco.recipes import RECIPES, get_recipe
 from fastmoco.recipes.swav import SwAVConfig, swav_r50_e400_b4096
 from fastmoco.training.trainer import Trainer
 from tests.distributed.run_trainer import CONFIG
@@ -144,7 +144,8 @@ def run(data: Data, prefix: str, world: World) -> dict[str, Any]:
     """All steps on this rank's part of the batch: losses, codes, queues, states, gradients."""
     objective, optimizer = CASES[prefix](data)
     forward = parallelize(objective, world)
-    found: dict[str, Any] = {name: [] for name in ("losses", "codes", "queues", "states")}
+    names = ("losses", "codes", "queues", "states", "assigned_rows")
+    found: dict[str, Any] = {name: [] for name in names}
     steps = len(data[f"{prefix}lr"])
     for step in range(steps):
         at = Progress(step, steps)
@@ -157,6 +158,7 @@ def run(data: Data, prefix: str, world: World) -> dict[str, Any]:
             assigned.append(assign(*scores))
             return assigned[0]
 
+        queued = objective.queue.shape[1] * objective._in_use() if prefix != "vit/" else 0
         with mock.patch.object(objective, "assign", keep):
             loss = forward(*crops_of(data, prefix, step, world), at=at).loss
         loss.backward()
@@ -171,6 +173,7 @@ def run(data: Data, prefix: str, world: World) -> dict[str, Any]:
         objective.after_step(torch.zeros(()), at)
         found["losses"].append(loss.detach())
         found["codes"].append(assigned[0])
+        found["assigned_rows"].append(assigned[0].shape[1] + queued / world.world_size)
         found["states"].append({n: t.detach().clone() for n, t in objective.state_dict().items()})
         found["queues"].append(getattr(objective, "queue", torch.zeros(())).clone())
     return found
@@ -190,6 +193,9 @@ def check_trace(ranks: list[dict[str, Any]], data: Data, prefix: str) -> None:
 
     # The queue of each rank in the file is a part of ours.
     if prefix != "vit/":
+        if len(ranks) == data[f"{prefix}cfg"][0]:
+            rows = torch.stack(ranks[0]["assigned_rows"])
+            assert np.array_equal(rows.numpy(), data[f"{prefix}sinkhorn_rows"])
         world, images = (int(n) for n in data[f"{prefix}cfg"][:2])
         for rank in ranks:
             queues = torch.stack(rank["queues"])
@@ -391,6 +397,67 @@ def test_a_queue_changes_codes_once_it_is_full_and_not_before() -> None:
     assert all(torch.equal(kept[n], t) for n, t in queued.state_dict().items() if "queue" in n)
 
 
+CROPS = replace(CONFIG.data.view1, size=4, copies=2)
+LATER = 3
+"""The step at which a run with a queue is continued, when the queue is in use."""
+
+
+def steps_with_queue(world: World, *, start: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Six steps with two large and two small crops of each image, or the last three from a state;
+    losses, codes of all ranks' images in their order and states."""
+    config = replace(with_queue(), data=replace(CONFIG.data, more_views=(CROPS,)))
+    torch.manual_seed(0)
+    objective = build_objective(config, torch.device("cpu"))
+    assert isinstance(objective, SwAV)
+    if start is not None:
+        objective.load_state_dict(start)
+    forward = parallelize(objective, world)
+    found: dict[str, Any] = {name: [] for name in ("losses", "codes", "states")}
+    for step in range(0 if start is None else LATER, 6):
+        noise = torch.Generator().manual_seed(step)
+        crops = [
+            torch.randn(16, 3, side, side, generator=noise, dtype=torch.float64)
+            for side in (8, 8, 4, 4)
+        ]
+        at = Progress(step, 6)
+        objective.zero_grad(set_to_none=True)
+        objective.before_step(at)
+        assign, codes = objective.assign, []
+        with mock.patch.object(
+            objective, "assign", lambda *rows, a=assign, c=codes: c.append(a(*rows)) or c[-1]
+        ):
+            loss = forward(*(c.chunk(world.world_size)[world.rank] for c in crops), at=at).loss
+        loss.backward()
+        with torch.no_grad():
+            for parameter in objective.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        objective.after_step(torch.zeros(()), at)
+        found["losses"].append(loss.detach())
+        found["codes"].append(codes[0])
+        found["states"].append({n: t.detach().clone() for n, t in objective.state_dict().items()})
+    return found
+
+
+def check_queue_of_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Codes, losses and states of one process with the same images, at every step; the state of two
+    ranks continues in one process as it would have on them."""
+    alone = steps_with_queue(World())
+    assert bool(alone["states"][LATER - 1]["queue_used"].all())
+    continued = steps_with_queue(World(), start=ranks[0]["states"][LATER - 1])
+    for step, expected in enumerate(alone["states"]):
+        codes = torch.cat([rank["codes"][step] for rank in ranks], dim=1)
+        assert (codes - alone["codes"][step]).abs().max() <= 1e-10
+        loss = sum(rank["losses"][step] for rank in ranks) / len(ranks)
+        assert abs(loss - alone["losses"][step]) <= 1e-11
+        states = [rank["states"][step] for rank in ranks]
+        if step >= LATER:
+            states.append(continued["states"][step - LATER])
+        for state in states:
+            assert state.keys() == expected.keys()
+            assert all(error(t, expected[n].numpy()) <= 1e-9 for n, t in state.items()), step
+
+
 def test_a_collapse_is_visible() -> None:
     """Equal embeddings of all images: codes contain nothing, and the loss is that of an encoder that
     knows nothing."""
@@ -403,6 +470,8 @@ def test_a_collapse_is_visible() -> None:
     assert output.watch["code_entropy"].item() == pytest.approx(math.log(12))
     assert healthy["code_entropy"].item() < 0.9 * math.log(12)
     assert output.watch["used_prototypes"].item() <= 12
+    assert output.watch["mean_code_entropy"].item() == pytest.approx(math.log(12))
+    assert healthy["code_entropy"] < healthy["mean_code_entropy"] <= math.log(12) + 1e-9
 
 
 def test_prototypes_are_frozen_at_first_and_decay_with_larc_only() -> None:
@@ -459,9 +528,33 @@ def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
     view = config.data.view1
     assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
     assert (view.crop_scale, view.blur_probability, view.std[0]) == ((0.14, 1.0), 0.5, 0.228)
-    names = ("swav_r50_e400_b4096", "swav_vit_s16_e300_b4096", "swav_vit_b16_e300_b4096")
-    for name in (*names, "swav_digits"):
+    names = [name for name in RECIPES if name.startswith("swav_")]
+    steps = {"swav_r50_e400_b256": 5005}
+    for name in names:
         assert from_json(to_json(get_recipe(name))) == get_recipe(name)
         own = get_recipe(name).objective
         assert isinstance(own, SwAVConfig)
-        assert own.freeze_prototypes_steps == (10 if name == "swav_digits" else 313)
+        if "vit" in name or "r50" in name:
+            assert own.freeze_prototypes_steps == steps.get(name, 313)
+    assert len(names) == 10
+
+
+@pytest.mark.parametrize("name", ["swav_r50_e800_b4096", "swav_r50_e400_b256"])
+def test_recipes_with_small_crops_have_the_official_numbers(name: str) -> None:
+    """Of `swav_800ep_pretrain.sh` and `swav_400ep_bs256_pretrain.sh`."""
+    config = get_recipe(name)
+    optim, own = config.optim, config.objective
+    assert isinstance(own, SwAVConfig)
+    large, other, small = config.data.views
+    assert large == other
+    assert (large.size, large.crop_scale, large.copies) == (224, (0.14, 1.0), 1)
+    assert (small.size, small.crop_scale, small.copies) == (96, (0.05, 0.14), 6)
+    assert replace(small, size=224, crop_scale=(0.14, 1.0), copies=1) == large
+    numbers = (config.epochs, config.global_batch_size, optim.lr, optim.final_lr)
+    if name == "swav_r50_e800_b4096":
+        assert numbers == (800, 4096, 4.8, 0.0048)
+        assert (optim.warmup_epochs, optim.warmup_lr, own.queue) == (10, 0.3, 0)
+    else:
+        assert numbers == (400, 256, 0.6, 0.0006)
+        assert (optim.warmup_epochs, own.queue, own.queue_start_epoch) == (0, 3840, 15)
+    assert (optim.weight_decay, own.epsilon, own.temperature) == (1e-6, 0.05, 0.1)

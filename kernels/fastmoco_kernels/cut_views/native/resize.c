@@ -121,9 +121,11 @@ VECTORISED static void along_rows(const uint8_t *strip, Axis axis, int size, uin
             int32_t sums[LANES];
             for (int i = 0; i < LANES; i++)
                 sums[i] = 1 << (WEIGHT_BITS - 1);
-            for (int tap = 0; tap < axis.taps[x]; tap++)
+            for (int tap = 0; tap < axis.taps[x]; tap++, in += 3 * LANES) {
+                int32_t weight = weights[tap];
                 for (int i = 0; i < LANES; i++)
-                    sums[i] += in[tap * 3 * LANES + i] * weights[tap];
+                    sums[i] += in[i] * weight;
+            }
             for (int i = 0; i < LANES; i++)
                 to[i] = level_of(sums[i]);
         }
