@@ -32,7 +32,7 @@ DEFAULTS = {
     "methods": "all",
     "seeds": 2,
     "budget_s": 24.0,
-    "every": 40,
+    "every": 60,
     "gain": 0.08,
     "fashion": "/usr/share/datasets/fashion-mnist",
     "folder": "",

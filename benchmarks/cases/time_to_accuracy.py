@@ -34,7 +34,7 @@ DEFAULTS = {
     "task": "fashion",
     "sides": "plain,dropping,schedule",
     "seeds": 3,
-    "budget_s": 80.0,
+    "budget_s": 60.0,
     "share": 0.95,
     "image_size": 32,
     "patch_size": 4,
