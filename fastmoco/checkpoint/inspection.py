@@ -24,8 +24,6 @@ from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
 from fastmoco_pipelines.files import whole_file
 
-ENCODER = "model.encoder."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
@@ -97,6 +95,7 @@ def consolidate(
     out: Path,
     *,
     encoder_only: bool,
+    network: str = "encoder",
     header: Mapping[str, str] | None = None,
 ) -> int:
     """Write the tensors of a checkpoint, saved on any number of ranks, into one safetensors file.
@@ -104,9 +103,10 @@ def consolidate(
     Args:
         checkpoint: see `load_latest`.
         out: a new file (mode 0600); it is complete or does not exist.
-        encoder_only: only the trained encoder, under its own names (`blocks.0.norm1.weight`),
-            without the projector, which has no use after pre-training. Otherwise every tensor,
-            including optimizer and momentum encoder.
+        encoder_only: only an encoder, under its own names (`blocks.0.norm1.weight`), without the
+            projector, which has no use after pre-training. Otherwise every tensor, including
+            optimizer and momentum encoder.
+        network: that encoder, `ObjectiveConfig.evaluated`.
         header: written into the file beside `format` and `step`.
 
     Returns:
@@ -116,15 +116,16 @@ def consolidate(
         CheckpointError: if `out` exists or cannot be written, or the checkpoint has no encoder.
     """
     tensors = checkpoint.tensors
+    beginning = f"model.{network}."
     if encoder_only:
         tensors = {
-            name.removeprefix(ENCODER): tensor
+            name.removeprefix(beginning): tensor
             for name, tensor in tensors.items()
-            if name.startswith(ENCODER) and not name.startswith(f"{ENCODER}head.")
+            if name.startswith(beginning) and not name.startswith(f"{beginning}head.")
         }
     if not tensors:
         raise CheckpointError(
-            f"{checkpoint.path} has no tensors {ENCODER}*: it is no checkpoint of a run"
+            f"{checkpoint.path} has no tensors {beginning}*: it is no checkpoint of a run"
         )
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")

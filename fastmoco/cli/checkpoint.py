@@ -70,7 +70,8 @@ def consolidate(
     Args:
         path: Folder of a run, for its newest sound checkpoint, or of one checkpoint.
         out: The file to write; it must not exist.
-        encoder: Write only the trained encoder without its projector; default the full state.
+        encoder: Write only the encoder that the run evaluates, without its projector: for DINO the
+            momentum encoder, else the trained one; default the full state.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     from fastmoco.checkpoint import consolidate as write
@@ -80,11 +81,11 @@ def consolidate(
         checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
             show(f"passed over {skipped.name}: {reason}")
-        header = {}
+        header, network = {}, "encoder"
         if encoder:
-            from fastmoco.models.encoder_file import encoder_header
+            from fastmoco.models.encoder_file import encoder_header, evaluated_network
 
-            header = encoder_header(checkpoint)
-        count = write(checkpoint, out, encoder_only=encoder, header=header)
+            header, network = encoder_header(checkpoint), evaluated_network(checkpoint)
+        count = write(checkpoint, out, encoder_only=encoder, network=network, header=header)
     show(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED

@@ -20,7 +20,7 @@ def eval_knn(
     test: str,
     k: tuple[int, ...] = (20,),
     temperature: tuple[float, ...] = (0.07,),
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
     out: Path | None = None,
@@ -37,7 +37,8 @@ def eval_knn(
         test: Labelled shards to classify, or a folder with one folder of images per class.
         k: Numbers of neighbours; each is combined with each temperature, in one search.
         temperature: The weight of a neighbour is exp(cosine / temperature).
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         out: A file for the JSON too.

@@ -36,7 +36,7 @@ def embed(
     tokens: Literal["class", "mean", "patch"] = "class",
     dtype: Literal["float32", "float16"] = "float32",
     limit: int = 0,
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
 ) -> int:
@@ -55,7 +55,8 @@ def embed(
             tokens; patch: all patch tokens, [n, L, E].
         dtype: Of the features in the file.
         limit: Only this many images, spread evenly over the set; 0: all.
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """
@@ -101,7 +102,7 @@ def neighbours(
     limit: int = 16,
     out: Path | None = None,
     json: bool = False,
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
 ) -> int:
@@ -119,7 +120,8 @@ def neighbours(
         limit: Only this many queries, spread evenly over the set; 0: all.
         out: Draw a picture too: each query and its neighbours, with cosines and file names.
         json: Print JSON instead of text.
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """
@@ -198,7 +200,7 @@ def outliers(
     show: int = 20,
     out: Path | None = None,
     json: bool = False,
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
 ) -> int:
@@ -213,7 +215,8 @@ def outliers(
         show: Number of images to list; 0: all.
         out: Draw a picture too: each image and the most similar one.
         json: Print JSON instead of text.
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """
@@ -287,7 +290,7 @@ def _require_k(k: int) -> None:
 class _Options:
     """Which encoder, what of it, and where parts of features are kept; None: in the run."""
 
-    which: Literal["base", "momentum"]
+    which: Literal["base", "momentum"] | None
     best: bool
     heads: int | None
     tokens: Literal["class", "mean", "patch"] = "class"

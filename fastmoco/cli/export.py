@@ -15,7 +15,7 @@ def export(
     *,
     to: Literal["timm", "torchvision", "hf", "moco-v3", "safetensors", "torch-export", "onnx"],
     out: Path,
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     images: str = "",
     heads: int | None = None,
@@ -30,7 +30,8 @@ def export(
             Hugging Face or fastmoco.
         to: The format. hf writes a folder, the others a file.
         out: A new file or folder; a report is written beside it.
-        which: The trained encoder, or its momentum encoder.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         images: Images to compare features of: shards or a folder of images. Default: those of the
             run.

@@ -27,7 +27,7 @@ def eval_finetune(
     train: str,
     test: str,
     out: Path,
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
     epochs: float = 100,
@@ -55,7 +55,8 @@ def eval_finetune(
         train: Labelled shards to train on, or a folder with one folder of images per class.
         test: Labelled shards to classify, or a folder with one folder of images per class.
         out: Folder of the fine-tuning and its result, finetune.json.
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         epochs: Passes over the training images.

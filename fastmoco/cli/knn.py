@@ -34,7 +34,7 @@ def eval_knn(
     *,
     ks: Sequence[int],
     temperatures: Sequence[float],
-    which: Literal["base", "momentum"] = "base",
+    which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
     out: Path | None = None,

@@ -36,7 +36,7 @@ def read_labelled(
     train: str,
     test: str,
     *,
-    which: Literal["base", "momentum"],
+    which: Literal["base", "momentum"] | None,
     best: bool,
     heads: int | None,
     needed_by: str,

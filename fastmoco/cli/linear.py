@@ -30,7 +30,7 @@ def eval_linear(
     train: str,
     test: str,
     fast: bool = False,
-    which: Which = "base",
+    which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
     lr: tuple[float, ...] = (),
@@ -56,7 +56,8 @@ def eval_linear(
         fast: Instead of the official protocol (SGD on random crops, 90 epochs, a run of its own in
             --out), compute features once and train classifiers of many rates and decays on them at
             once. Reports that of the official rate, and the best on held-out training images.
-        which: The trained encoder, or its moving average.
+        which: The trained encoder (base), or its moving average (default: the one that the
+            method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
@@ -148,7 +149,7 @@ def _fast(
     run: Path,
     train: str,
     test: str,
-    which: Which,
+    which: Which | None,
     best: bool,
     *,
     heads: int | None,
@@ -194,7 +195,7 @@ def _official(
     run: Path,
     train: str,
     test: str,
-    which: Which,
+    which: Which | None,
     best: bool,
     heads: int | None,
     out: Path,

@@ -426,8 +426,12 @@ def plan_of(
 
 
 def _tokens(config: Config) -> int:
-    """Of a view."""
-    return (config.model.image_size // config.model.patch_size) ** 2 + 1
+    """Half of the token rows of all views of an image."""
+    from fastmoco.planning.plan import tokens_of_views
+    from fastmoco_pipelines.spec import each_view
+
+    sides = [view.size for view in each_view(config.data.views)]
+    return tokens_of_views(sides, config.model.patch_size)
 
 
 def _print_tables(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from fastmoco_pipelines.spec import Resume, require
 
 Architecture = Literal[
     "vit_small",
+    "deit_small",
     "vit_base",
     "vit_large",
     "vit_huge",
@@ -75,8 +76,8 @@ class ModelConfig:
     """The encoder and its heads (Chen, Xie, He 2021, section 4)."""
 
     architecture: Architecture = "vit_small"
-    """Encoder. ViT-S has 12 heads as in the paper, not DeiT's 6. ViT-H as published needs
-    `patch_size` 14."""
+    """Encoder. `vit_small` has 12 heads as in the paper of MoCo v3, `deit_small` 6 as in DINO. ViT-H
+    as published needs `patch_size` 14."""
     image_size: int = 224
     """Height and width in pixels of the first two views and of the evaluation crop."""
     patch_size: int = 16

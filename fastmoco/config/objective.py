@@ -21,6 +21,8 @@ class ObjectiveConfig:
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Any]]] = {}
     """Every subclass that has been defined, by kind."""
+    evaluated: ClassVar[str] = "encoder"
+    """The network that is evaluated and exported: "encoder", or "momentum_encoder"."""
 
     def __init_subclass__(cls) -> None:
         ObjectiveConfig.kinds[cls.kind] = cls

@@ -77,8 +77,9 @@ class Monitor(ABC):
         """
 
     def subject(self, objective: Any) -> nn.Module:
-        """What `evaluate` gets of an objective: its encoder, unless a subclass measures more."""
-        encoder: nn.Module = objective.encoder
+        """What `evaluate` gets of an objective: the encoder that it names, unless a subclass measures
+        more."""
+        encoder: nn.Module = objective.evaluation_encoder
         return encoder
 
     @property

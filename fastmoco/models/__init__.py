@@ -10,6 +10,7 @@ from fastmoco.models.resnet import resnet50 as resnet50
 from fastmoco.models.resnet import resnet_nano as resnet_nano
 from fastmoco.models.vit import ARCHITECTURES as ARCHITECTURES
 from fastmoco.models.vit import VisionTransformer as VisionTransformer
+from fastmoco.models.vit import deit_small as deit_small
 from fastmoco.models.vit import sincos_positions as sincos_positions
 from fastmoco.models.vit import vit_base as vit_base
 from fastmoco.models.vit import vit_conv_base as vit_conv_base

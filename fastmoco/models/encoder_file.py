@@ -21,7 +21,7 @@ from torch import Tensor
 import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
-from fastmoco.config import Config
+from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
 from fastmoco.models.encoder import Family
@@ -32,9 +32,10 @@ from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
 CUSTOM = "custom"
-"""Architecture of a ViT of sizes that no architecture here has, as timm's ViT-S with 6 heads."""
+"""Architecture of a ViT of sizes that no architecture here has, as one of 5 heads."""
 TIMM = {
     ("vit_tiny", 16),
+    ("deit_small", 16),
     ("vit_small", 8),
     ("vit_small", 16),
     ("vit_small", 32),
@@ -361,8 +362,10 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     config = from_json(state["config"])
     steps_per_epoch = state.get("resolved", {}).get("steps_per_epoch", 0)
+    momentum = config.objective.evaluated == "momentum_encoder"
     header = {
         **describe_run(config).to_metadata(),
+        **({"encoder": "momentum"} if momentum else {}),
         "method": config.objective.kind,
         "recipe": config.recipe,
         "epochs": f"{config.epochs:g}",
@@ -374,6 +377,14 @@ def encoder_header(checkpoint: Checkpoint) -> dict[str, str]:
         header["epochs_done"] = f"{checkpoint.step / steps_per_epoch:.6g}"
     score = score_in(state)
     return header | ({score.name: f"{score.value:.6f}"} if score is not None else {})
+
+
+def evaluated_network(checkpoint: Checkpoint) -> str:
+    """The network of a checkpoint that is evaluated and exported, by name; "encoder" for a
+    checkpoint that no run has written."""
+    if "config" not in checkpoint.state:
+        return ObjectiveConfig.evaluated
+    return from_json(checkpoint.state["config"]).objective.evaluated
 
 
 class LoadedEncoder(NamedTuple):

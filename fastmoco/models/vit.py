@@ -527,10 +527,11 @@ class ViTArchitecture:
 # For images of 8 to 16 and of 28 to 64 pixels: seconds and minutes on a CPU.
 vit_nano = ViTArchitecture(64, 2, 4, image_size=8, patch_size=2)
 vit_micro = ViTArchitecture(128, 4, 4, image_size=32, patch_size=4)
-# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads (DeiT-S has 6). ViT-H of the paper
+# As DeiT-Ti. ViT-S of MoCo v3 has 12 heads; that of DeiT, DINO and timm has 6. ViT-H of the paper
 # has patches of 14 pixels.
 vit_tiny = ViTArchitecture(192, 12, 3)
 vit_small = ViTArchitecture(384, 12, 12)
+deit_small = ViTArchitecture(384, 12, 6)
 vit_base = ViTArchitecture(768, 12, 12)
 vit_large = ViTArchitecture(1024, 24, 16)
 vit_huge = ViTArchitecture(1280, 32, 16, patch_size=14)

@@ -19,6 +19,7 @@ from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
+from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
@@ -27,6 +28,7 @@ from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.simsiam import SimSiamConfig
@@ -42,6 +44,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     BYOLConfig: BYOL.build,
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
+    DINOConfig: DINO.build,
     SimSiamConfig: SimSiam.build,
     ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config import ObjectiveConfig
 from fastmoco.config.phases import Phase, Phases
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Coupling, Encoder, Parts
@@ -131,7 +132,9 @@ class Objective(nn.Module, ABC):
     not its own.
 
     Attributes:
-        encoder: the encoder that is evaluated and exported.
+        encoder: the encoder that trains.
+        evaluated: name of the network that is evaluated and exported, as in its config
+            (`ObjectiveConfig.evaluated`), which readers of checkpoints ask.
         view_count: views that it takes; None: any number.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
@@ -149,6 +152,7 @@ class Objective(nn.Module, ABC):
     """
 
     encoder: Any
+    evaluated: str = ObjectiveConfig.evaluated
     view_count: int | None = None
     coupling: Coupling
     coupling_reason: str = ""
@@ -279,6 +283,11 @@ class Objective(nn.Module, ABC):
         """
         inputs = self.resized(self.inputs(views, masks, at, labels=labels), at)
         return self.compare(self.features(inputs, at), at, accuracy=accuracy)
+
+    @property
+    def evaluation_encoder(self) -> Any:
+        """The encoder that measurements, exports and embeddings take by default."""
+        return getattr(self, self.evaluated)
 
     def classifier(self) -> nn.Module | None:
         """What maps images [B, 3, H, W] to logits [B, classes], for evaluations; None where the

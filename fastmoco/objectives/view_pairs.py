@@ -1,8 +1,9 @@
-"""What objectives that compare two views of an image share."""
+"""What objectives that compare views of an image share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ def two_views(inputs: Inputs) -> tuple[Tensor, Tensor]:
             f"view1 shape={tuple(view1.shape)}, view2 shape={tuple(view2.shape)}: must be equal"
         )
     return view1, view2
+
+
+def by_size(inputs: Inputs, encode: Callable[..., Tensor], *, least: int = 1) -> Tensor:
+    """Features [b, V, E] of all views; neighbouring views of one size pass as one batch.
+
+    Args:
+        inputs: any number of views of any sizes.
+        encode: an encoder, or its plain forward; one that trains gets `Inputs.paths`.
+        least: views that there must be.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    views = inputs.views
+    if len(views) < least:
+        raise ValueError(f"views: {len(views)} of them; this objective compares at least {least}")
+    passed = []
+    for _, numbers in groupby(range(len(views)), key=lambda number: views[number].shape[1:]):
+        group = tuple(numbers)
+        rows = encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
+        passed.append(rows.view(len(group), len(views[0]), -1))
+    return torch.cat(passed).transpose(0, 1)
 
 
 def encoded_views(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:

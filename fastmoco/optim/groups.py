@@ -59,7 +59,8 @@ def split_groups(
     """Split the one group of a new optimizer. Where all parameters are in `WHOLE`, do nothing.
 
     The groups are in the order of their first parameters. Each has the numbers of the group that
-    was split, but its own weight decay, and `lr_scale` and `constant_lr` for `set_learning_rates`.
+    was split, but its own weight decay, `lr_scale` and `constant_lr` for `set_learning_rates`, and
+    `weight_decay_scale` for `set_weight_decays`.
 
     Args:
         optimizer: any torch optimizer without state whose groups have a `weight_decay`.
@@ -81,6 +82,7 @@ def split_groups(
     for group, own in members.items():
         numbers: dict[str, Any] = {
             "weight_decay": whole["weight_decay"] * group.weight_decay_scale,
+            "weight_decay_scale": group.weight_decay_scale,
             "lr_scale": group.lr_scale,
             "constant_lr": group.constant_lr,
         }
@@ -106,3 +108,14 @@ def set_learning_rates(
     for group in param_groups:
         rate = peak if group.get("constant_lr", False) else scheduled
         group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def set_weight_decays(param_groups: Iterable[dict[str, Any]], scheduled: float) -> None:
+    """Set the weight decay of each group for one step.
+
+    Args:
+        param_groups: of an optimizer, split or not.
+        scheduled: the weight decay that the schedule has for the step.
+    """
+    for group in param_groups:
+        group["weight_decay"] = scheduled * group.get("weight_decay_scale", 1.0)

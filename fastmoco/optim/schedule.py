@@ -147,6 +147,40 @@ def run_learning_rate(step: int, config: Config, resolved: Resolved) -> float:
     )
 
 
+def weight_decay(step: int, *, first: float, last: float, total: int) -> float:
+    """Half a cosine from `first` in step 0 to `last`, which the step after the run would have.
+
+    `last + (first - last) * 0.5 * (1 + cos(pi * step / total))`; there is no warm-up.
+
+    Args:
+        step: optimizer step from 0.
+        first: weight decay of step 0.
+        last: weight decay at the end.
+        total: steps of the run.
+    """
+    return last + (first - last) * _half_cosine(min(step, total), total)
+
+
+def run_weight_decay(step: int, config: Config, resolved: Resolved) -> float | None:
+    """The weight decay of a step of a run, before the factors of parameter groups; None where it is
+    constant.
+
+    Args:
+        step: optimizer step from 0.
+        config: of the run.
+        resolved: the numbers of the run that depend on its images.
+    """
+    optim = config.optim
+    if optim.final_weight_decay is None:
+        return None
+    return weight_decay(
+        step,
+        first=optim.weight_decay,
+        last=optim.final_weight_decay,
+        total=resolved.total_steps,
+    )
+
+
 def run_end(config: Config, resolved: Resolved) -> tuple[int, float]:
     """The step after which the schedule of a run is over, and the rate that it reaches there."""
     steps = _run_steps(config, resolved)

@@ -22,6 +22,7 @@ from fastmoco.planning.plan import (
     plan_step,
     sharded,
     state_bytes,
+    tokens_of_views,
 )
 from fastmoco_pipelines.spec import each_view
 
@@ -87,7 +88,9 @@ def choose_plan(
         return replace(at_once, reason="small compared with the free memory")
 
     # Only a trunk that goes in chunks is asked for its tokens.
-    tokens = getattr(objective.encoder, "tokens", 1)
+    sides = [view.size for view in each_view(config.data.views)]
+    is_vit = hasattr(objective.encoder, "tokens")
+    tokens = tokens_of_views(sides, config.model.patch_size) if is_vit else 1
 
     def plan_within(budget: float) -> StepPlan:
         costs = measure_costs(

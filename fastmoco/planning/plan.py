@@ -21,7 +21,7 @@ block's gradients; with chunks also the gradients of the trunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -245,7 +245,7 @@ def plan_step(
         costs: of the model and its checkpointing.
         images: of this process.
         budget: bytes for a step, besides the state.
-        tokens: of a view.
+        tokens: half of the token rows of an image (`tokens_of_views`).
         chunk: as `BatchConfig.chunk`.
         kept: as `BatchConfig.kept`.
         world_size: processes whose keys are compared.
@@ -368,8 +368,21 @@ def largest_batch(costs: StepCosts, budget: float, *, chunk: int = 0, world_size
     return low
 
 
+def tokens_of_views(sides: Sequence[int], patch_size: int) -> int:
+    """Half of the token rows of all views of an image: the tokens of a view where there are two of
+    one size. A single view counts like two.
+
+    Args:
+        sides: pixels of each view in each direction.
+        patch_size: pixels of a patch in each direction.
+    """
+    tokens = [(side // patch_size) ** 2 + 1 for side in sides]
+    return max(*tokens, -(-sum(tokens) // 2)) if len(tokens) > 1 else tokens[0]
+
+
 def busy_chunk(tokens: int) -> int:
-    """Images whose two views have `BUSY_ROWS` token rows, as a power of two."""
+    """Images whose views have `BUSY_ROWS` token rows, as a power of two; `tokens` as
+    `tokens_of_views`."""
     chunk = 1
     while 2 * chunk * tokens < BUSY_ROWS:
         chunk *= 2

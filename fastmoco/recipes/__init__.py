@@ -20,6 +20,12 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.dino import (
+    dino_digits,
+    dino_nano7_e12_b256,
+    dino_vit_s16_e100_b512,
+    dino_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
@@ -133,6 +139,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        dino_vit_s16_e100_b512,
+        dino_vit_s16_e300_b1024,
+        dino_nano7_e12_b256,
+        dino_digits,
         swav_crops_nano7_e12_b256,
         swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
@@ -156,7 +166,8 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
     """The same recipe at another image size: its views follow, and the blur, which is in pixels,
     scales along.
 
-    Small crops keep their share of the image size, to whole patches.
+    Small crops keep their share of the image size, to whole patches; their blur in pixels changes
+    as that of the large views.
 
     Raises:
         ValueError: if `image_size` is not a multiple of the patch size.
@@ -165,7 +176,7 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
     patch = patch_size or config.model.patch_size
 
     def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
-        low, high = (sigma * size / view.size for sigma in view.blur_sigma)
+        low, high = (sigma * image_size / config.model.image_size for sigma in view.blur_sigma)
         return replace(view, size=size, blur_sigma=(low, high))
 
     def small(view: ViewSpec) -> ViewSpec:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastmoco_kernels.tensors import all_plain, local, sums_over_shards
+from fastmoco_kernels.tensors import norms_of
 
 
 def feature_std(features_BD: Tensor) -> Tensor:
@@ -140,12 +140,7 @@ def gradient_norms(
     if not found:
         return {"total": torch.zeros(())}
 
-    # All norms in one call; shards are summed over ranks.
-    wide = torch.promote_types(found[0][1].dtype, torch.float32)
-    grads = [grad for _, grad in found]
-    norms = torch.stack(torch._foreach_norm(local(grads), 2, wide))
-    if not all_plain(grads):
-        norms = sums_over_shards([norms.double().square()], grads)[0].sqrt().to(wide)
+    norms = norms_of([grad for _, grad in found])
 
     # By place, in the order of the network.
     groups: dict[str, list[int]] = {}

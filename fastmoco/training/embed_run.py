@@ -353,7 +353,7 @@ def embed_run(
     sets: Sequence[tuple[str, int]],
     world: World,
     *,
-    which: Which = "base",
+    which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
     tokens: Tokens = "class",

@@ -22,7 +22,7 @@ from fastmoco.models.encoder_file import (
     load_encoder,
 )
 from fastmoco.models.weights.building import load_foreign
-from fastmoco.models.weights.foreign import Which
+from fastmoco.models.weights.foreign import ENCODERS, Which, which_of
 from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.files import hash_file, utf8_name
@@ -64,7 +64,7 @@ def load_source(
     source: Path,
     device: torch.device | str = "cpu",
     *,
-    which: Which = "base",
+    which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
 ) -> EncoderSource:
@@ -74,7 +74,8 @@ def load_source(
         source: folder of a run, or of one checkpoint in it; or weights of moco-v3, timm,
             torchvision, Hugging Face or fastmoco: a file, or a folder of Hugging Face.
         device: of the encoder.
-        which: the encoder of a run, or of a checkpoint of moco-v3. Other files have one.
+        which: the encoder of a run, or of a checkpoint of moco-v3. Other files have one. None: of a
+            run the one that its objective evaluates (`Objective.evaluated`), of a file the base.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
 
@@ -86,11 +87,12 @@ def load_source(
             raise CheckpointError(
                 f"{source} is a file of weights; --best needs the folder of a run"
             )
-        return _of_file(Path(source), device, which, heads)
+        return _of_file(Path(source), device, which or "base", heads)
     objective, config, checkpoint = load_run(source, device, best=best)
     description = describe_run(config)
     _require_heads(source, description.heads, heads)
-    name = "encoder" if which == "base" else "momentum_encoder"
+    which = which or which_of(objective.evaluated)
+    name = ENCODERS[which].removesuffix(".")
     if name not in objective.networks():
         raise CheckpointError(
             f"{checkpoint.path}: {config.objective.kind} has no momentum encoder; take the base one"

@@ -69,7 +69,7 @@ def export_encoder(
     to: Target,
     out: Path,
     *,
-    which: Which = "base",
+    which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
     shards: str | None = None,
@@ -81,7 +81,8 @@ def export_encoder(
         source: as of `load_source`.
         to: the format.
         out: a new file, or for "hf" a new folder.
-        which: the encoder. "moco-v3" contains both, and compares this one.
+        which: the encoder; None: as of `load_source`. "moco-v3" contains both, and compares this
+            one.
         best: as of `load_source`.
         heads: as of `load_source`.
         shards: images to compare features of; None: those that the run was trained on.
@@ -96,6 +97,7 @@ def export_encoder(
         raise CheckpointError(f"{out} exists; choose another --out")
     require_reader(to)
     found = load_source(source, which=which, best=best, heads=heads)
+    which = which or found.facts["encoder"]
     for note in found.notes:
         report(note)
     description = found.description

@@ -26,7 +26,7 @@ from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.fitting import Fit, fit_encoder
-from fastmoco.models.weights.foreign import ENCODERS, EncoderWeights, find_encoder
+from fastmoco.models.weights.foreign import EncoderWeights, find_encoder
 from fastmoco.models.weights.reading import is_weights, read_weights
 from fastmoco.objectives.interface import Objective
 from fastmoco_pipelines.files import at_home, hash_file
@@ -162,7 +162,8 @@ def _heads(encoder: nn.Module) -> int | None:
 
 
 def _of_run(path: Path) -> tuple[EncoderWeights, str]:
-    """The base encoder of the newest checkpoint of a run, and the hash of its list of files."""
+    """The encoder that a run evaluates, of its newest checkpoint, and the hash of its list of
+    files."""
     if not path.exists():
         raise CheckpointError(
             "there is no such file or folder; give a file of weights or the folder of a run"
@@ -172,7 +173,7 @@ def _of_run(path: Path) -> tuple[EncoderWeights, str]:
         raise CheckpointError(f"{checkpoint.path} has no config: it is no checkpoint of a run")
     config = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
     description = describe_run(config)
-    beginning = f"model.{ENCODERS['base']}"
+    beginning = f"model.{config.objective.evaluated}."
     tensors = {
         name.removeprefix(beginning): tensor
         for name, tensor in checkpoint.tensors.items()

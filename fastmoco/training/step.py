@@ -11,8 +11,9 @@ from torch import Tensor
 from fastmoco.config import Config, Resolved
 from fastmoco.objectives.interface import Objective, Output, Progress
 from fastmoco.optim.averaged import AveragedOptimizer
-from fastmoco.optim.groups import set_learning_rates
-from fastmoco.optim.schedule import run_learning_rate
+from fastmoco.optim.clipping import clip_each_
+from fastmoco.optim.groups import set_learning_rates, set_weight_decays
+from fastmoco.optim.schedule import run_learning_rate, run_weight_decay
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_kernels.tensors import local, sent
@@ -78,6 +79,10 @@ class TrainStep:
         """The learning rate of a step, a pure function of its progress."""
         return run_learning_rate(at.step, self._config, self._resolved)
 
+    def weight_decay(self, at: Progress) -> float | None:
+        """The weight decay of a step; None where it is constant, as the optimizer was built."""
+        return run_weight_decay(at.step, self._config, self._resolved)
+
     def __call__(self, batch: Batch, at: Progress, *, accuracy: bool = False) -> StepResult:
         """One optimizer step.
 
@@ -88,6 +93,9 @@ class TrainStep:
         """
         lr = self.learning_rate(at)
         set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
+        decay = self.weight_decay(at)
+        if decay is not None:
+            set_weight_decays(self._optimizer.param_groups, decay)
         with part(TRANSFER):
             views = [view.to(self._device, non_blocking=True) for view in batch.views]
             labels = {}
@@ -117,8 +125,12 @@ class TrainStep:
 
     @torch.no_grad()
     def _clip(self, total: Tensor) -> None:
-        """Clip the norm of all gradients together to `optim.clip_norm`; 0: no clipping."""
-        clip_norm = self._config.optim.clip_norm
+        """Clip the norm of all gradients together to `optim.clip_norm`, or that of each tensor to
+        `optim.clip_tensor_norm`; 0: no clipping."""
+        optim = self._config.optim
+        clip_norm = optim.clip_norm
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        if optim.clip_tensor_norm > 0:
+            clip_each_(gradients, optim.clip_tensor_norm)
         if clip_norm > 0:
-            gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
             torch._foreach_mul_(local(gradients), (clip_norm / total).clamp(max=1.0))

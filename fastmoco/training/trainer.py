@@ -445,6 +445,9 @@ class Trainer:
                 **self.objective.schedules(result.at),
                 **self.objective.lengths(result.at),
             }
+            decay = self.train_step.weight_decay(result.at)
+            if decay is not None:
+                schedules["weight_decay"] = decay
             self.recorder.log(
                 number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
             )

@@ -105,6 +105,22 @@ def sums_over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[T
     return [piece.to(rows.device) for piece, rows in zip(pieces, sums, strict=True)]
 
 
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each tensor, [n], at least float32 and accumulated so; no host sync.
+
+    For shards it is the norm of the whole tensor: one small collective for each call, so all ranks
+    must call it with the same tensors.
+
+    Args:
+        tensors: at least one; plain, or DTensors.
+    """
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch.stack(torch._foreach_norm(local(tensors), 2, wide))
+    if not all_plain(tensors):
+        norms = sums_over_shards([norms.double().square()], tensors)[0].sqrt().to(wide)
+    return norms
+
+
 def same_layout(*tensors: Tensor | None) -> bool:
     """Whether flat memory order pairs up the elements: equal strides, no gaps or overlaps.
 

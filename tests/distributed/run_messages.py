@@ -36,8 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp in chunks": {"strategy": "fsdp", "chunk": 2, "kept": 1},
     "fsdp of SwAV": {"strategy": "fsdp", "recipe": "swav_digits"},
 }
-"""Also seen to be equal, and left out to save time: BYOL, SimCLR, and FSDP2 whole, with all chunks
-kept, and with none."""
+"""Also seen to be equal, and left out to save time: BYOL, SimCLR, SimSiam, projector momentum, and
+FSDP2 whole, with all chunks kept, and with none."""
 
 
 def config_of(name: str) -> Config:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmoco.distributed import World
 from tests.distributed.cases import run_cases
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_simsiam as simsiam
@@ -53,6 +54,16 @@ def swav_codes(world: World) -> Tensor:
     return swav.codes_of(data, "mr0", scores, torch.float64)
 
 
+def run_dino(world: World, strategy: str) -> dict[str, Any]:
+    """Three steps on this rank's part of each batch, whole or sharded."""
+    return dino.run(dino.read(), world, strategy=strategy)
+
+
+def dino_centre(world: World) -> tuple[Tensor, ...]:
+    """Losses, gradients and centres of this rank in the file that was made on two ranks."""
+    return dino.on_rank(dino.read(), world.rank)
+
+
 CASES: dict[str, Callable[[World], object]] = {
     f"{name} {prefix}": partial(run, prefix=prefix)
     for name, run, prefixes in (
@@ -67,6 +78,9 @@ CASES: dict[str, Callable[[World], object]] = {
     "swav with a queue": swav.steps_with_queue,
     "projector_momentum gathered": partial(run_projector_momentum, ring=False),
     "projector_momentum ring": partial(run_projector_momentum, ring=True),
+    "dino ddp": partial(run_dino, strategy="ddp"),
+    "dino fsdp": partial(run_dino, strategy="fsdp"),
+    "dino centre": dino_centre,
 }
 
 

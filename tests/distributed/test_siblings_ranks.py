@@ -9,6 +9,7 @@ import torch
 
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives import test_byol as byol
+from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_simsiam as simsiam
@@ -64,6 +65,16 @@ def test_codes_of_swav(ranks: Results) -> None:
     data = swav.read()
     for number, rank in enumerate(ranks):
         assert swav.error(rank["swav codes"], data["mr0_codes"][number]) <= 1e-7
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_dino(ranks: Results, strategy: str) -> None:
+    """One centre, and clipping by norms of whole tensors where they are sharded."""
+    dino.check_trace(merged([rank[f"dino {strategy}"] for rank in ranks]), dino.read())
+
+
+def test_centre_of_dino(ranks: Results) -> None:
+    dino.check_ranks([rank["dino centre"] for rank in ranks], dino.read())
 
 
 def test_a_queue_of_swav_and_small_crops(ranks: Results) -> None:

@@ -34,6 +34,13 @@ from fastmoco_pipelines.spec import EvalSpec
 Which = Literal["base", "momentum"]
 """Which encoder of a file or a run: the trained one, or its moving average."""
 ENCODERS: dict[Which, str] = {"base": "encoder.", "momentum": "momentum_encoder."}
+
+
+def which_of(network: str) -> Which:
+    """Which encoder a network of an objective is, by its name."""
+    return "momentum" if network == "momentum_encoder" else "base"
+
+
 """What the names of an encoder begin with."""
 
 HEADS = {

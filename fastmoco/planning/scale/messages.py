@@ -34,6 +34,8 @@ from fastmoco_pipelines.spec import each_view
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
 Group = Literal["all", "shard", "copies"]
 Phase = Literal["forward", "heads", "backward", "end"]
+HEADS_BY_VIEW = ("moco_v3", "byol", "simsiam", "projector_momentum")
+"""Methods whose heads take the batch statistics of each view alone."""
 DDP_BUCKETS = (2**20, 25 * 2**20)
 """Bytes at which torch's DDP closes its first bucket and every further one."""
 
@@ -186,7 +188,7 @@ def _closing(sizes: Iterable[int]) -> Iterator[int]:
 
 def _batch_norms(config: Config, network: Network, ranks: int, element: int) -> Iterator[Message]:
     views = len(each_view(config.data.views))
-    separate = views if config.objective.kind in ("moco_v3", "byol") else 1
+    separate = views if config.objective.kind in HEADS_BY_VIEW else 1
 
     def norm(channels: int, batches: int, count: int, forward: Phase) -> Iterator[Message]:
         part = "batch norms"

@@ -15,6 +15,7 @@ from fastmoco.planning.scale.layout import Layout
 from fastmoco.planning.scale.messages import Ranks, step_messages
 from fastmoco.planning.scale.network import Fabric, Link
 from fastmoco.planning.scale.step import Work, gpu, step_time
+from fastmoco_pipelines.spec import each_view
 
 LABEL = "model, not measured"
 LAUNCHES_PER_BLOCK = 74
@@ -84,12 +85,15 @@ class Planned(NamedTuple):
 
 
 def attention_share(config: Config) -> float:
-    """Share of attention in the FLOPs of a trunk: T / (T + 6 E) with T tokens of width E."""
+    """Share of attention in the FLOPs of a trunk: T / (T + 6 E) with T tokens of width E, over all
+    views of an image."""
     if config.model.family != "vit":
         return 0.0
     width = ARCHITECTURES[config.model.architecture].width
-    tokens = (config.model.image_size // config.model.patch_size) ** 2 + 1
-    return tokens / (tokens + 6 * width)
+    sides = [view.size for view in each_view(config.data.views)]
+    tokens = [(side // config.model.patch_size) ** 2 + 1 for side in sides]
+    attention = sum(some**2 for some in tokens)
+    return attention / (attention + 6 * width * sum(tokens))
 
 
 def step_report(

@@ -286,7 +286,8 @@ data.prefetch data.sub_batch data.cache_dir
 data.cache_size_gb data.max_bad_share data.timeout_s knn.* accuracy.* checkpoint.* faults.*"""
 WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
-optim.warmup_epochs optim.clip_norm optim.lr_scaling optim.schedule optim.warmup_lr optim.final_lr
+optim.warmup_epochs optim.clip_norm optim.clip_tensor_norm optim.final_weight_decay
+optim.lr_scaling optim.schedule optim.warmup_lr optim.final_lr
 optim.lr_in_buffer data.view1.* data.view2.* data.more_views"""
 
 

@@ -84,7 +84,10 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
     (crops,) = config.data.more_views
     assert (config.data.view2.size, crops.size, crops.copies) == (112, 48, 6)
     assert crops.blur_sigma == pytest.approx((0.05, 0.5))
-    assert with_image_size(multi_crop(CROPS), 32).data.more_views[0].size == 16
+    tiny = with_image_size(multi_crop(CROPS), 32).data
+    assert tiny.more_views[0].size == 16  # a whole patch
+    assert tiny.more_views[0].blur_sigma == pytest.approx((0.1 / 7, 1 / 7))
+    assert tiny.view1.blur_sigma == pytest.approx((0.1 / 7, 2 / 7))
 
 
 @pytest.mark.parametrize(

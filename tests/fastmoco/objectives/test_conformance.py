@@ -123,6 +123,10 @@ RESNET_NAMES: dict[str, dict[str, list[str]]] = {
     }
     for kind, head in (("moco_v3", PREDICTOR), ("byol", ["0.bias", *PREDICTOR]))
 }
+DINO_HEAD = [f"head.mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+DINO_HEAD += ["head.last_layer.weight_g", "head.last_layer.weight_v"]
+for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
+    known["dino"] = dict.fromkeys(("encoder", "momentum_encoder"), trunk + DINO_HEAD)
 SIMSIAM_PREDICTOR = [*PREDICTOR, "3.bias"]
 NAMES["simsiam"] = {"encoder": ENCODER + PROJECTOR, "predictor": SIMSIAM_PREDICTOR}
 RESNET_NAMES["simsiam"] = {
@@ -145,6 +149,7 @@ for good."""
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
 }
 """What an objective cannot have by default, or has to be tested with."""
@@ -502,9 +507,9 @@ def test_the_planned_peak_of_chunks_is_the_measured_one(kind: type[ObjectiveConf
 def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
     kind: type[ObjectiveConfig],
 ) -> None:
-    """Random weights and noise as images: no view is like another, in 64 dimensions or more."""
+    """Random weights and noise as images: no view is like another, in 512 dimensions."""
     config = config_of(kind)
-    config = replace(config, model=replace(config.model, projection_dim=64, hidden_dim=256))
+    config = replace(config, model=replace(config.model, projection_dim=512, hidden_dim=256))
     objective = build_objective(config, torch.device("cpu"))
     value = objective.uninformed_loss(256)
     assert value is None or 0 < value < math.inf

@@ -205,7 +205,7 @@ def test_groups_are_in_the_order_of_their_first_parameters(optim: OptimConfig) -
     optimizer = build_optimizer(config_of(optim), layers.named_parameters(), {}, group_of)
     assert [group["param_names"] for group in optimizer.param_groups] == NAMES
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3 * 0.25]
-    keys = {"lr", "weight_decay", "lr_scale", "constant_lr"}
+    keys = {"lr", "weight_decay", "weight_decay_scale", "lr_scale", "constant_lr"}
     first, second = (
         {k: v for k, v in group.items() if k not in keys} for group in optimizer.param_groups
     )
@@ -225,7 +225,7 @@ def test_one_group_is_as_torch_makes_it(optim: OptimConfig) -> None:
         == sorted(NAMES[0] + NAMES[1], key=lambda name: name[0])
     )
     assert default.keys() == asked.keys()
-    assert not {"lr_scale", "constant_lr"} & default.keys()
+    assert not {"weight_decay_scale", "lr_scale", "constant_lr"} & default.keys()
 
 
 def test_one_group_of_other_numbers() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastmoco.config import Config, ModelConfig
+from fastmoco.objectives.build import build_model
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
@@ -165,3 +166,21 @@ def test_measuring_touches_neither_random_numbers_nor_the_default_dtype() -> Non
     assert torch.equal(torch.rand(2), expected)
     assert torch.get_default_dtype() == torch.float32
     assert costs.view_bytes == 2 * 3 * 64 * 8
+
+
+def test_small_crops_cost_what_their_sizes_cost() -> None:
+    """Bytes of the views, and FLOPs of the query trunk: of each view by its own size."""
+    recipe = get_recipe("swav_digits")
+    small = replace(recipe.data.view1, size=4, copies=3)
+    crops = replace(recipe, data=replace(recipe.data, more_views=(small,)))
+    two, all_views = (measure_costs(config, "fp32") for config in (recipe, crops))
+    assert two.view_bytes == 2 * 3 * 8**2 * 4
+    assert all_views.view_bytes == two.view_bytes + 3 * 3 * 4**2 * 4
+    encoder = build_model(recipe).encoder
+    share = (2 * encoder.forward_flops(8) + 3 * encoder.forward_flops(4)) / (
+        2 * encoder.forward_flops(8)
+    )
+    assert all_views.query_flops / two.query_flops == pytest.approx(share, rel=0.05)
+    assert all_views.graph.per_image > two.graph.per_image * 1.2
+    assert all_views.feature_bytes == two.feature_bytes * 5 / 2
+    assert measure_costs(crops, "fp32", levels=True).view_bytes == all_views.view_bytes / 4

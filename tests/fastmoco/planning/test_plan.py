@@ -24,6 +24,7 @@ from fastmoco.planning.plan import (
     plan_step,
     sharded,
     state_bytes,
+    tokens_of_views,
     whole_bytes,
 )
 
@@ -174,6 +175,10 @@ def test_a_sharded_step_copies_no_weights_and_piles_gradients_up_in_chunks() -> 
 
 def test_chunks_keep_a_device_busy() -> None:
     assert busy_chunk(197) == 128
+    assert tokens_of_views([224, 224], 16) == tokens_of_views([224], 16) == 197
+    rows = 2 * 197 + 8 * 37
+    assert tokens_of_views([224, 224] + [96] * 8, 16) == rows / 2
+    assert busy_chunk(rows // 2) == 64
     assert 2 * busy_chunk(17) * 17 >= 2**15
 
 
