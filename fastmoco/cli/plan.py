@@ -13,9 +13,12 @@ import tyro
 
 from fastmoco.config import Config
 from fastmoco.config.model import Recompute
+from fastmoco.config.phases import Phase, Phases
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fastmoco.planning.costs import StepCosts
     from fastmoco.planning.plan import StateBytes, StepPlan
     from fastmoco_pipelines.loading.memory import LoaderBytes
@@ -137,6 +140,10 @@ class Counted:
     compiled: bool
     by_setting: dict[Recompute, dict[float, StepCosts]]
     """By recomputation setting and by activation budget of compiled blocks."""
+    by_phase: dict[Phase, StepCosts]
+    """Of each kind of phase of tokens and patches, as `plain`; empty where the run is one phase."""
+    mean_share: float = 1.0
+    """FLOPs of a mean step of the run over those of `plain`, which is that of the largest phase."""
 
     @property
     def plain(self) -> StepCosts:
@@ -155,6 +162,7 @@ def count(config: Config, *, configured_only: bool = False) -> Counted:
     import torch
 
     from fastmoco.models.precision import choose_precision
+    from fastmoco.planning.costs import measure_costs
 
     # Every current GPU has bf16 products; for a CPU, ask this machine.
     on_cpu = config.device == "cpu"
@@ -175,6 +183,25 @@ def count(config: Config, *, configured_only: bool = False) -> Counted:
         levels=levels,
         configured_only=configured_only,
     )
+
+    # Each phase alone, with everything kept; the largest is counted already.
+    attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
+    phases, plain = config.model.phases, next(iter(next(iter(by_setting.values())).values()))
+    largest = phases.largest(config.model.patch_size)
+    by_phase = {
+        phase: plain
+        if largest == (phase,)
+        else measure_costs(
+            config,
+            precision,
+            attention=attention,
+            recompute="none",
+            compiled=compiled,
+            levels=levels,
+            phase=phase,
+        )
+        for phase in (() if phases.plain else phases.distinct())
+    }
     return Counted(
         config=config,
         precision=precision,
@@ -182,7 +209,18 @@ def count(config: Config, *, configured_only: bool = False) -> Counted:
         levels=levels,
         compiled=compiled,
         by_setting=by_setting,
+        by_phase=by_phase,
+        mean_share=_mean_share(phases, by_phase, plain),
     )
+
+
+def _mean_share(phases: Phases, by_phase: dict[Phase, StepCosts], plain: StepCosts) -> float:
+    """FLOPs of a mean step of the run over those of the largest phase."""
+    if not by_phase:
+        return 1.0
+    flops = {(one.keep, one.patch_size): costs.step_flops for one, costs in by_phase.items()}
+    shares = zip(phases.shares(), phases.items, strict=True)
+    return sum(s * flops[one.keep, one.patch_size] for s, one in shares) / plain.step_flops
 
 
 def describe(counted: Counted, gpus: int, memory: int, gpus_per_node: int) -> dict[str, Any]:
@@ -213,6 +251,7 @@ def describe(counted: Counted, gpus: int, memory: int, gpus_per_node: int) -> di
         for setting, by_budget in counted.by_setting.items()
     ]
     asked = (config.model.checkpointing, shared)
+    chosen = next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked)
     return {
         "recipe": config.recipe,
         "gpus": gpus,
@@ -223,15 +262,61 @@ def describe(counted: Counted, gpus: int, memory: int, gpus_per_node: int) -> di
         "local_batch_size": config.global_batch_size // gpus,
         "parameters": plain.parameters,
         "trainable_parameters": plain.trainable,
-        "flops_per_image": plain.step_flops,
-        "flops_per_step": plain.step_flops * config.global_batch_size,
+        "flops_per_image": plain.step_flops * counted.mean_share,
+        "flops_per_step": plain.step_flops * counted.mean_share * config.global_batch_size,
         "coupling_reason": plain.coupling_reason,
         "compiled": counted.compiled,
         "views": "uint8" if counted.levels else "float32",
         "loader_bytes": asdict(loader) | {"beside_batch_bytes": loader.beside_batch_bytes},
         "settings": rows,
-        "chosen": next(row for row in rows if (row["checkpointing"], row["state_over"]) == asked),
+        "chosen": chosen,
+        "phases": _phases(counted, chosen, gpus),
     }
+
+
+def _phases(counted: Counted, chosen: dict[str, Any], gpus: int) -> list[dict[str, Any]]:
+    """Each phase of tokens and patches in the order of the run; empty where the run is one.
+
+    `step_bytes` is the peak of its steps in the chunks of the chosen plan with everything kept,
+    besides the state; `flops_share` is relative to a step with all tokens and the encoder's own
+    patches, which measures time where products take it.
+    """
+    from fastmoco.planning.costs import measure_costs
+    from fastmoco.planning.plan import chunked_bytes, whole_bytes
+
+    if not counted.by_phase:
+        return []
+    config, plan = counted.config, chosen["plan"]
+    phases, images = config.model.phases, config.global_batch_size // gpus
+    same = {(phase.keep, phase.patch_size): costs for phase, costs in counted.by_phase.items()}
+    whole = same.get((1.0, 0))
+    if whole is None:
+        whole = measure_costs(config, counted.precision, recompute="none", phase=Phase())
+    found = []
+    for share, phase in zip(phases.shares(), phases.items, strict=True):
+        costs = same[phase.keep, phase.patch_size]
+        patch = phase.patch_size or config.model.patch_size
+        tokens = (config.model.image_size // patch) ** 2
+        step_bytes = (
+            chunked_bytes(costs, images, plan["chunk"], plan["kept_images"], gpus)
+            if plan["chunk"]
+            else whole_bytes(costs, images, gpus)
+        )
+        found.append(
+            {
+                "start": phase.start,
+                "share": share,
+                "keep_tokens": phase.keep,
+                "patch_size": patch,
+                "patch_tokens": tokens,
+                "kept_patch_tokens": phase.kept(tokens),
+                "flops_per_image": costs.step_flops,
+                "flops_share": costs.step_flops / whole.step_flops,
+                "activation_bytes_per_image": costs.graph.per_image,
+                "step_bytes": step_bytes,
+            }
+        )
+    return found
 
 
 def require_divided(config: Config, gpus: int) -> None:
@@ -455,6 +540,8 @@ def _print_tables(found: dict[str, Any]) -> None:
     )
     if found["coupling_reason"]:
         print(f"no chunks: {found['coupling_reason']}")
+    if found["phases"]:
+        _print_phases(console, found["phases"])
     heading = (
         "recompute",
         "share",
@@ -510,6 +597,35 @@ def _print_tables(found: dict[str, Any]) -> None:
         "activations.\n"
         "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and "
         "in such chunks."
+    )
+
+
+def _print_phases(console: Console, phases: list[dict[str, Any]]) -> None:
+    """The phases of a run, one a row. FLOPs above are those of a mean step."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    heading = ("from", "of run", "keep", "patch", "tokens", "GFLOP/img", "share", "MB/img", "peak")
+    table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for row in phases:
+        table.add_row(
+            f"{row['start']:.1%}",
+            f"{row['share']:.1%}",
+            f"{row['keep_tokens']:.4g}",
+            f"{row['patch_size']}",
+            f"{row['kept_patch_tokens']} of {row['patch_tokens']}",
+            _figure(row["flops_per_image"] / 1e9),
+            f"{row['flops_share']:.1%}",
+            f"{row['activation_bytes_per_image'] / 1e6:.1f}",
+            f"{row['step_bytes'] / 2**30:.1f}",
+        )
+    mean = sum(row["share"] * row["flops_share"] for row in phases)
+    console.print(table)
+    print(
+        f"phases: the run computes {mean:.1%} of the FLOPs of one with all tokens. tokens: patch "
+        "tokens of a view that\nthe trained encoder sees. share: FLOPs of a step relative to all "
+        "tokens. peak: GiB besides the state with\neverything kept; the plan holds what the "
+        "largest phase needs.\n"
     )
 
 

@@ -122,8 +122,12 @@ def planned_on(counted: Counted, config: Config, cluster: Cluster, memory: int) 
     usable = (memory - loader.beside_batch_bytes) * HEADROOM
     by_budget = counted.by_setting[config.model.checkpointing]
     plan, _, state = plan_of(config, by_budget, cluster.gpus, usable, shards)
+
+    # The time is that of a mean step of the run.
+    plain, mean = counted.plain, counted.mean_share
+    flops = {"step_flops": plain.step_flops * mean, "query_flops": plain.query_flops * mean}
     return Planned(
-        costs=counted.plain,
+        costs=replace(plain, **flops),  # type: ignore[arg-type]
         plan=plan,
         shards=shards,
         state_bytes=state.total,

@@ -70,6 +70,24 @@ class Phases:
         kinds = {(phase.keep, phase.patch_size): phase for phase in reversed(self.items)}
         return tuple(reversed(kinds.values()))
 
+    def largest(self, patch_size: int) -> tuple[Phase, ...]:
+        """Phases of which no other one has as many tokens, left and in all; mostly one.
+
+        `patch_size`: of the encoder.
+        """
+
+        def size(phase: Phase) -> tuple[float, float]:
+            tokens = 1 / (phase.patch_size or patch_size) ** 2
+            return tokens * phase.keep, tokens
+
+        kinds = self.distinct()
+        sizes = [size(phase) for phase in kinds]
+
+        def exceeded(own: tuple[float, float]) -> bool:
+            return any(o != own and o[0] >= own[0] and o[1] >= own[1] for o in sizes)
+
+        return tuple(p for p, own in zip(kinds, sizes, strict=True) if not exceeded(own))
+
     @property
     def drops_tokens(self) -> bool:
         """Whether a phase leaves out tokens."""

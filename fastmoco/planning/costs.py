@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.config import Config
+from fastmoco.config.phases import Phase
 from fastmoco.models.blocks import Attention, Recompute
 from fastmoco.models.compiled import traced_blocks
 from fastmoco.objectives.build import build_model
@@ -33,6 +34,8 @@ from fastmoco_pipelines.step_parts import BACKWARD, QUERY_FORWARD, Collector, co
 
 SIZES = (4096, 8192)
 """Batch sizes that are measured, large enough that activations, not weights, determine the peak."""
+MANY_STEPS = 10**9
+"""Steps of a run in which each phase has some."""
 DEPTHS = (3, 4)
 """Numbers of blocks that are measured if there are more: the first, which has no branch yet, one or
 two more, and the last."""
@@ -68,6 +71,10 @@ class Line(NamedTuple):
     def at(self, images: int) -> float:
         """Bytes for a number of images."""
         return self.fixed + images * self.per_image
+
+    def or_more(self, other: Line) -> Line:
+        """At least as many bytes as either for every number of images."""
+        return Line(max(self.per_image, other.per_image), max(self.fixed, other.fixed))
 
 
 class Units(NamedTuple):
@@ -148,8 +155,10 @@ def measure_costs(
     compiled: bool = False,
     budget: float = 1.0,
     levels: bool = False,
+    phase: Phase | None = None,
 ) -> StepCosts:
-    """Count what a step of a config costs.
+    """Count what a step of a config costs. Where the run has phases of tokens and patches: what is
+    enough in each of them.
 
     Args:
         config: its model, heads and views are used.
@@ -160,7 +169,23 @@ def measure_costs(
         compiled: whether blocks go through torch.compile, which then chooses what they keep.
         budget: see `compile_blocks`.
         levels: whether views come as uint8 and are normalised one chunk at a time.
+        phase: one of the run's phases, which alone is counted.
     """
+    if phase is None:
+        largest = config.model.phases.largest(config.model.patch_size)
+        return most_of(
+            measure_costs(
+                config,
+                precision,
+                attention=attention,
+                recompute=recompute,
+                compiled=compiled,
+                budget=budget,
+                levels=levels,
+                phase=one,
+            )
+            for one in largest
+        )
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
@@ -174,7 +199,8 @@ def measure_costs(
         views = each_view(config.data.views)
         sides = [view.size for view in views]
         prepare = view_preparation(views, precision)
-        pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels)
+        at = _within(phase)
+        pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels, at)
         features = pieces.features(images=1)
         flops = pieces.on_all_blocks("none", pieces.flops_of_an_image)
         # The compiler also does the checkpointing inside compiled blocks, but keeps what was
@@ -221,6 +247,23 @@ def measure_costs(
     )
 
 
+def most_of(found: Iterable[StepCosts]) -> StepCosts:
+    """The largest of each figure of several kinds of steps."""
+    first, *others = found
+    for other in others:
+        lines: dict[str, Any] = {
+            name: line.or_more(getattr(other, name))
+            for name in ("graph", "train", "forward", "heads", "lean", "lean_train")
+            if (line := getattr(first, name)) is not None
+        }
+        flops: dict[str, Any] = {
+            name: max(getattr(first, name), getattr(other, name))
+            for name in ("query_flops", "recompute_flops", "step_flops", "lean_flops")
+        }
+        first = replace(first, **lines, **flops)
+    return first
+
+
 def part_flops(
     config: Config,
     precision: str,
@@ -229,6 +272,7 @@ def part_flops(
     attention: str = "sdpa",
     images_twice: int = 0,
     images_lean: int = 0,
+    phase: Phase | None = None,
 ) -> dict[str, float]:
     """FLOPs of the matrix products, convolutions and attention of a step, by part
     (`fastmoco_pipelines.step_parts`).
@@ -241,6 +285,7 @@ def part_flops(
         images_twice: of these, that pass the query trunk a second time, because the step runs in
             micro-batches that do not keep their graphs.
         images_lean: of these, whose fused blocks keep the residual stream alone (`StepPlan.lean`).
+        phase: of the step; None: the first one.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
@@ -257,6 +302,7 @@ def part_flops(
             precision == "bf16",
             view_preparation(views, precision),
             levels=False,
+            at=_within(phase or config.model.phases.items[0]),
         )
         found = pieces.flops_of_parts(images)
         if images_twice:
@@ -271,6 +317,11 @@ def part_flops(
             lean = pieces.flops_of_parts(images_lean)
             found[BACKWARD] += lean[BACKWARD] - plain[BACKWARD]
     return found
+
+
+def _within(phase: Phase) -> Progress:
+    """A step of a phase, in a run of many steps."""
+    return Progress(phase.first_step(MANY_STEPS), MANY_STEPS)
 
 
 def key_bytes(config: Config, element: int) -> float:
@@ -356,13 +407,14 @@ class _Pieces:
         bf16: bool,
         prepare: PrepareViews,
         levels: bool,
+        at: Progress,
     ) -> None:
         self.objective = objective
         self.sides = sides
         self.bf16 = bf16
         self.prepare = prepare
         self.kind = torch.uint8 if levels else torch.get_default_dtype()
-        self.at = Progress()
+        self.at = at
 
     def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
         """The result of `measure` with all blocks.

@@ -32,7 +32,7 @@ CPU_RECIPE = "vit_nano8_e60_b256"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
-    """Seconds of a step, and of one measurement of kNN; 0 without kNN."""
+    """Seconds of a mean step of the run, and of one measurement of kNN; 0 without kNN."""
 
     step_s: float
     knn_s: float
@@ -55,10 +55,16 @@ def estimate(
         knn_images: that this process embeds for one measurement.
         flops_per_s: of this process; a multiply-add counts as two.
     """
-    whole = encoder.forward_flops(config.model.image_size)
-    views = sum(encoder.forward_flops(view.size) for view in each_view(config.data.views))
-    # Forward and backward, which is twice as much, and the forward of the momentum encoder.
-    return Duration(step_s=images * 4 * views / flops_per_s, knn_s=knn_images * whole / flops_per_s)
+    model = config.model
+    whole = encoder.forward_flops(model.image_size)
+    step = 0.0
+    for share, phase in zip(model.phases.shares(), model.phases.items, strict=True):
+        for view in each_view(config.data.views):
+            side = view.size * model.patch_size // (phase.patch_size or model.patch_size)
+            # Forward and backward, which is twice as much, and the forward of the momentum encoder.
+            step += share * 3 * encoder.forward_flops(side, phase.keep)
+            step += share * encoder.forward_flops(side)
+    return Duration(step_s=images * step / flops_per_s, knn_s=knn_images * whole / flops_per_s)
 
 
 def cpu_flops_per_s(width: int, dtype: torch.dtype) -> float:

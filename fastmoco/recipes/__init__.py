@@ -82,6 +82,11 @@ from fastmoco.recipes.swav import (
     swav_vit_s16_e300_b4096,
     swav_vit_s16_e300_b4096_crops,
 )
+from fastmoco.recipes.token_dropping import (
+    digits_drop50,
+    vit_nano7_e12_b256_drop50,
+    vit_s16_e300_b4096_drop50,
+)
 from fastmoco_pipelines.spec import ViewSpec, under
 
 __all__ = [
@@ -121,6 +126,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano7_e12_b256,
         vit_nano8_e60_b256,
         quickstart_digits,
+        vit_s16_e300_b4096_drop50,
+        vit_nano7_e12_b256_drop50,
+        digits_drop50,
         byol_vit_s16_e300_b4096,
         byol_vit_b16_e300_b4096,
         byol_r50_e1000_b4096,

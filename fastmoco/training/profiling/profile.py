@@ -369,6 +369,7 @@ def _flops(config: Config, trainer: Trainer) -> dict[str, float]:
         attention=trainer.attention.backend,
         images_twice=0 if plan.lean else again,
         images_lean=again if plan.lean else 0,
+        phase=trainer.objective.phase(trainer.progress(trainer.step_count)),
     )
 
 

@@ -284,3 +284,18 @@ def test_a_wrong_cluster_is_refused_in_one_line(
 )
 def test_a_rate_is_bits_or_bytes(text: str, rate: float) -> None:
     assert parse_rate(text, "network") == rate
+
+
+def test_each_phase_of_tokens_has_its_row() -> None:
+    from fastmoco.cli.plan import count, describe
+    from fastmoco.recipes import get_recipe
+
+    config = get_recipe("digits_drop50")
+    config = replace(
+        config, device="cpu", precision="fp32", data=replace(config.data, synthetic=True)
+    )
+    half, whole = describe(count(config, configured_only=True), 1, 2**32, 8)["phases"]
+    assert (half["keep_tokens"], half["kept_patch_tokens"], half["patch_tokens"]) == (0.5, 8, 16)
+    assert (whole["start"], whole["kept_patch_tokens"], whole["flops_share"]) == (0.95, 16, 1.0)
+    assert half["flops_share"] < 0.9
+    assert half["step_bytes"] < whole["step_bytes"]

@@ -31,6 +31,12 @@ def test_both_schedules_share_their_borders() -> None:
     assert len(phases_of("0.5@0,1@0.3,0.5@0.6", "", 16).distinct()) == 2
 
 
+def test_the_largest_phases_have_the_most_tokens_left_or_in_all() -> None:
+    assert phases_of("0.5", "32@0,16@0.3", 16).largest(16) == (Phase(start=0.95),)
+    phases = phases_of("1@0,0.1@0.5", "32@0,16@0.5", 16)
+    assert phases.largest(16) == phases.items
+
+
 def test_a_phase_begins_at_its_share_of_the_steps() -> None:
     phases = phases_of("0.25@0,0.5@0.7,1@0.95", "", 16)
     keeps = [phases.at(step, 10).keep for step in range(10)]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastmoco.config import Config, ModelConfig
+from fastmoco.config.phases import Phase
 from fastmoco.objectives.build import build_model
-from fastmoco.planning.costs import measure_costs
+from fastmoco.planning.costs import Line, measure_costs, most_of
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
 
@@ -99,6 +100,48 @@ def test_the_peak_of_a_real_step_is_the_planned_one(
     )
     real = real_peak(config, images, chunk, kept)
     assert real == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize(("keep", "patch"), [(1.0, 0), (0.5, 0), (0.25, 32)])
+def test_flops_of_a_phase_are_those_of_its_tokens(keep: float, patch: int) -> None:
+    """The momentum encoder sees all tokens; patches are embedded once for both encoders."""
+    config = get_recipe("vit_s16_e300_b4096")
+    phase = Phase(keep=keep, patch_size=patch)
+    schedule = f"{keep}@0"
+    patches = f"{patch}@0,16@0.5" if patch else ""
+    model = replace(config.model, keep_tokens=schedule, patch_schedule=patches)
+    config = replace(config, model=model)
+    costs = measure_costs(config, "bf16", phase=phase)
+    E, hidden, tokens = 384, 4096, (224 // (patch or 16)) ** 2
+
+    def blocks(patch_tokens: int) -> float:
+        """Of both views, with the class token alone in the last block."""
+        L = 1 + patch_tokens
+        block = 2 * L * 12 * E * E + 4 * L * L * E
+        return 2 * (11 * block + 2 * (4 * L * E * 12 + 4 * E * E + 8 * E * E))
+
+    embedding = 2 * 2 * tokens * E * 3 * 16 * 16
+    trained = blocks(int(tokens * keep))
+    assert costs.query_flops == pytest.approx(trained + embedding, rel=0.02)
+    heads = 2 * (E * hidden + hidden * hidden + 2 * hidden * 256 + hidden * 256)
+    step = 3 * trained + blocks(tokens) + embedding + 8 * heads
+    assert costs.step_flops == pytest.approx(step, rel=0.04)
+
+
+def test_a_run_with_phases_is_planned_for_the_largest() -> None:
+    config = quickstart_digits()
+    patches = {"keep_tokens": "0.5@0,1@0.8", "patch_schedule": "4@0,2@0.9"}
+    config = replace(config, model=replace(config.model, **patches))
+    half, large, whole = (
+        measure_costs(config, "fp32", phase=phase) for phase in config.model.phases.items
+    )
+    assert half.graph.per_image < large.graph.per_image < 0.5 * whole.graph.per_image
+    assert half.step_flops < large.step_flops < whole.step_flops
+    assert measure_costs(config, "fp32") == whole
+
+    # Where none is the largest in all, the most of each figure.
+    found = most_of([replace(half, forward=Line(9e9, 0.0)), whole])
+    assert found == replace(whole, forward=Line(9e9, whole.forward.fixed))
 
 
 def test_flops_and_parameters_are_those_of_the_book() -> None:

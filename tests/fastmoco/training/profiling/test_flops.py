@@ -11,6 +11,7 @@ import pytest
 
 from fastmoco.config import Config
 from fastmoco.objectives.build import build_model
+from fastmoco.objectives.interface import Progress
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import StepPlan
 from fastmoco.recipes import get_recipe, with_image_size
@@ -37,6 +38,8 @@ def flops(config: Config, plan: StepPlan) -> dict[str, float]:
         forward_backward=SimpleNamespace(plan=plan),
         resolved=SimpleNamespace(local_batch_size=IMAGES),
         objective=build_model(config),
+        progress=lambda step: Progress(step, 10),
+        step_count=0,
         precision="fp32",
         attention=SimpleNamespace(backend="explicit"),
     )
@@ -67,3 +70,10 @@ def test_keys_in_a_ring_have_the_flops_of_gathered_ones() -> None:
     config = small("vit_nano8_e60_b256")
     ring = replace(config, objective=replace(config.objective, keys="ring"))  # type: ignore[call-arg]
     assert flops(ring, WHOLE)[LOSS] == flops(config, WHOLE)[LOSS] > 0
+
+
+def test_a_profile_counts_the_tokens_of_its_phase() -> None:
+    dropping = small("vit_nano8_e60_b256", keep_tokens="0.5@0,1@0.5")
+    first = sum(flops(dropping, WHOLE).values())
+    whole = sum(flops(small("vit_nano8_e60_b256"), WHOLE).values())
+    assert 0.5 * whole < first < 0.75 * whole
