@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config.phases import Phase
 from fastmoco.objectives.build import build_model
+from fastmoco.planning import costs
 from fastmoco.planning.costs import Line, measure_costs, most_of
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
@@ -176,6 +178,17 @@ def test_checkpointing_trades_bytes_for_flops_and_selective_costs_next_to_none()
     assert selective.graph.per_image < 0.75 * none.graph.per_image
     assert full.graph.per_image < 0.3 * none.graph.per_image
     assert none.query_flops == selective.query_flops == full.query_flops
+
+
+def test_products_with_everything_kept_are_counted_once_for_a_plan() -> None:
+    config = replace(quickstart_digits(), epochs=99)
+    counting = costs._Pieces.flops_of_an_image
+    with mock.patch.object(costs._Pieces, "flops_of_an_image", autospec=True) as count:
+        count.side_effect = counting
+        none, full = (measure_costs(config, "fp32", recompute=how) for how in ("none", "full"))
+        assert count.call_count == 2  # with everything kept, and with everything computed again
+    assert none.step_flops == full.step_flops
+    assert none.recompute_flops == 0 < full.recompute_flops
 
 
 def test_two_depths_tell_what_all_blocks_cost() -> None:
