@@ -386,6 +386,37 @@ def test_small_crops_pass_the_suite_of_every_objective(tmp_path: Path) -> None:
     conformance.check_skip(config, tmp_path / "skip")
 
 
+def test_norms_in_the_head_pass_the_suite_of_every_objective(tmp_path: Path) -> None:
+    config = with_crops(head_norm=True)
+    assert conformance.rough(config).coupling is Coupling.HEADS
+    conformance.check_reference(config)
+    conformance.check_chunks(config)
+    conformance.check_features(config)
+    conformance.check_skip(config, tmp_path / "skip")
+
+
+def test_norms_of_the_head_take_the_rows_of_all_crops_together() -> None:
+    """The layers of the official option, under its names, in torch's own modules."""
+    head = DINOHead(6, 10, 4, 8, norm=True).double()
+    plain = nn.Sequential(
+        nn.Linear(6, 10),
+        nn.BatchNorm1d(10),
+        nn.GELU(),
+        nn.Linear(10, 10),
+        nn.BatchNorm1d(10),
+        nn.GELU(),
+        nn.Linear(10, 4),
+    ).double()
+    plain.load_state_dict(head.mlp.state_dict())
+    rows = torch.randn(3, 5, 6, dtype=torch.float64)
+    rows[2] += 1  # one crop has another mean
+    torch.testing.assert_close(
+        head(rows).projected.flatten(0, 1), plain(rows.flatten(0, 1)), rtol=1e-10, atol=1e-12
+    )
+    for name, running in plain.state_dict().items():
+        torch.testing.assert_close(head.mlp.state_dict()[name], running)
+
+
 def test_the_centre_of_chunks_is_that_of_the_whole() -> None:
     config = with_crops()
     views, at = conformance.views_of(config), conformance.AT
