@@ -162,6 +162,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        swav_crops_nano7_e12_b256,
+        swav_crops_digits,
         dino_vit_s16_e100_b512,
         dino_vit_s16_e300_b1024,
         dino_nano7_e12_b256,
@@ -171,8 +173,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
         moco_v2_r50_e800_b256,
         moco_nano7_e12_b256,
         moco_digits,
-        swav_crops_nano7_e12_b256,
-        swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
         simsiam_vit_b16_e300_b4096,
         simsiam_r50_e100_b512,
@@ -252,6 +252,8 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
         return re.sub(r"\br(?:n|es)?(?=\d)", "resnet", found)
 
     wanted = letters(name)
+    if not wanted and "moco" in name.lower():
+        return list(METHODS["v3" in name.lower()])[:most]
     known = {recipe: letters(recipe) for recipe in RECIPES}
     found = [recipe for recipe, text in known.items() if wanted and text.startswith(wanted)]
     found += [recipe for recipe, text in known.items() if len(wanted) > 2 and wanted in text]
@@ -262,5 +264,10 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
     return list(dict.fromkeys(found))[:most]
 
 
+METHODS = {
+    True: ("vit_s16_e300_b4096", "vit_nano8_e60_b256"),
+    False: ("vit_s16_e300_b4096", "moco_v2_r50_e200_b256"),
+}
+"""Recipes for a name that is `moco` alone, by whether it says v3."""
 SIZES = {"small": "s", "base": "b", "large": "l", "huge": "h"}
 """Sizes of ViT as other programs name them."""
