@@ -260,8 +260,9 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
         return re.sub(r"\br(?:n|es)?(?=\d)", "resnet", found)
 
     wanted = letters(name)
-    if not wanted and "moco" in name.lower():
-        return list(METHODS["v3" in name.lower()])[:most]
+    alone = re.sub(r"[^a-z0-9]", "", name.lower())
+    if alone in ALONE:
+        return list(ALONE[alone])[:most]
     known = {recipe: letters(recipe) for recipe in RECIPES}
     found = [recipe for recipe, text in known.items() if wanted and text.startswith(wanted)]
     found += [recipe for recipe, text in known.items() if len(wanted) > 2 and wanted in text]
@@ -272,10 +273,11 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
     return list(dict.fromkeys(found))[:most]
 
 
-METHODS = {
-    True: ("vit_s16_e300_b4096", "vit_nano8_e60_b256"),
-    False: ("vit_s16_e300_b4096", "moco_v2_r50_e200_b256"),
+ALONE = {
+    "moco": ("vit_s16_e300_b4096", "moco_v2_r50_e200_b256"),
+    "mocov3": ("vit_s16_e300_b4096", "vit_nano8_e60_b256"),
+    "digits": ("quickstart_digits", "digits_drop50"),
 }
-"""Recipes for a name that is `moco` alone, by whether it says v3."""
+"""Recipes for a word that names a method or a set and nothing else."""
 SIZES = {"small": "s", "base": "b", "large": "l", "huge": "h"}
 """Sizes of ViT as other programs name them."""
