@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.cli.checkpoint import consolidate
-from fastmoco.config import Config, OptimConfig
+from fastmoco.config import Config, ObjectiveConfig, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.models import VisionTransformer
@@ -35,6 +35,7 @@ from fastmoco.optim.groups import set_weight_decays, split_groups
 from fastmoco.optim.schedule import ema_momentum, weight_decay
 from fastmoco.recipes import get_recipe
 from fastmoco.recipes.dino import DINOConfig, InitialWeights
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.load_run import load_run
@@ -471,6 +472,16 @@ def test_a_view_alone_is_refused() -> None:
     objective = conformance.rough(with_crops())
     with pytest.raises(ValueError, match="views: 1 of them; this objective compares at least 2"):
         objective(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("small", [0, 1])
+@pytest.mark.parametrize("own", [DINOConfig(prototypes=8), SwAVConfig(prototypes=8)])
+def test_a_config_with_one_large_view_is_refused(own: ObjectiveConfig, small: int) -> None:
+    config = replace(with_crops(), objective=own)
+    data = config.data
+    few = replace(data, view2=replace(data.view2, copies=0), more_views=data.more_views[:small])
+    with pytest.raises(ValueError, match=r"data: 1 of the first 2 views .*; set data.view2.copies"):
+        build_objective(replace(config, data=few), torch.device("cpu"))
 
 
 def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
