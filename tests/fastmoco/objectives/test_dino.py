@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmoco.checkpoint import CheckpointError
 from fastmoco.cli.checkpoint import consolidate
 from fastmoco.config import Config, ObjectiveConfig, OptimConfig
 from fastmoco.config.serial import from_json, to_json
@@ -425,13 +426,22 @@ def test_a_run_is_evaluated_and_exported_by_its_momentum_encoder(tmp_path: Path)
     torch.testing.assert_close(loaded.center, trained.center)
     assert loaded.center.abs().max() > 0
     source = load_source(tmp_path / "run")
+    source.encoder.eval()
     assert source.facts["encoder"] == "momentum"
     assert load_source(tmp_path / "run", which="base").facts["encoder"] == "base"
     file = tmp_path / "encoder.safetensors"
     assert consolidate(tmp_path / "run", out=file, encoder=True) == 0
     assert load_source(file).facts["encoder"] == "momentum"
+    with pytest.raises(CheckpointError, match="is a momentum encoder; leave out --which base"):
+        load_source(file, which="base")
+    state = tmp_path / "state.safetensors"
+    assert consolidate(tmp_path / "run", out=state) == 0
+    heads = trained.encoder.blocks[0].attn.num_heads
+    of_state = load_source(state, heads=heads)
+    assert of_state.facts["encoder"] == "momentum"
+    assert load_source(state, which="base", heads=heads).facts["encoder"] == "base"
     with torch.no_grad():
-        for encoder in (source.encoder.eval(), load_encoder(file).encoder):
+        for encoder in (source.encoder, load_encoder(file).encoder, of_state.encoder.eval()):
             torch.testing.assert_close(encoder(images), wanted)
 
 
