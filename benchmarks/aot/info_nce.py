@@ -122,7 +122,13 @@ def _epilogue_case(D: int, kernel: str) -> AotCase:
     module = epilogue_kernels if kernel in ("fold", "finish", "finish_keys") else triton_kernels
     function = getattr(module, f"info_nce_{kernel}_kernel")
     options: dict[str, dict[str, Any]] = {
-        "unit_rows": {"EPS": EPS, "D": D, "ROWS": max(1, 1024 // D), "TF32": True},
+        "unit_rows": {
+            "EPS": EPS,
+            "D": D,
+            "ROWS": max(1, 1024 // D),
+            "TF32": True,
+            "NORMALISE": True,
+        },
         "own": {"D": D, "ROWS": max(1, 1024 // D)},
         "fold": {"D": D, "ROWS": max(1, 1024 // D), "GRADIENT": True, "COUNT": True},
         "finish": {

@@ -15,23 +15,16 @@ by images, because CPU-seconds are of one machine.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import chosen_words
-from benchmarks.kept_runs import once
 from benchmarks.learning import figure
 from benchmarks.learning.curves import Curve, task_result
 from benchmarks.learning.figure import draw, rows
+from benchmarks.learning.runs import folder_of_runs, trained
 from benchmarks.learning.tasks import TASKS, Data, MissingData, config_of, prepare
-from benchmarks.measure import commit
 from benchmarks.shown import markdown
 
 __all__ = ["DEFAULTS", "NAME", "QUICK", "draw", "rows", "run", "table"]
@@ -99,7 +92,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "unstable": {},
     }
     speedup = {}
-    with _folder(options["folder"]) as folder:
+    with folder_of_runs(options["folder"]) as folder:
         for name in names:
             try:
                 data = prepare(name, options, folder)
@@ -157,30 +150,5 @@ def _curves(
             }
             if side == "baseline":
                 settings |= {k: options[k] for k in ("attention", "workers")}
-            given = {"task": name, "side": side, "seed": seed, "data": asdict(data), **settings}
-            code = json.dumps([_code(), data.source, settings])
-            label = hashlib.sha256(code.encode()).hexdigest()[:8]
-            done = once(
-                folder,
-                f"{name}-{side}-{seed}-{label}",
-                *("-m", "benchmarks.learning.side", json.dumps(given)),
-            )
-            found[side].append(done["result"])
+            found[side].append(trained(folder, data, settings, task=name, side=side, seed=seed))
     return found
-
-
-def _code() -> str:
-    """The commit; for a modified tree the moment, because its runs cannot be found again."""
-    known = commit()
-    return str(time.time()) if known == "unknown" or known.endswith("+") else known
-
-
-@contextmanager
-def _folder(given: str) -> Iterator[Path]:
-    """The folder of sets and runs: a given one stays."""
-    if given:
-        Path(given).mkdir(parents=True, exist_ok=True)
-        yield Path(given).resolve()
-    else:
-        with tempfile.TemporaryDirectory(prefix="fastmoco-learning-") as folder:
-            yield Path(folder)

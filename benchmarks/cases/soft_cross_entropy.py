@@ -33,7 +33,7 @@ DEFAULTS = {
 """`form`: rows or logits; `views` of `images` images, two with a teacher; `outputs` of the head, whose
 rows have `dim` numbers; `dtype` of rows, weight and logits: bf16, fp16 or fp32; `compile=0` omits
 torch.compile."""
-SHAPES = {"cpu": {"images": 8}, "cuda": {"images": 64, "dtype": "bf16"}}
+SHAPES = {"cpu": {"images": 32}, "cuda": {"images": 64, "dtype": "bf16"}}
 QUICK = {"views": 4, "images": 4, "outputs": 4096, "dim": 64, "compile": 0, "rounds": 3}
 FORMS = ("rows", "logits")
 TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04

@@ -5,6 +5,7 @@ float64 or to its plain path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastmoco_kernels import (
     gelu,
     info_nce_loss,
     lars_step_,
+    queued_info_nce_loss,
     residual_norm,
     soft_cross_entropy_of_rows,
     split_qkv,
@@ -72,6 +74,25 @@ def _symmetric(place: Place) -> Errors:
     loss = both(q, p, k, "triton", precision)
     exact = both(q.double(), p.double(), k.double(), "reference")
     return {"loss": (relative_error(loss, exact), 1e-3 + place.unit)}
+
+
+def _queue(place: Place) -> Errors:
+    q, k, precision = _loss_inputs(place)
+    queue = torch.nn.functional.normalize(k.flip(0), dim=1)
+
+    def loss(q: Tensor, k: Tensor, queue: Tensor, backend: str, precision: str = "auto") -> Tensor:
+        how: dict[str, Any] = {"backend": backend, "precision": precision}
+        return queued_info_nce_loss(q, k[: len(q)], queue, temperature=0.2, **how).loss
+
+    leaf, exact = q.detach().requires_grad_(), q.double().requires_grad_()
+    ours = loss(leaf, k, queue, "triton", precision)
+    truth = loss(exact, k.double(), queue.double(), "reference")
+    gradients = (torch.autograd.grad(ours, leaf)[0], torch.autograd.grad(truth, exact)[0])
+    limit = 1e-3 + place.unit
+    return {
+        "loss": (relative_error(ours, truth), limit),
+        "dq": (relative_error(*gradients), limit),
+    }
 
 
 def _attention(backend: str, head_dim: int, tokens: int = 197) -> Check:
@@ -347,6 +368,7 @@ def _cut_views(place: Place) -> Errors:
 CHECKS: dict[tuple[str, str], Check] = {
     ("info_nce", "info_nce"): _info_nce,
     ("info_nce, both directions", "info_nce"): _symmetric,
+    ("info_nce, with a queue", "info_nce"): _queue,
     **{
         (f"attention {backend} d={d}", "attention"): _attention(backend, d)
         for backend, d in (

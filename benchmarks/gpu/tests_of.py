@@ -7,6 +7,7 @@ TESTS_OF = {
         "tests/kernels/test_info_nce.py",
         "tests/kernels/test_info_nce_operator.py",
         "tests/kernels/test_info_nce_paths.py",
+        "tests/kernels/test_info_nce_queue.py",
         "tests/kernels/test_tiles.py",
     ),
     "attention": (

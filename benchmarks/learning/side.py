@@ -83,8 +83,9 @@ class FastmocoSide:
 
     @property
     def encoder(self) -> nn.Module:
-        """The query side."""
-        encoder: nn.Module = self._trainer.objective.encoder
+        """The one that an evaluation uses."""
+        objective = self._trainer.objective
+        encoder: nn.Module = getattr(objective, "evaluation_encoder", objective.encoder)
         return encoder
 
     def advance(self, steps: int) -> None:
@@ -186,8 +187,9 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: `task`, `side`, `seed`, `data` (`Data` as a dict), `every` steps between two points,
-            `points` at least, `budget_s` CPU-seconds, `attention` and `workers` of the baseline.
-            The run ends at the first point with so many points and seconds.
+            `points` at least, `budget_s` CPU-seconds, `attention` and `workers` of the baseline;
+            perhaps `config`, arguments of `tasks.config_of` by name, and `until`, a kNN.
+            The run ends at the first point with so many points and seconds, or with that kNN.
 
     Returns:
         Lists with one value for each point: `images`, `cpu_s`, `knn`, `loss` (mean since the point
@@ -199,7 +201,8 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
     shards = ShardSet.open(data.train)
     samples = len(shards)
     shards.close()
-    config = config_of(given["task"], data, seed=given["seed"], samples=samples)
+    more = given.get("config", {})
+    config = config_of(given["task"], data, seed=given["seed"], samples=samples, **more)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmoco-side-")))
         world = start_world("cpu")
@@ -246,7 +249,8 @@ def train(side: Side, monitor: KnnMonitor, given: Mapping[str, Any], batch: int)
         curve["knn"].append(round(accuracy, 5))
         if (dip := dips.observe(steps, accuracy)) or not math.isfinite(accuracy):
             curve["events"].append(dip or f"step {steps}: kNN is {accuracy}")
-        if steps >= given["every"] * given["points"] and used >= given["budget_s"]:
+        done = steps >= given["every"] * given["points"] and used >= given["budget_s"]
+        if done or (steps and accuracy >= given.get("until", math.inf)):
             return curve
 
         # On the clock, between two moments with full buffers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.datasets import distinct_files, fashion, patches
-from fastmoco.config import Config, KnnConfig, MoCoV3Config
-from fastmoco.recipes import get_recipe
+from fastmoco.config import Config, KnnConfig, ModelConfig
+from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco_pipelines import pack_digits, pack_folder
 
 IDX_FILES = tuple(
@@ -157,7 +158,18 @@ def _digest(files: Iterable[Path]) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-def config_of(name: str, data: Data, *, seed: int, samples: int) -> Config:
+def config_of(
+    name: str,
+    data: Data,
+    *,
+    seed: int,
+    samples: int,
+    recipe: str = "",
+    image_size: int = 0,
+    patch_size: int = 0,
+    hidden_dim: int = 0,
+    schedule: str = "",
+) -> Config:
     """The config of a run: the recipe with one thread, a warm-up and a constant rate after it.
 
     A point of its curve then does not depend on where the run ends, so that the kNN after a budget
@@ -168,17 +180,32 @@ def config_of(name: str, data: Data, *, seed: int, samples: int) -> Config:
         data: of the task.
         seed: of weights, order and views.
         samples: training images.
+        recipe: instead of the task's.
+        image_size: of views and evaluation, instead of the recipe's; 0: the recipe's.
+        patch_size: likewise.
+        hidden_dim: of the heads, likewise.
+        schedule: of tokens and patches, as `phase_words` reads it; "": all tokens.
     """
-    task, config = TASKS[name], get_recipe(TASKS[name].recipe)
-    assert isinstance(config.objective, MoCoV3Config)
+    task = TASKS[name]
+    config = get_recipe(recipe or task.recipe)
+    if image_size or patch_size:
+        size = image_size or config.model.image_size
+        config = with_image_size(config, size, patch_size=patch_size)
     steps_per_epoch = max(1, samples // config.global_batch_size)
+    objective: Any = config.objective
+    if hasattr(objective, "ema_schedule"):
+        objective = replace(objective, ema_schedule="constant")
+    model = replace(config.model, hidden_dim=hidden_dim or config.model.hidden_dim)
+    if schedule:
+        model = scheduled(model, schedule, round(ENDLESS * steps_per_epoch))
     return replace(
         config,
         seed=seed,
         device="cpu",
         threads=1,
         epochs=ENDLESS,
-        objective=replace(config.objective, ema_schedule="constant"),
+        model=model,
+        objective=objective,
         optim=replace(config.optim, warmup_epochs=WARM_STEPS / steps_per_epoch),
         data=replace(config.data, shards=data.train, threads=1),
         knn=KnnConfig(
@@ -188,3 +215,37 @@ def config_of(name: str, data: Data, *, seed: int, samples: int) -> Config:
             max_test_images=task.queries,
         ),
     )
+
+
+def scheduled(model: ModelConfig, schedule: str, total_steps: int) -> ModelConfig:
+    """A model with the phases of `phase_words`, as shares of the run.
+
+    Args:
+        model: without phases.
+        schedule: of tokens and patches.
+        total_steps: of the whole run.
+    """
+    phases = [(patch, keep, step / total_steps) for patch, keep, step in phase_words(schedule)]
+    keeps = ",".join(f"{keep!r}@{share!r}" for _, keep, share in phases)
+    patches = ",".join(f"{patch}@{share!r}" for patch, _, share in phases)
+    if phases[-1][0] != model.patch_size:
+        patches += f",{model.patch_size}@0.99"  # a schedule of patches must end with them
+    return replace(model, keep_tokens=keeps, patch_schedule=patches)
+
+
+def phase_words(schedule: str) -> list[tuple[int, float, int]]:
+    """Pixels of a patch, share of the tokens and first step of each phase of a schedule.
+
+    Args:
+        schedule: `PATCH/KEEP@STEP` with commas between them, as `8/0.5@0,4/0.25@200`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    found = []
+    for word in schedule.split(","):
+        read = re.fullmatch(r"(\d+)/([\d.]+)@(\d+)", word)
+        if read is None:
+            raise ValueError(f"schedule={schedule!r}: {word!r} is not PATCH/KEEP@STEP, as 4/0.5@0")
+        found.append((int(read[1]), float(read[2]), int(read[3])))
+    return found

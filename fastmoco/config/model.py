@@ -81,7 +81,7 @@ class ModelConfig:
     image_size: int = 224
     """Height and width in pixels of the first two views and of the evaluation crop."""
     patch_size: int = 16
-    """Height and width of a patch of a ViT in pixels; must divide `image_size`."""
+    """Side of the patches of a ViT, in pixels."""
     projection_dim: int = 256
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
@@ -101,6 +101,9 @@ class ModelConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth of the last block of a ViT in training; it rises linearly from 0 at
     the first block. Each residual branch of an image is left out with this probability."""
+    zero_residual: bool = True
+    """Start the last norm of each residual branch of a ResNet at zero, as in MoCo v3, BYOL and
+    SimCLR. `False` starts it at one: MoCo v1 and v2, SwAV."""
     keep_tokens: str = "1"
     """Share of the patch tokens of a view that the trained encoder of a ViT sees in training, a
     number in (0, 1] (FLIP, Li et al. 2023). The momentum encoder and evaluation see all. A single
@@ -143,6 +146,9 @@ class ModelConfig:
         require(known, "compile", self.compile, "must be auto, True or False")
         if self.family == "resnet":
             self._require_resnet()
+        rule = "has no effect on a ViT, which has no norms at the end of its branches: take True"
+        known = self.zero_residual or self.family == "resnet"
+        require(known, "zero_residual", self.zero_residual, rule)
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
         if self.family == "vit":
             divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0

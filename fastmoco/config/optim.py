@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal, get_args
 
 from fastmoco_pipelines.spec import Resume, require
@@ -17,7 +18,7 @@ FUSED_BACKENDS = {
 """Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
 
 Scaling = Literal["linear", "sqrt", "none"]
-Schedule = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch"]
+Schedule = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch", "steps"]
 KINDS = {"lr_scaling": Scaling, "schedule": Schedule}
 """Values of the fields that name a rule."""
 
@@ -35,7 +36,7 @@ class OptimConfig:
     momentum encoder in one sweep; `apex` by NVIDIA, if installed. `auto`: `fastmoco` for LARS and
     on CUDA with Triton, else `torch`. All agree up to rounding."""
     lr: Annotated[float, Resume.WITH_ALLOW] = 1.5e-4
-    """Base learning rate; `lr_scaling` makes the peak of it."""
+    """Base learning rate, to be scaled by `lr_scaling`."""
     lr_scaling: Annotated[Scaling, Resume.WITH_ALLOW] = "linear"
     """Peak learning rate: `lr * global_batch_size / 256` (`linear`), `lr * sqrt(global_batch_size)`
     (`sqrt`, SimCLR), or `lr` itself (`none`, SwAV)."""
@@ -43,7 +44,12 @@ class OptimConfig:
     """Linear warm-up, then half a cosine. `cosine` follows the fractional epoch (MoCo v3, BYOL).
     `cosine_steps` counts whole steps of warm-up and run (SimCLR). `cosine_inclusive` reaches the
     peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_per_epoch` is
-    constant within an epoch (linear probes)."""
+    constant within an epoch (linear probes). `steps` stays at the peak after the warm-up, and is
+    multiplied by `milestone_factor` at each of `milestones` (MoCo v1)."""
+    milestones: Annotated[tuple[float, ...], Resume.WITH_ALLOW] = ()
+    """Epochs at which the learning rate falls, ascending. Only for `steps`."""
+    milestone_factor: Annotated[float, Resume.WITH_ALLOW] = 0.1
+    """Factor of the learning rate at each of `milestones`."""
     warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
     """Learning rate of the first step of the warm-up, not scaled. Only for `cosine_inclusive`."""
     final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
@@ -66,7 +72,7 @@ class OptimConfig:
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
     """Norm of a step of LARS or LARC relative to that of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
-    """Epochs over which the learning rate rises linearly from 0 to its peak."""
+    """Epochs of the linear warm-up of the learning rate."""
     clip_norm: Annotated[float, Resume.WITH_ALLOW] = 0.0
     """Largest norm of all gradients as one vector; larger ones are scaled down to it. 0: no
     clipping, as in the paper."""
@@ -94,6 +100,14 @@ class OptimConfig:
             require(value >= 0, name, value, "must not be negative")
             rule = "needs schedule=cosine_inclusive; the others start and end at 0"
             require(value == 0 or self.schedule == "cosine_inclusive", name, value, rule)
+        marks = self.milestones
+        rule = "needs schedule=steps; the others follow a cosine"
+        require(not marks or self.schedule == "steps", "milestones", marks, rule)
+        rule = "schedule=steps needs epochs above 0 in ascending order"
+        ascending = bool(marks) and all(a < b for a, b in pairwise((0.0, *marks)))
+        require(self.schedule != "steps" or ascending, "milestones", marks, rule)
+        factor = self.milestone_factor
+        require(0 < factor < 1, "milestone_factor", factor, "must be above 0 and below 1")
         rule = "is a choice of lars alone"
         in_buffer = self.lr_in_buffer
         require(not in_buffer or self.name == "lars", "lr_in_buffer", in_buffer, rule)

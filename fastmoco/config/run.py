@@ -104,11 +104,10 @@ class Config:
     global_batch_size: int = 4096
     """Images per optimizer step, over all ranks."""
     seed: int = 0
-    """Seed of the initialisation, the order of the images and the augmentation."""
+    """Seed of weights, order of images and augmentation."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """bf16: autocast with float32 weights; fp32: no autocast; fp64: everything in float64, slow, to
-    compare runs without rounding noise. `auto`: bf16 if the device multiplies it natively, else
-    fp32."""
+    """bf16: autocast with float32 weights; fp32: no autocast; fp64: all in float64, slow. `auto`:
+    bf16 if the device multiplies it natively, else fp32."""
     device: Literal["auto", "cuda"] | Device = "auto"
     """`auto` uses a GPU if there is one. `cuda`, as torch spells it, is stored as `gpu`."""
     threads: Annotated[int, Resume.FREE] = 0

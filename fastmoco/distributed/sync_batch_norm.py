@@ -5,13 +5,16 @@ statistics would change the loss by 0.1 and more without an error. Here one proc
 batch norm. Several processes exchange mean, centred squares and count of their parts in one message
 per layer, for all views of a head together. They combine them as in Chan, Golub, LeVeque 1983,
 without cancellation and with the same bits on all ranks.
+
+MoCo v1 and v2 need statistics of few images instead: `local_statistics`. That is a property of the
+call, not of a layer, so one encoder can be used both ways.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,19 +28,49 @@ from fastmoco.distributed.mesh import group_size
 _PASS = threading.local()
 
 
-@contextmanager
-def repeated_pass() -> Iterator[None]:
+def repeated_pass() -> AbstractContextManager[None]:
     """Within it, batch norms in training write no running averages.
 
     For a forward that the backward repeats (activation checkpointing): the first pass has counted
-    the batch. The state is that of the thread, because the backward of a GPU has one of its own.
+    the batch. Statistics are of the groups that are set where this function is called. The state
+    is that of the thread, because the backward of a GPU has one of its own.
     """
-    before = getattr(_PASS, "repeated", False)
-    _PASS.repeated = True
+    return _within(repeated=True, groups=_groups())
+
+
+def local_statistics(groups: int = 1) -> AbstractContextManager[None]:
+    """Within it, batch norms in training take the statistics of this rank's images alone.
+
+    Ranks then exchange nothing, and their running averages differ.
+
+    Args:
+        groups: equal parts of this rank's batch, each with statistics of its own: neighbouring
+            images, as if each part were on a rank of its own. If the batch cannot be divided, the
+            first parts are larger by one. The running averages take the mean of the parts.
+
+    Raises:
+        ValueError: if there is no group.
+    """
+    if groups < 1:
+        raise ValueError(f"groups={groups}: batch norms need at least 1 group of images")
+    return _within(repeated=_is_repeated(), groups=groups)
+
+
+@contextmanager
+def _within(*, repeated: bool, groups: int) -> Iterator[None]:
+    """How batch norms of this thread work, for a while."""
+    before = _is_repeated(), _groups()
+    _PASS.repeated, _PASS.groups = repeated, groups
     try:
         yield
     finally:
-        _PASS.repeated = before
+        _PASS.repeated, _PASS.groups = before
+
+
+def _groups() -> int:
+    """Groups of this rank's images; 0: statistics cover all ranks."""
+    groups: int = getattr(_PASS, "groups", 0)
+    return groups
 
 
 def _is_repeated() -> bool:
@@ -124,7 +157,8 @@ class _NormaliseOverRanks(torch.autograd.Function):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation whose training statistics cover the batches of all ranks.
+    """Batch normalisation whose training statistics cover the batches of all ranks, or groups of
+    this rank's images within `local_statistics`.
 
     Inputs [V, B, C] are V separate batches: the result, buffers included, equals that of V calls in
     turn, with a single message between ranks. Names of parameters and buffers, defaults and running
@@ -181,7 +215,11 @@ class BatchNorm(nn.Module):
         if self.training:
             if not _is_repeated():
                 self.num_batches_tracked.add_(len(x) if x.ndim == 3 else 1)
-            if group_size() > 1:
+            if _groups() > 1:
+                batches = x.unbind() if x.ndim == 3 else (x,)
+                normed = [self._normalise_in_groups(batch, _groups()) for batch in batches]
+                return torch.stack(normed) if x.ndim == 3 else normed[0]
+            if group_size() > 1 and not _groups():
                 return self._normalise_over_ranks(x)
         if x.ndim == 3:
             return torch.stack([self._normalise_here(batch) for batch in x.unbind()])
@@ -203,6 +241,23 @@ class BatchNorm(nn.Module):
             self.averaging,
             self.eps,
         )
+
+    def _normalise_in_groups(self, x: Tensor, groups: int) -> Tensor:
+        """Each part of one batch by its own statistics."""
+        dtype = self.running_mean.dtype
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        parts, statistics = [], []
+        for part in x.tensor_split(groups):
+            # With all the weight on the newest batch, the averages are its statistics.
+            own = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+            parts.append(F.batch_norm(part, *own, weight, bias, True, 1.0, self.eps))
+            statistics.append(torch.stack(own))
+        if not _is_repeated():
+            with torch.no_grad():
+                mean, var = torch.stack(statistics).mean(0)
+                self.running_mean.lerp_(mean, self.averaging)
+                self.running_var.lerp_(var, self.averaging)
+        return torch.cat(parts)
 
     def _normalise_over_ranks(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.running_mean.dtype)

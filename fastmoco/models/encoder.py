@@ -127,6 +127,24 @@ class TokenEncoder(Encoder, Protocol):
         """The reference of `encode`, without optimizations."""
         ...
 
+    def encode_taps(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, E] tokens -> [B, depth, E] features after every block; the last is `encode`."""
+        ...
+
+    def taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, depth, E] features after every block."""
+        ...
+
+    def plain_taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """The reference of `taps`, without optimizations."""
+        ...
+
 
 def with_heads(encoder: Encoder) -> Coupling:
     """The coupling of an objective whose heads or loss couple images: that of its trunk, if the

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco.models.encoder import Family
@@ -47,6 +50,9 @@ FORMS = {
     "simsiam_predictor": HeadForm(layers=2, last_bias=True, last_norm=False),
     # Caron et al. 2020.
     "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
+    # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
+    "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
+    "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),
 }
 """Forms by name."""
 
@@ -105,3 +111,97 @@ def projector(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 3) -> nn
 def predictor(in_dim: int, hidden_dim: int, out_dim: int, layers: int = 2) -> nn.Sequential:
     """Build the predictor of MoCo v3, which only the query side has, after its projector."""
     return build_head(in_dim, hidden_dim, out_dim, HeadForm(layers=layers))
+
+
+class StackedLinear(nn.Module):
+    """Several linear layers of one shape, each on its own part of the channels, as one batched
+    product.
+
+    Args:
+        count: of the layers.
+        fan_in: input channels of each.
+        fan_out: output channels of each.
+        bias: whether they have biases.
+
+    Attributes:
+        weight: [count * fan_out, fan_in], one layer after the other; each starts as torch's.
+        bias: [count * fan_out] or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, count: int, fan_in: int, fan_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.count = count
+        bound = 1 / math.sqrt(fan_in)
+        self.weight = nn.Parameter(torch.empty(count * fan_out, fan_in).uniform_(-bound, bound))
+        self.bias = (
+            nn.Parameter(torch.empty(count * fan_out).uniform_(-bound, bound)) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., count * fan_in] -> [..., count * fan_out]."""
+        weights = self.weight.view(self.count, -1, self.weight.shape[1])
+        rows = x.reshape(-1, self.count, weights.shape[2]).transpose(0, 1)
+        out = torch.bmm(rows, weights.transpose(1, 2)).transpose(0, 1)
+        out = out.reshape(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+class HeadStack(nn.Sequential):
+    """Several heads of one form and size, each on its own part of the channels: all their products
+    of a layer are one batched product, and all their statistics one message between ranks.
+
+    Modules are numbered as those of `build_head`, and a tensor holds those of all heads, one after
+    the other. `alone` is the reference.
+
+    Args:
+        count: of the heads.
+        in_dim: input width of each.
+        hidden_dim: hidden width of each.
+        out_dim: output width of each.
+        form: of each.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+
+    def __init__(
+        self, count: int, in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"count={count}: a stack needs at least 1 head")
+        with torch.device("meta"):
+            one = build_head(in_dim, hidden_dim, out_dim, form)
+        super().__init__(*(_stacked(module, count) for module in one))
+        self.count = count
+        self._one = (in_dim, hidden_dim, out_dim, form)
+
+    def alone(self, number: int, rows: Tensor) -> Tensor:
+        """One of the heads by itself, as `build_head` makes it: [B, in] -> [B, out], or with a
+        dimension of views before. Every head must be called equally often."""
+        with torch.device("meta"):
+            head = build_head(*self._one).train(self.training)
+        state: dict[str, Tensor] = {}
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if tensor.ndim:
+                state[name] = tensor.view(self.count, -1, *tensor.shape[1:])[number]
+            else:  # the batches that all of them have seen
+                state[name] = tensor.clone() if number else tensor
+        out: Tensor = functional_call(head, state, (rows,))
+        return out
+
+
+def _stacked(module: nn.Module, count: int) -> nn.Module:
+    """The module of several heads in place of that of one."""
+    if isinstance(module, nn.Linear):
+        return StackedLinear(
+            count, module.in_features, module.out_features, bias=module.bias is not None
+        )
+    if isinstance(module, BatchNorm):
+        return BatchNorm(
+            count * module.num_features,
+            affine=module.weight is not None,
+            bias=module.bias is not None,
+        )
+    return nn.ReLU(inplace=True)

@@ -1,5 +1,5 @@
 """ResNets (He et al. 2016) as MoCo v3 trains them: batch norms over the batch of all ranks, and the
-last norm of each residual branch starting at zero.
+last norm of each residual branch starting at zero. Earlier methods start it at one.
 
 Parameters and buffers have torchvision's names (`conv1.weight`, `bn1.running_mean`,
 `layer1.0.conv1.weight`, `layer1.0.downsample.0.weight`), and the feature is the mean over positions
@@ -81,7 +81,12 @@ class ResidualBlock(nn.Module, ABC):
 
     @abstractmethod
     def build_branch(self, before: int, width: int, stride: int) -> None:
-        """Make the layers of the branch; its last norm starts at zero."""
+        """Make the layers of the branch."""
+
+    @property
+    @abstractmethod
+    def last_norm(self) -> BatchNorm:
+        """The norm that ends the branch."""
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
@@ -114,7 +119,11 @@ class BasicBlock(ResidualBlock):
         self.bn1 = BatchNorm(width)
         self.conv2 = Convolution(width, width, 3)
         self.bn2 = BatchNorm(width)
-        nn.init.zeros_(_weight(self.bn2))
+
+    @property
+    def last_norm(self) -> BatchNorm:
+        """After the second convolution."""
+        return self.bn2
 
     def branch(self, x: Tensor) -> Tensor:
         """Norm and ReLU after the first convolution, a norm after the second."""
@@ -140,7 +149,11 @@ class Bottleneck(ResidualBlock):
         self.bn2 = BatchNorm(width)
         self.conv3 = Convolution(width, self.expansion * width, 1)
         self.bn3 = BatchNorm(self.expansion * width)
-        nn.init.zeros_(_weight(self.bn3))
+
+    @property
+    def last_norm(self) -> BatchNorm:
+        """After the third convolution."""
+        return self.bn3
 
     def branch(self, x: Tensor) -> Tensor:
         """Norm and ReLU after the first two convolutions, a norm after the third."""
@@ -165,6 +178,8 @@ class ResNet(nn.Module):
             convolution with stride 2.
         image_size: height and width of the largest images, in pixels. Only `most_numbers` uses it;
             the encoder takes images of any size.
+        zero_residual: whether the last norm of each residual branch starts at zero, so that a block
+            starts as its shortcut.
 
     Attributes:
         embed_dim: channels of the feature.
@@ -187,6 +202,7 @@ class ResNet(nn.Module):
         widths: tuple[int, int, int, int] = (64, 128, 256, 512),
         stem: Literal["full", "small"] = "full",
         image_size: int = 224,
+        zero_residual: bool = True,
     ) -> None:
         super().__init__()
         for name, numbers in (("depths", depths), ("widths", widths)):
@@ -209,6 +225,9 @@ class ResNet(nn.Module):
             blocks = [block(before, width, 1 if i == 0 else 2)]
             blocks += [block(after, width, 1) for _ in range(depth - 1)]
             self.add_module(name, nn.Sequential(*blocks))
+        if zero_residual:
+            for residual in self._blocks():
+                nn.init.zeros_(_weight(residual.last_norm))
         self.head: nn.Module = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -338,14 +357,15 @@ class ResNetArchitecture:
         """Channels of the feature."""
         return self.widths[-1] * self.block.expansion
 
-    def __call__(self, *, image_size: int | None = None) -> ResNet:
-        """Build an encoder; the argument is that of `ResNet`."""
+    def __call__(self, *, image_size: int | None = None, zero_residual: bool = True) -> ResNet:
+        """Build an encoder; the arguments are those of `ResNet`."""
         return ResNet(
             block=self.block,
             depths=self.depths,
             widths=self.widths,
             stem=self.stem,
             image_size=self.image_size if image_size is None else image_size,
+            zero_residual=zero_residual,
         )
 
 

@@ -5,6 +5,7 @@ Two optimizations have a plain reference that a test compares with them. `patch_
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
 `encode` computes only the class token of the last block (see `blocks`), unless the feature is a
 mean of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
+`encode_taps` does the same and gives the feature after every block; its reference is `plain_taps`.
 
 Legend: B images, L patch tokens, E width.
 """
@@ -235,10 +236,7 @@ class VisionTransformer(nn.Module):
             paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
             kept: [B, k] numbers of the patch tokens that the blocks see (`token_drop`); None: all.
         """
-        if kept is None:
-            return self._encoded(self._all_tokens(patch_tokens), paths)
-        positions = self._own_positions(patch_tokens.shape[1])
-        return self._encoded(self._some_tokens(taken(patch_tokens, kept), positions, kept), paths)
+        return self._encoded(self._placed(patch_tokens, kept), paths)
 
     def _encoded(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
         """Blocks and final norm on tokens with all their positions."""
@@ -265,14 +263,60 @@ class VisionTransformer(nn.Module):
         block and the final norm on every token that stays, then the row of the class token or the
         mean.
         """
-        tokens = self._all_tokens(patch_tokens)
-        if kept is not None:
-            first = self._class_tokens
-            tokens = torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
+        tokens = self._plain_tokens(patch_tokens, kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
         normalised = self._normalised(tokens)
         return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
+
+    def encode_taps(
+        self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, E] patch tokens -> [B, depth, E]: the feature after every block, by the one final
+        norm. The last one is that of `encode`, and the last block computes as little as there.
+
+        Args:
+            patch_tokens: of `patch_tokens`.
+            paths: as for `encode`.
+            kept: as for `encode`.
+        """
+        return self._tapped(self._placed(patch_tokens, kept), paths)
+
+    def _tapped(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """`encode_taps` of tokens with all their positions."""
+        by_block = self._by_block(paths)
+        branch = None
+        rows = []
+        for block, factors in zip(self.blocks[:-1], by_block, strict=False):
+            tokens, branch = block(tokens, branch, factors)
+            rows.append(self._read(tokens, branch))
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        if self.reads_class_row:
+            rows.append(last.class_row(tokens, branch, by_block[-1]))
+        else:
+            rows.append(self._read(*last(tokens, branch, by_block[-1])))
+        taps = torch.stack(rows, dim=1)
+        return self._normalised(taps) if self.pooling == "class" else taps
+
+    def taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, depth, E] features after every block; see `encode_taps`."""
+        return self._tapped(self._embedded(images, kept), paths)
+
+    def plain_taps(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `taps`: every block and, after each of them, the final norm on every token
+        that stays."""
+        tokens = self._plain_tokens(self.patch_tokens(images), kept)
+        taps = []
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+            normalised = self._normalised(tokens)
+            taps.append(normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1))
+        return torch.stack(taps, dim=1)
 
     def forward(
         self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -282,12 +326,7 @@ class VisionTransformer(nn.Module):
         """
         if kept is None or not isinstance(self.patch_embed, PatchStem):
             return self.encode(self.patch_tokens(images), paths, kept)
-        self._require_whole_patches(images)
-        tokens = self.patch_embed.of_patches(images, kept)
-        positions = None
-        if self.pos_embed is not None:
-            positions = self._patch_positions((images.shape[-1] // self.patch_size) ** 2)
-        return self._encoded(self._some_tokens(tokens, positions, kept), paths)
+        return self._encoded(self._embedded(images, kept), paths)
 
     def plain(
         self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -319,13 +358,14 @@ class VisionTransformer(nn.Module):
         return self.pooling == "class" and self.mlp_norm == "layer"
 
     def parts(self) -> Parts:
-        """Modules by role. Objectives call `encode` and `class_row`, not `forward`."""
+        """Modules by role. Objectives call `encode`, `taps` and `class_row`, not `forward`."""
         last = f"blocks.{len(self.blocks) - 1}"
         return Parts(
             stem={"patch_embed": self.patch_embed},
             blocks=self.blocks,
             heads={"head": self.head},
-            methods={"": ("encode",)} | ({last: ("class_row",)} if self.reads_class_row else {}),
+            methods={"": ("encode", "taps", "encode_taps")}
+            | ({last: ("class_row",)} if self.reads_class_row else {}),
         )
 
     def tokens_of(self, side: int) -> int:
@@ -379,6 +419,39 @@ class VisionTransformer(nn.Module):
             table = sincos_positions(grid, self.embed_dim)[1 - self._class_tokens :]
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
+
+    def _placed(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """The tokens that stay, with all their positions."""
+        if kept is None:
+            return self._all_tokens(patch_tokens)
+        positions = self._own_positions(patch_tokens.shape[1])
+        return self._some_tokens(taken(patch_tokens, kept), positions, kept)
+
+    def _embedded(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        """`_placed` of images; patches that are left out are not embedded."""
+        if kept is None or not isinstance(self.patch_embed, PatchStem):
+            return self._placed(self.patch_tokens(images), kept)
+        self._require_whole_patches(images)
+        tokens = self.patch_embed.of_patches(images, kept)
+        positions = None
+        if self.pos_embed is not None:
+            positions = self._patch_positions((images.shape[-1] // self.patch_size) ** 2)
+        return self._some_tokens(tokens, positions, kept)
+
+    def _plain_tokens(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
+        """Reference of `_placed`: all tokens get their positions, then some are left out."""
+        tokens = self._all_tokens(patch_tokens)
+        if kept is None:
+            return tokens
+        first = self._class_tokens
+        return torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
+
+    def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
+        """[B, E] of the residual stream after a block: the class token before the final norm, of
+        which alone the sum is taken, or the mean of all tokens after it."""
+        if self.pooling == "class":
+            return sum_of(tokens[:, 0], None if branch is None else branch[:, 0])
+        return self._normalised(sum_of(tokens, branch)).mean(dim=1)
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         normalised: Tensor = self.norm(tokens)

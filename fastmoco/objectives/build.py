@@ -21,15 +21,19 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
+from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
+from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.simsiam import SimSiamConfig
 from fastmoco.recipes.supervised import SupervisedConfig
@@ -45,9 +49,11 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SimCLRConfig: SimCLR.build,
     SwAVConfig: SwAV.build,
     DINOConfig: DINO.build,
+    MoCoConfig: MoCo.build,
     SimSiamConfig: SimSiam.build,
     ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
+    SDSSLConfig: SDSSL.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -117,7 +123,11 @@ def build_model(config: Config) -> Objective:
 def encoder_builder(model: ModelConfig) -> BuildEncoder:
     """What makes the encoder of a config."""
     if model.family == "resnet":
-        return partial(RESNETS[model.architecture], image_size=model.image_size)
+        return partial(
+            RESNETS[model.architecture],
+            image_size=model.image_size,
+            zero_residual=model.zero_residual,
+        )
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,

@@ -120,7 +120,7 @@ class Momentum(Average):
             self._stems_compared = now
         return self._stems_equal
 
-    def features(self, inputs: Inputs, *, target: bool = True) -> Features:
+    def features(self, inputs: Inputs, *, target: bool = True, taps: bool = False) -> Features:
         """Both views through both encoders: [b, 2, E] of the encoder, and of the momentum encoder
         without gradient.
 
@@ -130,6 +130,7 @@ class Momentum(Average):
         Args:
             inputs: two views of one shape.
             target: whether the momentum encoder's are wanted.
+            taps: whether those of the encoder are wanted after every block, [b, 2, depth, E].
 
         Raises:
             ValueError: if the views differ in shape, or are not two.
@@ -140,7 +141,7 @@ class Momentum(Average):
         with part(QUERY_FORWARD):
             if self.shares_tokens():
                 tokens = self.encoder.patch_tokens(torch.cat(views))
-            online = _class_features(self.encoder, views, tokens, inputs)
+            online = _class_features(self.encoder, views, tokens, inputs, taps=taps)
         if not target:
             return Features((online,))
         with torch.no_grad(), part(KEY_FORWARD):
@@ -163,8 +164,10 @@ def _class_features(
     views: tuple[Tensor, Tensor],
     tokens: Tensor | None,
     trained: Inputs | None = None,
+    *,
+    taps: bool = False,
 ) -> Tensor:
-    """[b, 2, E] features.
+    """[b, 2, E] features, or [b, 2, depth, E] after every block.
 
     Args:
         encoder: one of the two.
@@ -172,12 +175,17 @@ def _class_features(
         tokens: the patch tokens of both, where encoders share them.
         trained: the inputs, for the encoder that trains: its residual branches are those of
             `paths`.
+        taps: whether features after every block are wanted.
     """
+    encode = encoder.taps if taps else encoder
     paths = (trained or Inputs(views)).paths_of
     if _couples(encoder):
-        rows = [encoder(view, *paths(number)) for number, view in enumerate(views)]
+        rows = [encode(view, *paths(number)) for number, view in enumerate(views)]
         return torch.stack(rows).transpose(0, 1)
     # Not shared: FSDP2 gathers a stem that trains only inside the forward of its encoder.
-    run, given = (encoder, torch.cat(views)) if tokens is None else (encoder.encode, tokens)
-    features: Tensor = run(given, *paths(0, 1))
-    return features.view(2, views[0].shape[0], -1).transpose(0, 1)
+    if tokens is None:
+        features = encode(torch.cat(views), *paths(0, 1))
+    else:
+        of_tokens = encoder.encode_taps if taps else encoder.encode
+        features = of_tokens(tokens, *paths(0, 1))
+    return features.view(2, views[0].shape[0], *features.shape[1:]).transpose(0, 1)

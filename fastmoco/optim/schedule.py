@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from fastmoco.config import Config, Resolved
@@ -60,8 +61,10 @@ def learning_rate(
     warmup_lr: float = 0.0,
     final_lr: float = 0.0,
     steps: Steps | None = None,
+    milestones: Sequence[float] = (),
+    milestone_factor: float = 0.1,
 ) -> float:
-    """Linear warm-up, then half a cosine; docs/optimizers.md has a table of who uses which.
+    """Linear warm-up, then half a cosine or steps; docs/optimizers.md has a table of who uses which.
 
     With e = step / steps_per_epoch, w = warmup_epochs, and
     cosine(x) = 0.5 * (1 + cos(pi * x)):
@@ -74,6 +77,8 @@ def learning_rate(
     * "cosine_inclusive" (SwAV, DINO): `warmup` values from `warmup_lr` to `peak`, both included.
       After them, from `peak` again,
       `final_lr + (peak - final_lr) * cosine((step - warmup) / (total - warmup))`.
+    * "steps" (MoCo v1): `peak * e / w` in the warm-up, and after it
+      `peak * milestone_factor ** (number of milestones <= e)`.
 
     Args:
         step: optimizer step from 0.
@@ -81,11 +86,13 @@ def learning_rate(
         epochs: length of the run, in epochs.
         warmup_epochs: length of the warm-up, in epochs.
         steps_per_epoch: optimizer steps of one epoch.
-        schedule: "cosine", "cosine_per_epoch", "cosine_steps" or "cosine_inclusive".
+        schedule: "cosine", "cosine_per_epoch", "cosine_steps", "cosine_inclusive" or "steps".
         warmup_lr: rate of step 0; only for "cosine_inclusive" with a warm-up.
         final_lr: rate at the end; only for "cosine_inclusive".
         steps: warm-up and total of "cosine_steps" and "cosine_inclusive"; default: the epochs times
             `steps_per_epoch`, rounded.
+        milestones: epochs of "steps".
+        milestone_factor: of the rate at each of them.
 
     Raises:
         ValueError: if a number is negative, the warm-up is longer than the run, or the schedule is
@@ -96,9 +103,11 @@ def learning_rate(
         raise ValueError(
             f"warmup_epochs={warmup_epochs}: needs 0 <= warmup_epochs <= epochs={epochs}"
         )
-    if schedule in ("cosine", "cosine_per_epoch"):
+    if schedule in ("cosine", "cosine_per_epoch", "steps"):
         if epoch < warmup_epochs:
             return peak * epoch / warmup_epochs
+        if schedule == "steps":
+            return peak * milestone_factor ** sum(mark <= epoch for mark in milestones)
         if warmup_epochs == epochs:
             return peak
         if schedule == "cosine_per_epoch":
@@ -144,6 +153,8 @@ def run_learning_rate(step: int, config: Config, resolved: Resolved) -> float:
         warmup_lr=optim.warmup_lr,
         final_lr=optim.final_lr,
         steps=_run_steps(config, resolved),
+        milestones=optim.milestones,
+        milestone_factor=optim.milestone_factor,
     )
 
 
@@ -185,7 +196,11 @@ def run_end(config: Config, resolved: Resolved) -> tuple[int, float]:
     """The step after which the schedule of a run is over, and the rate that it reaches there."""
     steps = _run_steps(config, resolved)
     last = steps.total if steps else max(1, round(config.epochs * resolved.steps_per_epoch))
-    return last, config.optim.final_lr
+    optim = config.optim
+    if optim.schedule == "steps":
+        passed = sum(mark < config.epochs for mark in optim.milestones)
+        return last, config.peak_lr * optim.milestone_factor**passed
+    return last, optim.final_lr
 
 
 def _run_steps(config: Config, resolved: Resolved) -> Steps | None:

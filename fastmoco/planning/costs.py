@@ -415,6 +415,7 @@ class _Pieces:
         self.prepare = prepare
         self.kind = torch.uint8 if levels else torch.get_default_dtype()
         self.at = at
+        self._rows: list[list[tuple[torch.Size, torch.dtype]]] | None = None
 
     def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
         """The result of `measure` with all blocks.
@@ -435,7 +436,8 @@ class _Pieces:
         if len(depths) != 1 or depth <= max(DEPTHS) or not alike:
             return measure()
 
-        # Others are cut to each depth and restored.
+        # Others are cut to each depth and restored. Heads always see the features of all blocks.
+        self.features(SIZES[0])
         whole = [list(blocks) for blocks in trunks]
         measured = []
         for few in DEPTHS:
@@ -565,12 +567,17 @@ class _Pieces:
         return self.objective.resized(found, self.at)
 
     def features(self, images: int) -> Features:
-        """Features of some images as the trunks return them, without a graph."""
-        views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
-        with torch.no_grad(), self._autocast():
-            found = self.objective.features(self.inputs(views), self.at)
+        """Features of some images as the whole trunks return them, without a graph."""
+        if self._rows is None:
+            views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
+            with torch.no_grad(), self._autocast():
+                found = self.objective.features(self.inputs(views), self.at)
+            self._rows = [[(rows.shape[1:], rows.dtype) for rows in side] for side in found]
         return Features(
-            *(tuple(rows.new_empty(images, *rows.shape[1:]) for rows in side) for side in found)
+            *(
+                tuple(torch.empty(images, *shape, dtype=dtype) for shape, dtype in side)
+                for side in self._rows
+            )
         )
 
     def labels(self, images: int) -> Tensor | None:

@@ -27,6 +27,13 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.moco import (
+    moco_digits,
+    moco_nano7_e12_b256,
+    moco_v1_r50_e200_b256,
+    moco_v2_r50_e200_b256,
+    moco_v2_r50_e800_b256,
+)
 from fastmoco.recipes.moco_v3 import (
     resnet50_e100_b4096,
     resnet50_e300_b4096,
@@ -44,6 +51,18 @@ from fastmoco.recipes.projector_momentum import (
     projector_momentum_nano7_e12_b256,
     projector_momentum_vit_b16_e300_b4096,
     projector_momentum_vit_s16_e300_b4096,
+)
+from fastmoco.recipes.sdssl import (
+    sdssl_byol_digits,
+    sdssl_byol_nano7_e12_b256,
+    sdssl_byol_vit_s16_e300_b1024,
+    sdssl_digits,
+    sdssl_nano7_e12_b256,
+    sdssl_simclr_digits,
+    sdssl_simclr_nano7_e12_b256,
+    sdssl_simclr_vit_s16_e300_b1024,
+    sdssl_vit_b16_e300_b1024,
+    sdssl_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.simclr import (
     simclr_digits,
@@ -151,6 +170,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         dino_vit_s16_e300_b1024,
         dino_nano7_e12_b256,
         dino_digits,
+        moco_v1_r50_e200_b256,
+        moco_v2_r50_e200_b256,
+        moco_v2_r50_e800_b256,
+        moco_nano7_e12_b256,
+        moco_digits,
         swav_crops_nano7_e12_b256,
         swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
@@ -162,6 +186,16 @@ RECIPES: dict[str, Callable[[], Config]] = {
         projector_momentum_vit_b16_e300_b4096,
         projector_momentum_nano7_e12_b256,
         projector_momentum_digits,
+        sdssl_vit_s16_e300_b1024,
+        sdssl_vit_b16_e300_b1024,
+        sdssl_byol_vit_s16_e300_b1024,
+        sdssl_simclr_vit_s16_e300_b1024,
+        sdssl_nano7_e12_b256,
+        sdssl_byol_nano7_e12_b256,
+        sdssl_simclr_nano7_e12_b256,
+        sdssl_digits,
+        sdssl_byol_digits,
+        sdssl_simclr_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

@@ -82,7 +82,9 @@ def simsiam_digits() -> Config:
 def simsiam_nano7_e12_b256() -> Config:
     """SimSiam with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
     cores."""
-    return _on(vit_nano7_e12_b256(), "simsiam_nano7_e12_b256")
+    config = _on(vit_nano7_e12_b256(), "simsiam_nano7_e12_b256")
+    # At the rate of MoCo v3, kNN gains a half as much in the first 240 steps.
+    return replace(config, optim=replace(config.optim, lr=4e-3))
 
 
 def _on(base: Config, recipe: str) -> Config:

@@ -31,6 +31,8 @@ SCHEDULE_FIELDS = (
     "optim.warmup_epochs",
     "optim.warmup_lr",
     "optim.final_lr",
+    "optim.milestones",
+    "optim.milestone_factor",
 )
 """Fields of the config that make the schedule of the learning rate."""
 
@@ -112,6 +114,8 @@ def schedule_changes(checkpoint: Checkpoint, config: Config, now: Resolved) -> s
 
 def _shown(value: Any) -> str:
     """A value of a config field in a sentence."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value)) or "none"
     return value if isinstance(value, str) else f"{value:g}"
 
 

@@ -14,6 +14,7 @@ from fastmoco_kernels.ema.op import ema_update_
 from fastmoco_kernels.gelu_bias.op import gelu
 from fastmoco_kernels.info_nce.op import InfoNCEResult, info_nce_loss, symmetric_info_nce_loss
 from fastmoco_kernels.info_nce.over_blocks import KeyBlock, info_nce_over_blocks
+from fastmoco_kernels.info_nce.with_queue import queued_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
@@ -42,6 +43,7 @@ __all__ = [
     "info_nce_loss",
     "info_nce_over_blocks",
     "lars_step_",
+    "queued_info_nce_loss",
     "residual_norm",
     "soft_cross_entropy",
     "soft_cross_entropy_of_rows",

@@ -28,10 +28,12 @@ from fastmoco.config import (
 from fastmoco.distributed import World
 from fastmoco.distributed.sharding import shard_
 from fastmoco.objectives.build import OBJECTIVES, build_objective
+from fastmoco.objectives.interface import START
 from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
@@ -39,7 +41,14 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
-from tests.fastmoco.objectives.test_conformance import TRUNKS, config_of, rest_of, rough, views_of
+from tests.fastmoco.objectives.test_conformance import (
+    ONLY_VIT,
+    TRUNKS,
+    config_of,
+    rest_of,
+    rough,
+    views_of,
+)
 
 IMAGES, STEPS = 12, 3
 WAYS: dict[str, dict[str, Any]] = {
@@ -69,6 +78,7 @@ VARIANTS = {
     "keys in a ring": Variant(
         MoCoV3Config, objective={"keys": "ring"}, ways=("ddp", "fsdp chunked")
     ),
+    "SDSSL on SimCLR": Variant(SDSSLConfig, objective={"on": "simclr"}),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
     "frozen trunk": Variant(
         SupervisedConfig,
@@ -145,8 +155,11 @@ def run_steps(
             named = objective.named_parameters()
             found["gradients"] = whole({n: p.grad for n, p in named if p.grad is not None})
         optimizer.step(ema_momentum=0.9, skip=torch.zeros(()))
+        objective.after_step(torch.zeros(()), START)
     tensors = training_state.collect(objective, optimizer)
-    found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith("rng")})
+    # Without what differs between ranks on purpose.
+    own = tuple(f"model.{name}" for name in objective.per_rank)
+    found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith(("rng", *own))})
     found["sharded"] = any(isinstance(t, DTensor) for t in tensors.values())
     return found
 
@@ -155,7 +168,9 @@ def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
     """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks."""
     if kind is MoCoV3Config:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")
-    return ("ddp", "fsdp chunked") if trunk == "vit" else ("fsdp",)
+    if trunk == "vit":
+        return ("ddp", "fsdp chunked")
+    return () if kind.kind in ONLY_VIT else ("fsdp",)
 
 
 def scores_in_bf16(world: World) -> dict[str, Any]:

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp in bf16": {"strategy": "fsdp", "precision": "bf16"},
     "fsdp in chunks": {"strategy": "fsdp", "chunk": 2, "kept": 1},
     "fsdp of SwAV": {"strategy": "fsdp", "recipe": "swav_digits"},
+    "fsdp of SDSSL": {"strategy": "fsdp", "recipe": "sdssl_digits", "chunk": 3, "kept": 1},
 }
 """Also seen to be equal, and left out to save time: BYOL, SimCLR, SimSiam, projector momentum, and
 FSDP2 whole, with all chunks kept, and with none."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastmoco.checkpoint import list_checkpoints
+from fastmoco.distributed import World
+from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines import pack_digits
 from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives import test_byol as byol
 from tests.fastmoco.objectives import test_dino as dino
+from tests.fastmoco.objectives import test_moco as moco
 from tests.fastmoco.objectives import test_projector_momentum as projector_momentum
+from tests.fastmoco.objectives import test_sdssl as sdssl
 from tests.fastmoco.objectives import test_simclr as simclr
 from tests.fastmoco.objectives import test_simsiam as simsiam
 from tests.fastmoco.objectives import test_swav as swav
@@ -19,9 +27,15 @@ Results = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks leave their files."""
+    return tmp_path_factory.mktemp("siblings")
+
+
+@pytest.fixture(scope="module")
+def ranks(out: Path) -> Results:
     """Results of all cases on two ranks."""
-    out = tmp_path_factory.mktemp("siblings")
+    pack_digits(out / "digits", seed=0)
     return launch(2, out, module="tests.distributed.run_siblings")
 
 
@@ -77,6 +91,44 @@ def test_centre_of_dino(ranks: Results) -> None:
     dino.check_ranks([rank["dino centre"] for rank in ranks], dino.read())
 
 
+def test_moco(ranks: Results) -> None:
+    """The file was made on two ranks: losses, gradients and running averages are those of each."""
+    cases = [rank["moco"] for rank in ranks]
+    moco.check_trace([case["trace"] for case in cases], moco.read())
+    moco.check_queue([case["queue"] for case in cases], moco.read(), "mr")
+
+
+def test_a_run_of_moco_continues_on_another_number_of_ranks(
+    ranks: Results, out: Path, tmp_path: Path
+) -> None:
+    """Two ranks end with equal weights and queues, and so does one that continues from their
+    middle: batch norms have the same groups of images."""
+    first, second = (rank["moco run"] for rank in ranks)
+    middle = list_checkpoints(out / "moco" / "checkpoints")[0]
+    shutil.copytree(middle, tmp_path / "checkpoints" / middle.name)
+    trainer = Trainer.build(first["config"], tmp_path, World(), trust=True)
+    try:
+        assert trainer.run() == 0
+        alone = dict(trainer.objective.state_dict())
+        own = trainer.objective.per_rank
+    finally:
+        trainer.close()
+    assert alone["queue_ptr"] == second["state"]["queue_ptr"] > 0
+    for name, tensor in first["state"].items():
+        if name in own:
+            assert not torch.equal(tensor, second["state"][name]), name
+        else:
+            assert torch.equal(tensor, second["state"][name]), name
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-9, atol=1e-10)
+
+
 def test_a_queue_of_swav_and_small_crops(ranks: Results) -> None:
     """It is that of one process, which continues from the state of two ranks."""
     swav.check_queue_of_ranks([rank["swav with a queue"] for rank in ranks])
+
+
+def test_sdssl(ranks: Results) -> None:
+    """On SimCLR with the gradient of the official code, and with that of the global loss."""
+    sdssl.check_moco([rank["sdssl moco"] for rank in ranks])
+    sdssl.check_simclr([rank["sdssl simclr"] for rank in ranks])
+    sdssl.check_true_gradient([rank["sdssl simclr, true"] for rank in ranks])

@@ -45,6 +45,8 @@ class Unit:
 class Network:
     """A tree of units. `rest` are the parameters outside of blocks and heads."""
 
+    name: str
+    """In `Objective.networks()`."""
     trained: bool
     rest: Unit | None
     """None if the network has no such parameters."""
@@ -81,7 +83,7 @@ def layout_of(config: Config, precision: str) -> Layout:
     parts = objective.parts()
     return Layout(
         networks=tuple(
-            _network(network, parts[name], averages) for name, network in _networks(objective)
+            _network(name, network, parts[name], averages) for name, network in _networks(objective)
         ),
         trained=tuple(p.numel() for p in objective.parameters() if p.requires_grad),
         element=8 if precision == "fp64" else 4,
@@ -93,7 +95,7 @@ def _networks(objective: Objective) -> list[tuple[str, nn.Module]]:
     return [(name, found[name]) for name in objective.parts()]
 
 
-def _network(network: nn.Module, parts: Parts, averages: set[int]) -> Network:
+def _network(name: str, network: nn.Module, parts: Parts, averages: set[int]) -> Network:
     def sharded(parameter: nn.Parameter) -> bool:
         return parameter.requires_grad or id(parameter) in averages
 
@@ -113,6 +115,7 @@ def _network(network: nn.Module, parts: Parts, averages: set[int]) -> Network:
     in_heads = {id(m) for head in parts.heads.values() for m in head.modules()}
     norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
     return Network(
+        name=name,
         trained=any(p.requires_grad for p in network.parameters()),
         rest=rest,
         trunk=tuple(one for one in trunk if one),

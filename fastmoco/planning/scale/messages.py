@@ -188,7 +188,9 @@ def _closing(sizes: Iterable[int]) -> Iterator[int]:
 
 def _batch_norms(config: Config, network: Network, ranks: int, element: int) -> Iterator[Message]:
     views = len(each_view(config.data.views))
-    separate = views if config.objective.kind in HEADS_BY_VIEW else 1
+    separate = views if _method(config) in HEADS_BY_VIEW else 1
+    if config.objective.kind == "sdssl" and network.name == "predictors":
+        separate *= 2  # with the gradient of the projections and without
 
     def norm(channels: int, batches: int, count: int, forward: Phase) -> Iterator[Message]:
         part = "batch norms"
@@ -217,18 +219,27 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
         yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
 
     has_keys = hasattr(objective, "keys")
+    method = _method(config)
     if has_keys and ranks.ring:
         yield from counts()
         size = images * 2 * config.model.projection_dim * element
         yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
-    elif has_keys or objective.kind == "simclr":
+    elif has_keys or method in ("moco_v3", "simclr"):
         yield from gather(images * 2 * config.model.projection_dim * element)
-    if objective.kind == "simclr":  # sums of both views' rows
-        yield from gather(images * 2 * 2 * element)
+    if method == "simclr" and not getattr(objective, "local_gradient", False):
+        yield from gather(images * 2 * 2 * element)  # sums of both views' rows
+    if objective.kind == "sdssl" and method == "simclr":  # keys of the intermediate blocks
+        yield from gather(images * 2 * config.model.projection_dim * element)
     if objective.kind == "swav":  # scores of two crops: the largest, then column sums
         yield Message("keys", "all_reduce", 2 * element, 1, "all", "heads")
         size = 2 * objective.prototypes * element
         yield Message("keys", "all_reduce", size, objective.sinkhorn_iterations, "all", "heads")
+
+
+def _method(config: Config) -> str:
+    """The kind of the objective, or of that which it extends."""
+    objective: Any = config.objective
+    return str(objective.on) if objective.kind == "sdssl" else objective.kind
 
 
 def _agreement(layout: Layout, ranks: Ranks) -> Iterator[Message]:

@@ -85,17 +85,29 @@ class _Rows(NamedTuple):
 
 
 def info_nce_chunked(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], request: Request
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    request: Request,
+    *,
+    queue: Tensor | None = None,
 ) -> OnePass:
     """Loss and gradients of S directions, `queries[s]` against `keys[s]`, in one pass of the keys.
 
     4 * B * N * D FLOPs a direction, as many again for `dkeys`. Memory beyond the results: the unit
     rows, and one tile.
+
+    Args:
+        queries: S of [B, D].
+        keys: S of [N, D].
+        request: what is wanted.
+        queue: [K, D] of unit length, the negatives of every query. `keys` are then the positives
+            alone: a query is compared with its own row, and with no other.
     """
     dtype, device = accumulation_dtype(queries[0]), queries[0].device
     B, D = queries[0].shape
     rows, columns = TILE_CPU if device.type == "cpu" else TILE
-    tile = torch.empty(min(rows, B) * min(columns, keys[0].shape[0]), dtype=dtype, device=device)
+    negatives = keys[0].shape[0] if queue is None else queue.shape[0]
+    tile = torch.empty(min(rows, B) * min(columns, negatives), dtype=dtype, device=device)
     factor = request.scale / (B * request.temperature)
 
     losses, dtemperatures, ranks = [], [], []
@@ -116,7 +128,12 @@ def info_nce_chunked(
             inside, first = slice(start, start + rows), request.positive_offset + start
             u_RD = u_BD[inside]
             sums = _Sums(u_RD, v_ND[first : first + len(u_RD)], request)
-            sums.add(wide, first, tile, columns)
+            if queue is None:
+                sums.add(wide, first, tile, columns)
+            else:
+                # In parts, so that no second queue is in memory; positives are beyond all of them.
+                for part in queue.split(columns):  # type: ignore[no-untyped-call]
+                    sums.add(_with_ones(part, dtype), len(part), tile, columns)
             block = sums.finish()
             blocks.append(block)
             if block.dq is not None:
@@ -236,6 +253,14 @@ def _unit_rows(raw: Tensor, dtype: torch.dtype, more: int = 0) -> tuple[Tensor, 
     unit = raw.new_zeros(raw.shape[0], raw.shape[1] + more)
     torch.div(raw, norm.clamp_min(EPS), out=unit[:, : raw.shape[1]])
     return unit, norm
+
+
+def _with_ones(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as they are, followed by a column of ones and zeros."""
+    wide = torch.zeros(rows.shape[0], rows.shape[1] + ONES, dtype=dtype, device=rows.device)
+    wide[:, : rows.shape[1]] = rows
+    wide[:, rows.shape[1]] = 1
+    return wide
 
 
 def _through_norm(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:

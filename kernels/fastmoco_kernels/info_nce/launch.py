@@ -55,6 +55,7 @@ def info_nce_triton(
     keys: Sequence[Tensor],
     request: Request,
     *,
+    queue: Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> OnePass:
@@ -64,6 +65,7 @@ def info_nce_triton(
         queries: S of [B, D], D <= 512, not float64.
         keys: S of [N, D].
         request: with `precision` one of the four.
+        queue: as for `info_nce_chunked`.
         tile: instead of the measured one.
         splits: parts of the keys, instead of the computed number.
     """
@@ -72,7 +74,12 @@ def info_nce_triton(
         N, B = keys[0].shape[0], queries[0].shape[0]
         first = request.positive_offset
         own = _own(q.unit, k.unit, N, first) if request.accuracy else None
-        swept = _stream(q.unit, k.unit, N, first, request, own=own, tile=tile, splits=splits)
+        streamed, count, shift = k.unit, N, first
+        if queue is not None:
+            # The positive of every query is beyond the rows that stream past.
+            streamed = _unit_rows((queue,), request.precision, normalise=False).unit
+            count = shift = queue.shape[0]
+        swept = _stream(q.unit, streamed, count, shift, request, own=own, tile=tile, splits=splits)
         rows, dq, bias, share = _finish(q, k, swept, request)
         dkeys = rows.new_empty(0)
         if request.key_gradient:
@@ -163,7 +170,8 @@ def _added(rows: Tensor, dq: Tensor, dkeys: Tensor, request: Request) -> OnePass
     )
 
 
-def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
+def _unit_rows(raw: Sequence[Tensor], precision: str, *, normalise: bool = True) -> _Units:
+    """Rows in the operands' type and padded, at unit length unless they are so already."""
     first, second = raw[0], raw[-1]
     if second.stride() != first.stride():
         first, second = first.contiguous(), second.contiguous()
@@ -185,6 +193,7 @@ def _unit_rows(raw: Sequence[Tensor], precision: str) -> _Units:
         D=D,
         ROWS=block,
         TF32=precision == "tf32",
+        NORMALISE=normalise,
         num_warps=4,
     )
     return _Units((first, second), unit, norm)

@@ -22,7 +22,8 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _SCHEMA = (
     "(Tensor q, Tensor keys, Tensor? second_q, Tensor? second_keys, "
     "Tensor? temperature, float fixed_temperature, float scale, int positive_offset, "
-    "bool gradient, bool key_gradient, bool accuracy, str precision, bool triton) "
+    "bool gradient, bool key_gradient, bool accuracy, str precision, bool triton, "
+    "Tensor? queue=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -43,10 +44,16 @@ class _Values(NamedTuple):
     accuracy: bool
     precision: str
     triton: bool
+    queue: Tensor | None = None
 
 
 def one_pass(
-    queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], request: Request, *, triton: bool
+    queries: tuple[Tensor, ...],
+    keys: tuple[Tensor, ...],
+    request: Request,
+    *,
+    triton: bool,
+    queue: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss, differentiable as requested, and hits, of one direction or two.
 
@@ -55,6 +62,7 @@ def one_pass(
         keys: as many [N, D].
         request: what is wanted.
         triton: the kernels; else chunks in torch.
+        queue: [K, D] negatives of one direction, whose `keys` are then positives alone.
     """
     temperature, fixed_temperature = (
         (request.temperature, 0.0)
@@ -75,10 +83,10 @@ def one_pass(
         request.accuracy,
         request.precision,
         triton,
+        queue,
     )
-    watched = (
-        traced() or torch._C._are_functorch_transforms_active() or not all_plain(queries + keys)
-    )
+    given = queries + keys + (() if queue is None else (queue,))
+    watched = traced() or torch._C._are_functorch_transforms_active() or not all_plain(given)
     run: Callable[..., _Results] = _info_nce if watched else _Eager.apply
     results = run(*values)
     return results[0], results[4]
@@ -104,9 +112,9 @@ def _compute(values: _Values) -> _Results:
         if values.triton:
             from fastmoco_kernels.info_nce.launch import info_nce_triton
 
-            found = info_nce_triton(queries, all_keys, request)
+            found = info_nce_triton(queries, all_keys, request, queue=values.queue)
         else:
-            found = info_nce_chunked(queries, all_keys, request)
+            found = info_nce_chunked(queries, all_keys, request, queue=values.queue)
     return _as_results(found, q, keys, learnt=temperature is not None)
 
 
@@ -184,7 +192,7 @@ def _backward(ctx: Any, incoming: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         scaled(dtemperature, temperature_dtype)
         if temperature_dtype is not None and wanted[4]
         else None,
-        *[None] * 8,
+        *[None] * 9,
     )
 
 

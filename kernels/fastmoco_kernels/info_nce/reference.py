@@ -32,6 +32,34 @@ def info_nce_reference(
         return loss * (2 * temperature if scale is None else scale)
 
 
+def queued_info_nce_reference(
+    q_BD: Tensor,
+    k_BD: Tensor,
+    queue_KD: Tensor,
+    *,
+    temperature: float | Tensor,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`scale * mean_i CE([u(q_i) u(k_i), u(q_i) queue^T] / temperature, 0)`, and the ranks.
+
+    Materialises the [B, 1 + K] logits. Differentiable, any number of times, in `q_BD` and in a
+    temperature that is a tensor.
+
+    Returns:
+        The loss, and [B] int64 the number of rows of the queue at least as similar as the positive.
+    """
+    with torch.autocast(q_BD.device.type, enabled=False):
+        dtype = accumulation_dtype(q_BD)
+        q_BD = normalize(q_BD.to(dtype), dim=1, eps=1e-12)
+        k_BD = normalize(k_BD.detach().to(dtype), dim=1, eps=1e-12)
+        own_B1 = (q_BD * k_BD).sum(1, keepdim=True)
+        cosines_BK = q_BD @ queue_KD.detach().to(dtype).T
+        logits = torch.cat([own_B1, cosines_BK], dim=1) / temperature
+        positives = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
+        bar_B1 = own_B1 - 64 * torch.finfo(dtype).eps
+        return scale * cross_entropy(logits, positives), (cosines_BK >= bar_B1).sum(1)
+
+
 def positive_ranks_reference(q_BD: Tensor, keys_ND: Tensor, *, positive_offset: int) -> Tensor:
     """[B] int64: number of negatives at least as similar as the positive; 0 if it ranks first.
 

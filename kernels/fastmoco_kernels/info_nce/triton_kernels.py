@@ -45,8 +45,12 @@ def info_nce_unit_rows_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TF32: tl.constexpr,
+    NORMALISE: tl.constexpr,
 ):
-    """Rows at unit length in the operands' type, padded with zero rows, and their lengths."""
+    """Rows at unit length in the operands' type, padded with zero rows, and their lengths.
+
+    Without NORMALISE rows stay as long as they are.
+    """
     direction = tl.program_id(1)
     raw_ptr = first_ptr
     if direction == 1:
@@ -61,7 +65,9 @@ def info_nce_unit_rows_kernel(
     )
     raw = raw.to(tl.float32)
     norm = tl.sqrt(tl.sum(raw * raw, 1))
-    unit = raw / tl.maximum(norm, EPS)[:, None]
+    unit = raw
+    if NORMALISE:
+        unit = raw / tl.maximum(norm, EPS)[:, None]
     if TF32:
         unit = round_to_tf32(unit)
     unit_ptr += direction.to(tl.int64) * rows_padded * D

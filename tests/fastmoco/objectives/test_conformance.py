@@ -142,7 +142,16 @@ for names, trunk, head in (
         "momentum_projector": head,
         "predictor": PREDICTOR,
     }
+NAMES["sdssl"] = {
+    **NAMES["moco_v3"],
+    "projectors": [name.removeprefix("head.") for name in PROJECTOR],
+}
+NAMES["sdssl"]["predictors"] = NAMES["sdssl"].pop("predictor")
 NAMES["simclr"] = {"encoder": ENCODER + PROJECTOR}
+NAMES["moco"] = {
+    network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    for network in ("encoder", "momentum_encoder")
+}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
@@ -151,12 +160,19 @@ for good."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
+    "moco": {"queue": 768, "batch_norm_groups": 4},
 }
 """What an objective cannot have by default, or has to be tested with."""
+ONLY_VIT = {"sdssl"}
+"""Objectives that read every block of a ViT; on a ResNet they are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
+    if kind.kind in ONLY_VIT and base is RESNET:
+        with pytest.raises(ValueError, match="must be a ViT"):
+            build_objective(replace(base, objective=kind()), torch.device("cpu"))
+        pytest.skip(f"{kind.kind} needs the blocks of a ViT")
     view2 = base.data.view2
     if _class_of(kind).view_count == 1:
         view2 = replace(view2, copies=0)
@@ -520,5 +536,8 @@ def test_the_loss_of_knowing_nothing_is_that_of_unrelated_features(
     dtype = next(objective.parameters()).dtype
     views = [torch.randn(256, 3, size, size, dtype=dtype) for _ in range(objective.view_count or 2)]
     with torch.no_grad():
-        loss = objective(*views, **rest_of(objective, 256)).loss.item()
+        # A queue is of features too, once it is full.
+        for _ in range(3):
+            loss = objective(*views, **rest_of(objective, 256)).loss.item()
+            objective.after_step(None, AT)
     assert loss == pytest.approx(value, rel=0.15)

@@ -10,6 +10,8 @@ import pytest
 
 from fastmoco.config import Config, OptimConfig, resolve
 from fastmoco.optim import Steps, ema_momentum, learning_rate, run_learning_rate, simclr_steps
+from fastmoco.optim.schedule import run_end
+from fastmoco.recipes import get_recipe
 
 Golden = Callable[[str], dict[str, np.ndarray]]
 
@@ -128,6 +130,36 @@ def test_cosine_per_epoch_is_constant_within_an_epoch() -> None:
     rates = [learning_rate(s, warmup_epochs=4 / 3, **shape) for s in range(7)]
     assert rates[:6] == pytest.approx([0, 0.5, 1, 1.5, 2, 2])
     assert rates[6] == pytest.approx(1 + np.cos(np.pi * (2 - 4 / 3) / (4 - 4 / 3)))
+
+
+def test_steps_fall_at_the_milestones() -> None:
+    """MoCo v1: a tenth from epoch 120 of 200, and a hundredth from 160; here 2 and 3 of 4."""
+    shape = {"peak": 2.0, "epochs": 4, "steps_per_epoch": 3, "schedule": "steps"}
+    rates = [learning_rate(s, warmup_epochs=1, milestones=(2, 3), **shape) for s in range(12)]
+    expected = [0, 2 / 3, 4 / 3, 2, 2, 2, 0.2, 0.2, 0.2, 0.02, 0.02, 0.02]
+    assert rates == pytest.approx(expected)
+
+    # Of a run, and where it ends.
+    config = get_recipe("moco_v1_r50_e200_b256")
+    resolved = resolve(config, world_size=1, sample_count=256 * 10)
+    rates = [run_learning_rate(epoch * 10, config, resolved) for epoch in (0, 119, 120, 159, 160)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003])
+    assert run_learning_rate(1199, config, resolved) == pytest.approx(0.03)
+    assert run_end(config, resolved) == (2000, pytest.approx(0.0003))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "steps"}, r"milestones=\(\): schedule=steps needs epochs"),
+        ({"schedule": "steps", "milestones": (3.0, 2.0)}, "in ascending order"),
+        ({"milestones": (3.0,)}, "needs schedule=steps"),
+        ({"milestone_factor": 1.0}, "milestone_factor=1.0: must be above 0 and below 1"),
+    ],
+)
+def test_wrong_milestones_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**change)
 
 
 @pytest.mark.parametrize(

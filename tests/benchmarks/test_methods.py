@@ -1,0 +1,92 @@
+"""Gains at equal CPU-seconds, and the time to an accuracy, from curves that are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import methods, time_to_accuracy
+from benchmarks.learning.tasks import Data, config_of, phase_words
+from fastmoco.objectives.build import OBJECTIVES
+from fastmoco.recipes import RECIPES
+
+
+def _curve(seed: int, *knn: float, every_s: float = 10.0):
+    return {
+        "seed": seed,
+        "images": [1000 * i for i in range(len(knn))],
+        "cpu_s": [every_s * i for i in range(len(knn))],
+        "knn": list(knn),
+        "events": [],
+    }
+
+
+def test_every_kind_that_learns_without_labels_is_a_method_of_both_tasks():
+    kinds = {k.kind for k, build in OBJECTIVES.items() if not build.__self__.needs_labels}
+    for task in methods.SUFFIXES:
+        found = {RECIPES[recipe]().objective.kind for recipe in methods.methods_of(task).values()}
+        assert found == kinds
+    assert "supervised" not in methods.methods_of("fashion")
+    # Equal seconds compare methods on one trunk and one batch.
+    configs = [RECIPES[recipe]() for recipe in methods.methods_of("fashion").values()]
+    shapes = {(c.model.architecture, c.model.patch_size, c.global_batch_size) for c in configs}
+    assert shapes == {("vit_nano", 7, 256)}
+
+
+def test_a_gain_is_that_of_the_worse_seed_at_the_budget(monkeypatch, tmp_path):
+    known = {0: _curve(0, 0.5, 0.6, 0.7), 1: _curve(1, 0.5, 0.54, 0.58, 0.9)}
+    monkeypatch.setattr(methods, "trained", lambda *_, seed, **__: known[seed])
+    data = Data(train="", test="", source="x")
+    monkeypatch.setattr(methods, "prepare", lambda *_: data)
+    options = methods.DEFAULTS | {"methods": "byol", "budget_s": 15.0, "folder": str(tmp_path)}
+    result = methods.run(options)
+    assert result["methods"]["byol"]["gain"] == {"mean": 0.105, "min": 0.06, "max": 0.15}
+    assert result["methods"]["byol"]["seconds_to_gain"] == pytest.approx([8.0, 20.0])
+    assert "gained 6.0 points" in result["failed"]["byol"]
+    assert "| byol | 50.0% | 60.5% | 10.5 | 6.0 | 8, 20 |" in methods.table(result)
+    (chart,) = methods.charts(result)
+    assert [y for _, y in chart.lines["byol"]] == pytest.approx([0, 7, 14])
+
+    assert methods.run(options | {"gain": 0.05})["failed"] == {}
+    with pytest.raises(ValueError, match="'bicycle' is none of"):
+        methods.run(options | {"methods": "bicycle"})
+
+
+def test_the_accuracy_is_a_share_of_what_the_plain_side_gains():
+    plain = [_curve(0, 0.5, 0.6, 0.7), _curve(1, 0.5, 0.7, 0.8)]
+    assert time_to_accuracy.accuracy_of(plain, 20.0, 0.8) == pytest.approx(0.7)
+    assert time_to_accuracy.accuracy_of(plain, 10.0, 1.0) == pytest.approx(0.65)
+
+
+def test_times_to_the_accuracy_are_compared_and_a_missed_one_is_no_ratio():
+    plain = [_curve(0, 0.5, 0.6, 0.7), _curve(1, 0.5, 0.7, 0.8)]
+    fast = [_curve(seed, 0.5, 0.7, every_s=6.0) for seed in range(2)]
+    never = [_curve(0, 0.5, 0.7), _curve(1, 0.5, 0.6)]
+    curves = {"plain": plain, "dropping": fast, "schedule": never}
+    found = time_to_accuracy.compared(curves, 0.7)
+    assert found["sides"]["plain"]["seconds"] == [20.0, 10.0]
+    assert found["ratio"]["dropping"] == {"of_means": 0.4, "min": 0.3, "max": 0.6}
+    assert found["sides"]["schedule"]["seconds"] == [10.0, None]
+    assert "schedule" not in found["ratio"]
+    assert found["reached"] == {"dropping": True, "schedule": False}
+    assert time_to_accuracy.compared(curves, 0.5)["failed"]["plain"]
+
+
+def test_phases_begin_at_their_steps_wherever_the_run_ends():
+    data = Data(train="a-*.tar", test="b-*.tar", source="")
+    how = {"seed": 0, "samples": 2560, "image_size": 32, "patch_size": 4}
+    config = config_of("fashion", data, **how, schedule="8/1@0,4/0.25@300,4/1@301")
+    total = round(config.epochs * 10)
+    phases = [config.model.phases.at(step, total) for step in (0, 299, 300, 301, total - 1)]
+    assert [(p.patch_size, p.keep) for p in phases] == [(8, 1), (8, 1), (0, 0.25), (0, 1), (0, 1)]
+    assert config_of("fashion", data, **how).model.phases.plain
+    with pytest.raises(ValueError, match="'8@0' is not PATCH/KEEP@STEP"):
+        phase_words("4/1@0,8@0")
+
+
+def test_flops_of_a_phase_fall_with_its_tokens():
+    data = Data(train="a-*.tar", test="b-*.tar", source="")
+    plain = config_of("digits", data, seed=0, samples=256)
+    whole, half, large = (
+        time_to_accuracy.flops_of(plain, *phase) for phase in ((2, 1.0), (2, 0.5), (4, 1.0))
+    )
+    assert large < half < whole
