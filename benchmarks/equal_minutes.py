@@ -8,7 +8,8 @@ good for: kNN, linear probe, fine-tuning, beside the same encoder trained with l
 Every run is a command of `fastmoco` in a process of its own with one thread. Two short runs of each
 recipe give the CPU-seconds of an epoch, and these the number of epochs that fit into the minutes.
 The columns have the CPU-seconds that a whole run has taken. A run or an evaluation that has ended
-already in OUT is not repeated. OUT/table.md is the result, OUT/table.json the same for programs.
+already in OUT is not repeated. The evaluations need `moco_v3` among the `--methods`. OUT/table.md is
+the result, OUT/table.json the same for programs.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.cases.methods import methods_of
 from benchmarks.kept_runs import once
 from fastmoco.run.folder import RunFolder
 
-RECIPES = {
-    "MoCo v3": "vit_nano7_e12_b256",
-    "SimCLR": "simclr_nano7_e12_b256",
-    "BYOL": "byol_nano7_e12_b256",
-    "SwAV": "swav_nano7_e12_b256",
-}
+RECIPES = methods_of("fashion")
+"""Recipe by method: all that learn without labels."""
+EVALUATED = "moco_v3"
+"""The method whose encoder is evaluated further."""
 SUPERVISED = "supervised_nano7_e12_b256"
 SMALL_IMAGES = (
     *("--batch", "256", "--lr", "3e-3", "--mixup", "0", "--cutmix", "0"),
@@ -97,27 +97,23 @@ class Runs:
         return self.once(name, "eval", protocol, str(self.out / "runs" / run), *sets, *more)
 
 
-def slug(label: str) -> str:
-    """A label as a name of a file."""
-    return label.lower().replace(" ", "")
-
-
 def measure(
-    runs: Runs, minutes: float, seeds: Sequence[int], epochs: float
+    runs: Runs, methods: Sequence[str], minutes: float, seeds: Sequence[int], epochs: float
 ) -> list[dict[str, Any]]:
     """One row for each run or evaluation: what, seed, figures and CPU-seconds."""
     rows: list[dict[str, Any]] = []
     watch = ("--knn.test-shards", runs.test, "--knn.max-train-images", str(BANK))
-    for label, recipe in RECIPES.items():
-        fitting = runs.epochs_for(runs.train, slug(label), recipe, minutes)
+    for method in methods:
+        recipe = RECIPES[method]
+        fitting = runs.epochs_for(runs.train, method, recipe, minutes)
         for seed in seeds:
-            name = f"{slug(label)}-{seed}"
+            name = f"{method}-{seed}"
             more = ("--seed", str(seed), "--knn.every-epochs", "1000", *watch)
             done = runs.train_on(runs.train, name, recipe, fitting, *more)
             before, after = runs.knn(name)
             rows.append(
                 {
-                    "what": label,
+                    "what": method,
                     "seed": seed,
                     "epochs": fitting,
                     "before": before,
@@ -127,9 +123,11 @@ def measure(
             )
 
     # What the encoder of MoCo v3 is good for, beside the same encoder trained with labels.
+    if EVALUATED not in methods:
+        return rows
     fitting = runs.epochs_for(runs.labelled, "supervised", SUPERVISED, minutes, (1, 4))
     for seed in seeds:
-        run = f"{slug('MoCo v3')}-{seed}"
+        run = f"{EVALUATED}-{seed}"
         folder = runs.out / "runs" / f"finetune-{seed}"
         tuned = ("--out", str(folder), "--epochs", f"{epochs:g}", *SMALL_IMAGES)
         own = ("--seed", str(seed), "--accuracy.test-shards", runs.test)
@@ -185,12 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labelled", help="part of the training set whose labels are used")
     parser.add_argument("out", type=Path, help="folder of runs and results")
     parser.add_argument("--minutes", type=float, default=5, help="CPU-minutes of training")
+    parser.add_argument("--methods", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=float, default=5, help="of the fine-tuning")
     arguments = parser.parse_args(argv)
     labelled = arguments.labelled or arguments.train
     runs = Runs(arguments.train, arguments.test, labelled, arguments.out)
-    rows = measure(runs, arguments.minutes, arguments.seeds, arguments.epochs)
+    rows = measure(runs, arguments.methods, arguments.minutes, arguments.seeds, arguments.epochs)
     text = table(rows, arguments.seeds)
     (arguments.out / "table.json").write_text(json.dumps(rows, indent=1))
     (arguments.out / "table.md").write_text(text + "\n")

@@ -5,7 +5,6 @@ config.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -117,23 +116,34 @@ def of_config(
 
 
 def no_recipe(
-    verb: str, described: Described, recipes: dict[str, str], *, also_required: Sequence[str] = ()
+    verb: str,
+    described: Described,
+    recipes: Sequence[Sequence[str]],
+    *,
+    also_required: Sequence[str] = (),
 ) -> str:
     """The page of a command with a config before a recipe is chosen.
 
     Args:
         verb: the command.
         described: its options, with the defaults of no recipe.
-        recipes: name and a line for each recipe.
+        recipes: their names, by method.
         also_required: as of `of_config`.
     """
     required = _required(described, also_required)
     lines = _usage(f"{verb} RECIPE", required, list(described.options))
     lines += ["", *_wrapped(described.about), *_wrapped(RECIPE)]
-    column = max(map(len, recipes)) + 4
-    # Names have epochs and batch: what they are for is enough to choose by.
-    rows = [(name, re.split("[,:]", line)[0].rstrip(".")) for name, line in recipes.items()]
-    lines += ["", heading("Recipes (more of each: fastmoco recipes)"), *_rows(rows, column)]
+
+    # Names have method, encoder, epochs and batch: a method's are in as few lines as they fit in.
+    lines += ["", heading("Recipes by method (fastmoco recipes describes each)")]
+    for names in recipes:
+        line = ""
+        for name in names:
+            if line and len(line) + 2 + len(name) > width():
+                lines.append(line)
+                line = ""
+            line += f"  {name}"
+        lines.append(line)
     if required:
         lines += ["", heading("Required"), *_required_rows(described, required)]
     first = {option.name for option in required} | _second(required)

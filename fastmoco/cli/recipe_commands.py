@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -163,17 +163,9 @@ def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
 def _without_recipe(kind: type[P], verb: str) -> str:
     """The help of a command before a recipe is chosen."""
     described = describe(kind, _defaults(kind, Config()))
-    return no_recipe(
-        verb,
-        described,
-        {name: _in_a_line(first_sentence(recipe.__doc__)) for name, recipe in RECIPES.items()},
-        also_required=REQUIRED.get(kind, ()),
-    )
-
-
-def _in_a_line(sentence: str) -> str:
-    """What a sentence has before a colon, cut to a line; `fastmoco recipes` has the rest."""
-    return textwrap.shorten(sentence.partition(":")[0].rstrip("."), 48, placeholder=" ...")
+    methods = groupby(RECIPES, key=lambda name: get_recipe(name).objective.kind)
+    recipes = [list(names) for _, names in methods]
+    return no_recipe(verb, described, recipes, also_required=REQUIRED.get(kind, ()))
 
 
 def _follow_image_size(config: Config, args: list[str]) -> Config:

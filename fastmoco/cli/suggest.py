@@ -98,6 +98,10 @@ COMMAND_MEANINGS = {
 """Words for each command."""
 
 
+SMALL_CROPS = "data.more-views."
+"""How the options of small crops begin."""
+
+
 def plain(word: str) -> str:
     """A word of an option without its dashes and value, with hyphens."""
     return word.partition("=")[0].lstrip("-").replace("_", "-").lower()
@@ -111,6 +115,11 @@ def near_options(word: str, described: Described, *, most: int = 3) -> list[Opti
 
     # The last parts of an option's name, e.g. `--view1.size` or `--lr`.
     found = [o for o, name in names.items() if name == wanted or name.endswith(f".{wanted}")]
+    # The number of a group of small crops that a recipe has not.
+    if wanted.startswith(SMALL_CROPS):
+        last = wanted.rpartition(".")[2]
+        crops = [o for o, name in names.items() if name.startswith(SMALL_CROPS)]
+        found += [o for o in crops if names[o].rpartition(".")[2] == last]
     # Words of other scripts, also with the wrong group: `--optim.learning-rate`.
     for key in (wanted, wanted.rpartition(".")[2]):
         meant = [o for o in options if key in MEANINGS.get(o.name, "").split()]
@@ -130,11 +139,21 @@ def near_options(word: str, described: Described, *, most: int = 3) -> list[Opti
     return list(dict.fromkeys(found))[:most]
 
 
+def has_small_crops(described: Described) -> bool:
+    """Whether a recipe has a group of small crops."""
+    return any(plain(option.flag).startswith(SMALL_CROPS) for option in described.options)
+
+
 def unknown_option(word: str, described: Described, whole_list: str) -> str:
     """What to say about an option that does not exist."""
     shown = word.partition("=")[0]
     note = NOTES.get(plain(word))
     near = near_options(word, described)
+    if plain(word).startswith(SMALL_CROPS) and not has_small_crops(described):
+        return (
+            f"unknown option {shown}: this recipe has no small crops; take one of DINO or SwAV "
+            "that has, `fastmoco recipes` lists them"
+        )
     if note and not any(option.flag == f"--{plain(word)}" for option in near):
         return f"unknown option {shown}; {note}"
     if not near:

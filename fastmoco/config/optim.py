@@ -58,8 +58,8 @@ class OptimConfig:
     """LARS: multiply the learning rate into the momentum buffer, as SimCLR does, and not into the
     step, as MoCo v3 and BYOL do."""
     weight_decay: Annotated[float, Resume.WITH_ALLOW] = 0.1
-    """Decoupled weight decay of AdamW and LAMB. LARS adds it to the gradient, only for tensors of
-    two or more dimensions; LARC and SGD add it to that of every tensor."""
+    """Weight decay. It is decoupled in AdamW and LAMB. LARS adds it to the gradient, only for tensors
+    of two or more dimensions; LARC and SGD add it to that of every tensor."""
     final_weight_decay: Annotated[float | None, Resume.WITH_ALLOW] = None
     """Weight decay at the end of the run, to which it goes from `weight_decay` by half a cosine;
     None: it is constant. 0.4 from 0.04 in DINO."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastmoco.config import Config
 from fastmoco.distributed.agree import total
 from fastmoco.distributed.mesh import group_size
+from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.encoder import with_heads
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
@@ -55,6 +57,8 @@ class DINO(Objective):
         teacher_temperature_start: the same in epoch 0.
         teacher_warmup_epochs: whole epochs from the first temperature to the last.
         center_momentum: weight of the old centre in its average.
+        head_norm: whether batch norms are in the head, over all crops of all ranks; then heads and
+            loss need the whole batch.
         train_last_norm: whether the lengths of the last layer's rows are trained; else they are 1.
         freeze_last_layer_epochs: first epochs without an update of the last layer.
         initial_weights: "dino": normal with deviation 0.02, in a ViT (`initialise_`) and in the
@@ -69,6 +73,7 @@ class DINO(Objective):
     """
 
     evaluated = DINOConfig.evaluated
+    least_large = LARGE
     center: Tensor
 
     def __init__(
@@ -83,6 +88,7 @@ class DINO(Objective):
         teacher_temperature_start: float = 0.04,
         teacher_warmup_epochs: int = 0,
         center_momentum: float = 0.9,
+        head_norm: bool = False,
         train_last_norm: bool = False,
         freeze_last_layer_epochs: float = 1.0,
         initial_weights: InitialWeights = "dino",
@@ -102,6 +108,7 @@ class DINO(Objective):
                 hidden_dim,
                 projection_dim,
                 prototypes,
+                norm=head_norm,
                 train_norm=train_last_norm,
                 initial_weights=initial_weights,
             )
@@ -110,7 +117,7 @@ class DINO(Objective):
         self.momentum = Momentum(
             self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
         )
-        self.coupling = self.encoder.coupling
+        self.coupling = with_heads(self.encoder) if head_norm else self.encoder.coupling
         self.coupling_reason = self.encoder.coupling_reason
         self.register_buffer("center", torch.zeros(1, prototypes))
 
@@ -135,6 +142,7 @@ class DINO(Objective):
             teacher_temperature_start=own.teacher_temperature_start,
             teacher_warmup_epochs=own.teacher_warmup_epochs,
             center_momentum=own.center_momentum,
+            head_norm=own.head_norm,
             train_last_norm=own.train_last_norm,
             freeze_last_layer_epochs=own.freeze_last_layer_epochs,
             ema_momentum=own.ema_momentum,
@@ -322,14 +330,18 @@ class DINOHead(nn.Module):
         projection: int,
         outputs: int,
         *,
+        norm: bool = False,
         train_norm: bool = False,
         initial_weights: InitialWeights = "dino",
     ) -> None:
         super().__init__()
+        norms = [[BatchNorm(hidden)] if norm else [] for _ in range(2)]
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),
+            *norms[0],
             nn.GELU(),
             nn.Linear(hidden, hidden),
+            *norms[1],
             nn.GELU(),
             nn.Linear(hidden, projection),
         )
@@ -338,7 +350,8 @@ class DINOHead(nn.Module):
 
     def forward(self, rows: Tensor) -> HeadRows:
         """Rows [..., E] -> unit rows, and the weight that they are multiplied with."""
-        projected = self.mlp(rows)
+        # Flat, so that batch norms have the statistics of all rows together.
+        projected = self.mlp(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
         wide = torch.promote_types(projected.dtype, torch.float32)
         unit = F.normalize(projected.to(wide), dim=-1, eps=1e-12)
         return HeadRows(unit, self.last_layer().to(wide), projected)

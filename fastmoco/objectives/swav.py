@@ -70,6 +70,7 @@ class SwAV(Objective):
         queue_used: [2] whether it is in use.
     """
 
+    least_large = ASSIGNED
     queue: Tensor
     queue_used: Tensor
 
@@ -117,10 +118,11 @@ class SwAV(Objective):
         """
         own = config.objective
         assert isinstance(own, SwAVConfig)
-        if own.queue % config.global_batch_size:
+        batch = config.global_batch_size
+        if own.queue % batch:
             raise ValueError(
-                f"objective.queue={own.queue}: must be a multiple of "
-                f"global_batch_size={config.global_batch_size}, whose rows it takes in each step"
+                f"objective.queue={own.queue}: must be a multiple of global_batch_size={batch}, "
+                f"whose rows it takes in each step; take {max(1, own.queue // batch) * batch}"
             )
         if own.queue and own.queue_start_epoch >= config.epochs:
             raise ValueError(

@@ -53,9 +53,13 @@ from fastmoco.recipes.projector_momentum import (
     projector_momentum_vit_s16_e300_b4096,
 )
 from fastmoco.recipes.sdssl import (
+    sdssl_byol_digits,
+    sdssl_byol_nano7_e12_b256,
     sdssl_byol_vit_s16_e300_b1024,
     sdssl_digits,
     sdssl_nano7_e12_b256,
+    sdssl_simclr_digits,
+    sdssl_simclr_nano7_e12_b256,
     sdssl_simclr_vit_s16_e300_b1024,
     sdssl_vit_b16_e300_b1024,
     sdssl_vit_s16_e300_b1024,
@@ -162,6 +166,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         swav_r50_e400_b256,
         swav_nano7_e12_b256,
         swav_digits,
+        swav_crops_nano7_e12_b256,
+        swav_crops_digits,
         dino_vit_s16_e100_b512,
         dino_vit_s16_e300_b1024,
         dino_nano7_e12_b256,
@@ -171,8 +177,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
         moco_v2_r50_e800_b256,
         moco_nano7_e12_b256,
         moco_digits,
-        swav_crops_nano7_e12_b256,
-        swav_crops_digits,
         simsiam_vit_s16_e300_b4096,
         simsiam_vit_b16_e300_b4096,
         simsiam_r50_e100_b512,
@@ -187,7 +191,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         sdssl_byol_vit_s16_e300_b1024,
         sdssl_simclr_vit_s16_e300_b1024,
         sdssl_nano7_e12_b256,
+        sdssl_byol_nano7_e12_b256,
+        sdssl_simclr_nano7_e12_b256,
         sdssl_digits,
+        sdssl_byol_digits,
+        sdssl_simclr_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,
@@ -252,6 +260,9 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
         return re.sub(r"\br(?:n|es)?(?=\d)", "resnet", found)
 
     wanted = letters(name)
+    alone = re.sub(r"[^a-z0-9]", "", name.lower())
+    if alone in ALONE:
+        return list(ALONE[alone])[:most]
     known = {recipe: letters(recipe) for recipe in RECIPES}
     found = [recipe for recipe, text in known.items() if wanted and text.startswith(wanted)]
     found += [recipe for recipe, text in known.items() if len(wanted) > 2 and wanted in text]
@@ -262,5 +273,11 @@ def near_recipes(name: str, *, most: int = 2) -> list[str]:
     return list(dict.fromkeys(found))[:most]
 
 
+ALONE = {
+    "moco": ("vit_s16_e300_b4096", "moco_v2_r50_e200_b256"),
+    "mocov3": ("vit_s16_e300_b4096", "vit_nano8_e60_b256"),
+    "digits": ("quickstart_digits", "digits_drop50"),
+}
+"""Recipes for a word that names a method or a set and nothing else."""
 SIZES = {"small": "s", "base": "b", "large": "l", "huge": "h"}
 """Sizes of ViT as other programs name them."""

@@ -86,15 +86,41 @@ def sdssl_simclr_vit_s16_e300_b1024() -> Config:
 
 def sdssl_digits() -> Config:
     """SDSSL on MoCo v3 with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
-    objective = SDSSLConfig(ema_momentum=0.97)
-    return replace(quickstart_digits(), recipe="sdssl_digits", objective=objective)
+    return _small("sdssl_digits", quickstart_digits(), "moco_v3")
+
+
+def sdssl_byol_digits() -> Config:
+    """SDSSL on BYOL with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
+    return _small("sdssl_byol_digits", quickstart_digits(), "byol")
+
+
+def sdssl_simclr_digits() -> Config:
+    """SDSSL on SimCLR with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
+    return _small("sdssl_simclr_digits", quickstart_digits(), "simclr")
 
 
 def sdssl_nano7_e12_b256() -> Config:
     """SDSSL on MoCo v3 with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes
     on two cores."""
-    objective = SDSSLConfig(ema_momentum=0.97)
-    return replace(vit_nano7_e12_b256(), recipe="sdssl_nano7_e12_b256", objective=objective)
+    return _small("sdssl_nano7_e12_b256", vit_nano7_e12_b256(), "moco_v3")
+
+
+def sdssl_byol_nano7_e12_b256() -> Config:
+    """SDSSL on BYOL with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on
+    two cores."""
+    return _small("sdssl_byol_nano7_e12_b256", vit_nano7_e12_b256(), "byol")
+
+
+def sdssl_simclr_nano7_e12_b256() -> Config:
+    """SDSSL on SimCLR with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on
+    two cores."""
+    return _small("sdssl_simclr_nano7_e12_b256", vit_nano7_e12_b256(), "simclr")
+
+
+def _small(recipe: str, base: Config, on: Base) -> Config:
+    """A recipe for small images with SDSSL."""
+    more: dict[str, Any] = {} if on == "moco_v3" else {"ratio": 0.8}
+    return replace(base, recipe=recipe, objective=SDSSLConfig(on=on, ema_momentum=0.97, **more))
 
 
 def _official(recipe: str, base: Config, on: Base, *, lr: float = 1.5e-4) -> Config:

@@ -33,6 +33,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.planning.costs import StepCosts, measure_costs
+from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
@@ -83,6 +84,7 @@ VARIANTS = {
     ),
     "SDSSL on SimCLR": Variant(SDSSLConfig, objective={"on": "simclr"}),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
+    "DINO with norms": Variant(DINOConfig, objective={"head_norm": True}, ways=("fsdp chunked",)),
     "frozen trunk": Variant(
         SupervisedConfig,
         objective={"train_from": "head"},

@@ -133,6 +133,14 @@ def test_a_refused_value_is_named_as_it_was_typed(words, line, capsys):
     assert line in refusal(capsys, "print-config", "quickstart_digits", *words)[0]
 
 
+def test_small_crops_of_a_recipe_without_them_name_those_that_have_them(capsys):
+    word = "--data.more-views.0.copies"
+    first = refusal(capsys, "train", "quickstart_digits", "--out", "x", word, "6")[0]
+    assert first.startswith(f"unknown option {word}: this recipe has no small crops")
+    known = refusal(capsys, "train", "dino_digits", "--out", "x", "--data.more-views.1.size", "6")
+    assert "did you mean --data.more-views.0.size" in known[0]
+
+
 def test_what_is_missing_is_named_with_its_meaning(capsys):
     assert refusal(capsys, "train", "quickstart_digits")[0] == (
         "--out is missing: Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."

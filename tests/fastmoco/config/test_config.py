@@ -101,6 +101,9 @@ def test_every_configuration_of_the_official_release(name):
         ("vit_large", "vit_l16_e300_b4096"),
         ("vit_conv_small", "vit_conv_s16_e300_b4096"),
         ("ViT-H/14", "vit_h14_e300_b4096"),
+        ("MoCo_v3", "vit_s16_e300_b4096"),
+        ("mocov2", "moco_v2_r50_e200_b256"),
+        ("DINO", "dino_vit_s16_e100_b512"),
     ],
 )
 def test_other_programs_names_of_encoders_are_understood(typed, meant):
