@@ -358,14 +358,17 @@ class VisionTransformer(nn.Module):
         return self.pooling == "class" and self.mlp_norm == "layer"
 
     def parts(self) -> Parts:
-        """Modules by role. Objectives call `encode`, `taps` and `class_row`, not `forward`."""
-        last = f"blocks.{len(self.blocks) - 1}"
+        """Modules by role. Objectives call more than `forward` of some of them."""
+        methods: dict[str, tuple[str, ...]] = {"": ("encode", "taps", "encode_taps")}
+        if isinstance(self.patch_embed, PatchStem):
+            methods["patch_embed"] = ("of_patches",)
+        if self.reads_class_row:
+            methods[f"blocks.{len(self.blocks) - 1}"] = ("class_row",)
         return Parts(
             stem={"patch_embed": self.patch_embed},
             blocks=self.blocks,
             heads={"head": self.head},
-            methods={"": ("encode", "taps", "encode_taps")}
-            | ({last: ("class_row",)} if self.reads_class_row else {}),
+            methods=methods,
         )
 
     def tokens_of(self, side: int) -> int:

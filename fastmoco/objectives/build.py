@@ -80,15 +80,23 @@ def build_model(config: Config) -> Objective:
     """The objective of a config as torch's current seed, device and dtype make it.
 
     Raises:
-        ValueError: if it takes another number of views than the config makes.
+        ValueError: if it takes another number of views than the config makes, or more large ones.
     """
     model = config.model
     objective = OBJECTIVES[type(config.objective)](config, encoder_builder(model))
-    views = len(each_view(config.data.views))
+    sizes = [view.size for view in each_view(config.data.views)]
+    views = len(sizes)
     if objective.view_count not in (None, views):
         raise ValueError(
             f"data: {views} views of an image, and {config.objective.kind} takes "
             f"{objective.view_count}; change data.more_views, or the copies of a view"
+        )
+    least = objective.least_large
+    if sizes[:least] != [model.image_size] * least:
+        large = sizes[:least].count(model.image_size)
+        raise ValueError(
+            f"data: {large} of the first {least} views has model.image_size={model.image_size}, "
+            f"and {config.objective.kind} takes {least} such views; set data.view2.copies to 1"
         )
     encoders: list[VisionTransformer] = []
     for network in objective.networks().values():

@@ -73,6 +73,7 @@ class DINO(Objective):
     """
 
     evaluated = DINOConfig.evaluated
+    least_large = LARGE
     center: Tensor
 
     def __init__(

@@ -136,6 +136,7 @@ class Objective(nn.Module, ABC):
         evaluated: name of the network that is evaluated and exported, as in its config
             (`ObjectiveConfig.evaluated`), which readers of checkpoints ask.
         view_count: views that it takes; None: any number.
+        least_large: views of full size that there must be, before any small ones.
         coupling: which part couples images.
         coupling_reason: why the trunk does, as a clause; empty where it does not.
         per_rank: names of buffers that differ between ranks on purpose. Others must be equal on all
@@ -154,6 +155,7 @@ class Objective(nn.Module, ABC):
     encoder: Any
     evaluated: str = ObjectiveConfig.evaluated
     view_count: int | None = None
+    least_large: int = 1
     coupling: Coupling
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()

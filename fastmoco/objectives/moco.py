@@ -44,8 +44,8 @@ class MoCo(Objective):
     the global batch: an image whose statistics are shared with its positive can be told by them.
     For the same reason the momentum encoder sees the images of all ranks in a random order. The
     groups are those of the global batch, so any number of ranks that divides `batch_norm_groups`
-    computes the same. Only rank 0's running averages are kept: at the start of a step the others
-    take them over. A trunk without batch norms needs none of this, and as nothing else couples
+    has the same losses and weights. Only rank 0's running averages are kept: at the start of a
+    step the others take them over. A trunk without batch norms needs none of this, and as nothing else couples
     images, chunks of a batch add up.
 
     Args:
@@ -244,9 +244,11 @@ class MoCo(Objective):
             return
         keys = gather_keys(torch.cat(pushed)).to(self.queue.dtype)
         length, count = len(self.queue), len(keys)
-        _require_whole_batches(length, count)
+        if count > length:
+            raise ValueError(f"queue={length}: must have room for the {count} keys of a step")
 
-        # The place is on the device, and so is the decision whether anything is written.
+        # The place is on the device, and so is the decision whether anything is written. A batch
+        # may pass the end of the queue: its place is that of a run with another batch.
         rows = (self.queue_ptr + torch.arange(count, device=keys.device)) % length
         pointer = (self.queue_ptr + count) % length
         known = (self.queue_keys + count).clamp(max=length)

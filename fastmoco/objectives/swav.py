@@ -70,6 +70,7 @@ class SwAV(Objective):
         queue_used: [2] whether it is in use.
     """
 
+    least_large = ASSIGNED
     queue: Tensor
     queue_used: Tensor
 

@@ -31,8 +31,8 @@ class MoCoConfig(ObjectiveConfig):
     multiple of the global batch."""
     batch_norm_groups: int = 8
     """Groups of images of the global batch in which the batch norms of a ResNet take statistics, as
-    on 8 GPUs in the official runs; a multiple of the number of processes. Results do not depend on
-    the number of processes then. 0: one group per process. No effect without batch norms."""
+    on 8 GPUs in the official runs; a multiple of the number of processes. Losses and weights do
+    not depend on their number then. 0: one group per process. No effect without batch norms."""
 
     def __post_init__(self) -> None:
         require(self.head in ("linear", "mlp"), "head", self.head, "must be linear or mlp")

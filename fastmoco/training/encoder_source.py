@@ -75,7 +75,8 @@ def load_source(
             torchvision, Hugging Face or fastmoco: a file, or a folder of Hugging Face.
         device: of the encoder.
         which: the encoder of a run, or of a checkpoint of moco-v3. Other files have one. None: of a
-            run the one that its objective evaluates (`Objective.evaluated`), of a file the base.
+            run the one that its objective evaluates (`Objective.evaluated`), of a file as of
+            `find_encoder`.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
 
@@ -87,7 +88,7 @@ def load_source(
             raise CheckpointError(
                 f"{source} is a file of weights; --best needs the folder of a run"
             )
-        return _of_file(Path(source), device, which or "base", heads)
+        return _of_file(Path(source), device, which, heads)
     objective, config, checkpoint = load_run(source, device, best=best)
     description = describe_run(config)
     _require_heads(source, description.heads, heads)
@@ -124,15 +125,15 @@ def load_source(
 
 
 def _of_file(
-    source: Path, device: torch.device | str, which: Which, heads: int | None
+    source: Path, device: torch.device | str, which: Which | None, heads: int | None
 ) -> EncoderSource:
     """The encoder of a file: our own by its header, another one by its names."""
     if _is_ours(source):
         loaded = load_encoder(source, device=device)
         own = "momentum" if loaded.header.get("encoder") == "momentum" else "base"
-        if which == "momentum" and own != which:
+        if which not in (None, own):
             raise CheckpointError(
-                f"{source} is a base encoder; leave out --which momentum, or give the run"
+                f"{source} is a {own} encoder; leave out --which {which}, or give the run"
             )
         description = description_of(loaded.header)
         _require_heads(source, description.heads, heads)
@@ -152,7 +153,7 @@ def _of_file(
             description=description,
             header=loaded.header,
         )
-    found = load_foreign(source, None if which == "base" else which, heads=heads, device=device)
+    found = load_foreign(source, which, heads=heads, device=device)
     facts = {
         "source": str(source),
         "sha256": hash_file(Path(found.weights.source)),

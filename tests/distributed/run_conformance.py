@@ -76,6 +76,9 @@ VARIANTS = {
         MoCoV3Config, {"pooling": "mean", "positions": "learned", "freeze_patch_embed": False}
     ),
     "patches that train": Variant(SimCLRConfig, {"freeze_patch_embed": False}),
+    "half of the patches, which train": Variant(
+        MoCoV3Config, {"freeze_patch_embed": False, "keep_tokens": "0.5@0"}, ways=("fsdp chunked",)
+    ),
     "keys in a ring": Variant(
         MoCoV3Config, objective={"keys": "ring"}, ways=("ddp", "fsdp chunked")
     ),

@@ -197,6 +197,12 @@ def test_opcheck(path: str) -> None:
         operator._rows_op, (*graded[1:], targets, None, 0.1, 0.05, True, True, triton)
     )
 
+    # The gradients are contiguous also where rows [B, V, D] and weight [D, K] come transposed.
+    turned = [t.detach().mT.contiguous().mT.requires_grad_() for t in graded[1:]]
+    torch.library.opcheck(
+        operator._rows_op, (*turned, targets, None, 0.1, 0.05, True, True, triton)
+    )
+
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_to_one_graph_with_the_same_numbers(form: str) -> None:

@@ -34,14 +34,15 @@ from fastmoco_pipelines.spec import EvalSpec
 Which = Literal["base", "momentum"]
 """Which encoder of a file or a run: the trained one, or its moving average."""
 ENCODERS: dict[Which, str] = {"base": "encoder.", "momentum": "momentum_encoder."}
+"""What the names of an encoder begin with."""
+EVALUATED = "evaluated"
+"""In the header of a full state of fastmoco: the network that its run evaluates."""
 
 
 def which_of(network: str) -> Which:
     """Which encoder a network of an objective is, by its name."""
     return "momentum" if network == "momentum_encoder" else "base"
 
-
-"""What the names of an encoder begin with."""
 
 HEADS = {
     # (width, depth, stem): heads
@@ -121,7 +122,8 @@ def find_encoder(
 
     Args:
         raw: the file.
-        which: "base" or "momentum"; None: the base encoder, or the one that the file has.
+        which: "base" or "momentum"; None: the one that the file has, of a full state of fastmoco
+            the one that its run evaluates, and else the base encoder.
         heads: attention heads of a ViT, if the caller knows them.
 
     Raises:
@@ -135,14 +137,15 @@ def find_encoder(
     kind, networks, others = _networks(names)
     tensors: Mapping[str, Tensor] = names
     if networks:
-        beginning = ENCODERS[which or "base"]
+        which = which or which_of(raw.header.get(EVALUATED, ""))
+        beginning = ENCODERS[which]
         tensors = {
             name.removeprefix(beginning): tensor
             for name, tensor in networks.items()
             if name.startswith(beginning)
         }
         if not tensors:
-            raise CheckpointError(f"{source} ({kind}) has no {which or 'base'} encoder")
+            raise CheckpointError(f"{source} ({kind}) has no {which} encoder")
     found = find_format(tensors)
     if found is None:
         raise CheckpointError(

@@ -79,6 +79,13 @@ class Format:
         return set(self.signs) <= set(names)
 
 
+HEAD_OF_DINO = {
+    "head.mlp.{i}.{p}": "projector",
+    "head.last_layer.weight_g": "last layer",
+    "head.last_layer.weight_v": "last layer",
+}
+"""The head of DINO, as a full state of fastmoco has it."""
+
 TIMM_VIT = Format(
     name="timm ViT",
     family="vit",
@@ -88,6 +95,7 @@ TIMM_VIT = Format(
         "head_dist.{p}": "classifier",
         "pre_logits.fc.{p}": "layer before the classifier",
         "head.{i}.{b}": "projector",
+        **HEAD_OF_DINO,
     },
     signs=("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),
 )
@@ -169,7 +177,12 @@ TORCHVISION_RESNET = Format(
     name="torchvision ResNet",
     family="resnet",
     rows=tuple((name, name) for name in RESNET),
-    beside={"fc.{p}": "classifier", "fc.{i}.{b}": "projector", "head.{i}.{b}": "projector"},
+    beside={
+        "fc.{p}": "classifier",
+        "fc.{i}.{b}": "projector",
+        "head.{i}.{b}": "projector",
+        **HEAD_OF_DINO,
+    },
     signs=("conv1.weight", "layer1.0.conv1.weight"),
 )
 HF_RESNET = Format(
@@ -266,7 +279,9 @@ def to_ours(tensors: Mapping[str, Tensor], known: Format) -> Renamed:
                 parts.setdefault(ours, {})[part] = (name, tensor)
                 wanted[ours] = count
             continue
-        what = next((w for pattern, w in known.beside.items() if _match(pattern, name)), None)
+        what = next(
+            (w for pattern, w in known.beside.items() if _match(pattern, name) is not None), None
+        )
         if what is None:
             unknown.append(name)
         else:

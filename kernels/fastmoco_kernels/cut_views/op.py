@@ -7,7 +7,8 @@ library is loaded (`native/views.h`).
 
 The resize is Pillow's: two passes over bytes with weights in units of 2^-22, first along the rows,
 then along the columns, rounded to a byte in between. Pillow up to version 12 always uses this
-order; version 13 reverses it for windows much taller than wide, where its levels may differ by one.
+order; version 13 reverses it for some windows taller than wide and than `size`, where a bilinear
+level may differ by one, and a bicubic one by more at edges between 0 and 255.
 After the resize, levels are equal to Pillow's to the bit, as those of `view_color` are on every
 backend.
 

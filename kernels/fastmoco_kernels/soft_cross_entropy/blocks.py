@@ -159,8 +159,9 @@ def of_rows(
     dtype = accumulation_dtype(rows)
     wide = weight.to(dtype)
     scaled = rows.to(dtype) / temperature
-    drows = torch.empty_like(scaled) if row_gradient else scaled.new_empty(0)
-    dweight = torch.empty_like(wide) if weight_gradient else wide.new_empty(0)
+    # Contiguous whatever the inputs: a compiler relies on the strides that the operator declares.
+    drows = scaled.new_empty(rows.shape if row_gradient else 0)
+    dweight = wide.new_empty(weight.shape if weight_gradient else 0)
     pairs = count_of_pairs(V, len(targets.values))
 
     size = min(B, images_of_block(rows.device, V * K * dtype.itemsize, multiplied=True))

@@ -29,8 +29,9 @@ def crop_and_resize(
 ) -> Image.Image:
     """Cut (top, left, height, width) and scale it to `size` x `size` with antialiasing.
 
-    Along the rows first, as Pillow does by itself up to version 12; version 13 takes the other
-    order for windows much taller than wide, and a level may differ by one there.
+    Along the rows first, as Pillow does by itself up to version 12. Version 13 takes the other
+    order for some windows taller than wide and than `size`. There a bilinear level may differ by
+    one, and a bicubic one by more at edges between 0 and 255, where it is cut to a byte in between.
     """
     top, left, height, width = crop
     window = image.crop((left, top, left + width, top + height))

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmoco.checkpoint import CheckpointError
 from fastmoco.cli.checkpoint import consolidate
-from fastmoco.config import Config, OptimConfig
+from fastmoco.config import Config, ObjectiveConfig, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.models import VisionTransformer
@@ -35,6 +36,7 @@ from fastmoco.optim.groups import set_weight_decays, split_groups
 from fastmoco.optim.schedule import ema_momentum, weight_decay
 from fastmoco.recipes import get_recipe
 from fastmoco.recipes.dino import DINOConfig, InitialWeights
+from fastmoco.recipes.swav import SwAVConfig
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.load_run import load_run
@@ -455,13 +457,22 @@ def test_a_run_is_evaluated_and_exported_by_its_momentum_encoder(tmp_path: Path)
     torch.testing.assert_close(loaded.center, trained.center)
     assert loaded.center.abs().max() > 0
     source = load_source(tmp_path / "run")
+    source.encoder.eval()
     assert source.facts["encoder"] == "momentum"
     assert load_source(tmp_path / "run", which="base").facts["encoder"] == "base"
     file = tmp_path / "encoder.safetensors"
     assert consolidate(tmp_path / "run", out=file, encoder=True) == 0
     assert load_source(file).facts["encoder"] == "momentum"
+    with pytest.raises(CheckpointError, match="is a momentum encoder; leave out --which base"):
+        load_source(file, which="base")
+    state = tmp_path / "state.safetensors"
+    assert consolidate(tmp_path / "run", out=state) == 0
+    heads = trained.encoder.blocks[0].attn.num_heads
+    of_state = load_source(state, heads=heads)
+    assert of_state.facts["encoder"] == "momentum"
+    assert load_source(state, which="base", heads=heads).facts["encoder"] == "base"
     with torch.no_grad():
-        for encoder in (source.encoder.eval(), load_encoder(file).encoder):
+        for encoder in (source.encoder, load_encoder(file).encoder, of_state.encoder.eval()):
             torch.testing.assert_close(encoder(images), wanted)
 
 
@@ -502,6 +513,16 @@ def test_a_view_alone_is_refused() -> None:
     objective = conformance.rough(with_crops())
     with pytest.raises(ValueError, match="views: 1 of them; this objective compares at least 2"):
         objective(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("small", [0, 1])
+@pytest.mark.parametrize("own", [DINOConfig(prototypes=8), SwAVConfig(prototypes=8)])
+def test_a_config_with_one_large_view_is_refused(own: ObjectiveConfig, small: int) -> None:
+    config = replace(with_crops(), objective=own)
+    data = config.data
+    few = replace(data, view2=replace(data.view2, copies=0), more_views=data.more_views[:small])
+    with pytest.raises(ValueError, match=r"data: 1 of the first 2 views .*; set data.view2.copies"):
+        build_objective(replace(config, data=few), torch.device("cpu"))
 
 
 def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
