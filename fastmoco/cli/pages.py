@@ -5,9 +5,9 @@ config.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
