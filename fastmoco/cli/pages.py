@@ -5,6 +5,7 @@ config.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -276,10 +277,13 @@ def _shared_row(described: Described, groups: list[Group], option: Option) -> Ro
 def _usage(name: str, required: list[Option], others: list[Option]) -> list[str]:
     """The line of usage: what must be given, in the order in which it is typed."""
     words = [option.flag for option in required if option.positional]
-    words += [_typed(o, others) for o in required if not o.positional]
+    typed = [_typed(o, others) for o in required if not o.positional]
+    # An option and its value stay on one line.
+    words += [re.sub(r"(--\S+) ", "\\1\N{NO-BREAK SPACE}", text) for text in typed]
     words += ["[options]"] if others else []
     line = f"usage: fastmoco {' '.join([name, *words])}"
-    return textwrap.wrap(line, width(), subsequent_indent="    ", break_on_hyphens=False)
+    lines = textwrap.wrap(line, width(), subsequent_indent="    ", break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def _typed(option: Option, options: Sequence[Option]) -> str:

@@ -137,7 +137,9 @@ def test_small_crops_of_a_recipe_without_them_name_those_that_have_them(capsys):
     word = "--data.more-views.0.copies"
     first = refusal(capsys, "train", "quickstart_digits", "--out", "x", word, "6")[0]
     assert first.startswith(f"unknown option {word}: this recipe has no small crops")
-    known = refusal(capsys, "train", "dino_digits", "--out", "x", "--data.more-views.1.size", "6")
+    known = refusal(
+        capsys, "train", "swav_crops_digits", "--out", "x", "--data.more-views.1.size", "6"
+    )
     assert "did you mean --data.more-views.0.size" in known[0]
 
 
