@@ -45,6 +45,7 @@ class SimSiam(Objective):
         projector: form of the projector; None: SimSiam's own on a ResNet, that of MoCo v3 on a ViT.
             A bias of its last linear layer stays at its random start.
         fix_predictor_lr: whether the predictor keeps the peak learning rate in every step.
+        predictor_lr_scale: factor on the predictor's learning rate.
 
     Attributes:
         encoder: `encoder.head` is its projector.
@@ -62,9 +63,12 @@ class SimSiam(Objective):
         predictor_hidden_dim: int = 0,
         projector: HeadForm | None = None,
         fix_predictor_lr: bool = True,
+        predictor_lr_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self._fix_predictor_lr = fix_predictor_lr
+        self._predictor_group = ParameterGroup(
+            lr_scale=predictor_lr_scale, constant_lr=fix_predictor_lr
+        )
         self.encoder = build_encoder()
         form = projector or projector_form(family_of(self.encoder))
         self.encoder.head = build_head(self.encoder.embed_dim, hidden_dim, projection_dim, form)
@@ -87,6 +91,7 @@ class SimSiam(Objective):
             hidden_dim=config.model.hidden_dim,
             predictor_hidden_dim=own.predictor_hidden_dim,
             fix_predictor_lr=own.fix_predictor_lr,
+            predictor_lr_scale=own.predictor_lr_scale,
         )
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
@@ -129,9 +134,8 @@ class SimSiam(Objective):
         return _output(loss, torch.stack([p1, p2]), torch.stack([z1, z2]))
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """The predictor keeps the peak learning rate, if the config says so."""
-        fixed = self._fix_predictor_lr and name.startswith("predictor.")
-        return ParameterGroup(constant_lr=True) if fixed else WHOLE
+        """The predictor has a learning rate of its own, if the config says so."""
+        return self._predictor_group if name.startswith("predictor.") else WHOLE
 
 
 def projector_form(family: Family) -> HeadForm:

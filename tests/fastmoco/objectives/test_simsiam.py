@@ -250,6 +250,8 @@ def test_recipes_carry_the_numbers_and_travel_through_json() -> None:
     assert allowed == [True, False]
     with pytest.raises(ValueError, match="predictor_hidden_dim=-1"):
         SimSiamConfig(predictor_hidden_dim=-1)
+    with pytest.raises(ValueError, match="predictor_lr_scale=inf"):
+        SimSiamConfig(predictor_lr_scale=float("inf"))
 
 
 def test_a_config_makes_heads_and_groups() -> None:
@@ -258,7 +260,7 @@ def test_a_config_makes_heads_and_groups() -> None:
     base = get_recipe("simsiam_digits")
     tiny = {"resnet_nano": {"patch_size": 16}, "vit_nano": {}}
     for architecture, options in tiny.items():
-        own = SimSiamConfig(predictor_hidden_dim=0 if options else 6)
+        own = SimSiamConfig(predictor_hidden_dim=0 if options else 6, predictor_lr_scale=3)
         model = replace(base.model, architecture=architecture, **options)  # type: ignore[arg-type]
         objective = build_objective(replace(base, model=model, objective=own), torch.device("cpu"))
         assert isinstance(objective, SimSiam)
@@ -278,7 +280,8 @@ def test_a_config_makes_heads_and_groups() -> None:
             name.split(".")[0]: objective.parameter_group(name, parameter)
             for name, parameter in objective.named_parameters()
         }
-        assert groups == {"encoder": WHOLE, "predictor": ParameterGroup(constant_lr=True)}
+        own_group = ParameterGroup(lr_scale=3, constant_lr=True)
+        assert groups == {"encoder": WHOLE, "predictor": own_group}
         if options:
             bias = head[6].bias
             assert not bias.requires_grad
