@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.checkpoint import CheckpointError
-from fastmoco.cli.checkpoint import consolidate
 from fastmoco.config import Config, ObjectiveConfig, OptimConfig
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
@@ -42,6 +41,7 @@ from fastmoco.training.encoder_source import load_source
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.spec import each_view
+from tests.command_line import main
 from tests.distributed.run_trainer import CONFIG
 from tests.distributed.thread_ranks import ThreadRanks
 from tests.fastmoco.objectives import test_conformance as conformance
@@ -460,13 +460,14 @@ def test_a_run_is_evaluated_and_exported_by_its_momentum_encoder(tmp_path: Path)
     source.encoder.eval()
     assert source.facts["encoder"] == "momentum"
     assert load_source(tmp_path / "run", which="base").facts["encoder"] == "base"
-    file = tmp_path / "encoder.safetensors"
-    assert consolidate(tmp_path / "run", out=file, encoder=True) == 0
+    file, words = tmp_path / "encoder.safetensors", ["checkpoint", "consolidate"]
+    words.append(str(tmp_path / "run"))
+    assert main([*words, "--out", str(file), "--encoder"]) == 0
     assert load_source(file).facts["encoder"] == "momentum"
     with pytest.raises(CheckpointError, match="is a momentum encoder; leave out --which base"):
         load_source(file, which="base")
     state = tmp_path / "state.safetensors"
-    assert consolidate(tmp_path / "run", out=state) == 0
+    assert main([*words, "--out", str(state)]) == 0
     heads = trained.encoder.blocks[0].attn.num_heads
     of_state = load_source(state, heads=heads)
     assert of_state.facts["encoder"] == "momentum"

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
-from fastmoco.cli.main import main
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json, may_change, to_json
 from fastmoco.distributed import BatchNorm, World, local_statistics, parallelize
@@ -36,6 +35,7 @@ from fastmoco.recipes import EXPECTED, get_recipe
 from fastmoco.recipes.moco import MoCoConfig, moco_digits
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.spec import Resume
+from tests.command_line import main
 from tests.fastmoco.objectives.test_conformance import RESNET, config_of, rough, views_of
 from tests.golden_objective import ConvTrunk, error, read_sibling
 
