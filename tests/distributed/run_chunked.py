@@ -72,7 +72,7 @@ def run_local_norms(world: World) -> dict[str, object]:
 
 def run_wrong_offset(world: World) -> dict[str, object]:
     """Mutant: every rank takes the first rank's keys for its positives."""
-    with mock.patch("fastmoco.objectives.moco_v3.group_rank", return_value=0):
+    with mock.patch("fastmoco.objectives.key_comparison.group_rank", return_value=0):
         return run_step(world)
 
 

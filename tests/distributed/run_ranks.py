@@ -93,7 +93,7 @@ def run_plain(world: World) -> dict[str, object]:
 
 def run_wrong_offset(world: World) -> dict[str, object]:
     """Mutant: every rank takes the first rank's keys for its positives."""
-    with mock.patch("fastmoco.objectives.moco_v3.group_rank", return_value=0):
+    with mock.patch("fastmoco.objectives.key_comparison.group_rank", return_value=0):
         return run_objective(world)
 
 

@@ -273,7 +273,7 @@ OPTIONS: dict[str, Case] = {
     "bf16 fused": {"dtype": torch.float32, "bf16": True, "chunk": 2, "kept": 1, "fused": True},
 }
 MUTANTS: dict[str, Callable[[World, str], Case]] = {
-    "wrong offset": mutant("fastmoco.objectives.moco_v3.group_rank", lambda: 0),
+    "wrong offset": mutant("fastmoco.objectives.key_comparison.group_rank", lambda: 0),
     "local norms": mutant("fastmoco.distributed.sync_batch_norm.group_size", lambda: 1),
     "mixed start": run_mixed_start,
     "uneven": run_uneven,
