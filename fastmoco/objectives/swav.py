@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fastmoco.objectives.interface import (
     ParameterGroup,
     Progress,
 )
+from fastmoco.objectives.view_pairs import by_size
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels import soft_cross_entropy
 from fastmoco_kernels.tensors import local
@@ -155,7 +155,7 @@ class SwAV(Objective):
             ValueError: if there are fewer than two views.
         """
         with part(QUERY_FORWARD):
-            return Features((_by_size(inputs, self.encoder),))
+            return Features((by_size(inputs, self.encoder, least=ASSIGNED),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Projector, prototypes, codes and loss of the whole batch. There is no accuracy: nothing
@@ -185,7 +185,7 @@ class SwAV(Objective):
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: scores of all ranks are gathered and assigned in one matrix, and
         each pair of views has its own term."""
-        rows = _by_size(inputs, self.encoder.plain)
+        rows = by_size(inputs, self.encoder.plain, least=ASSIGNED)
         views = rows.shape[1]
         projected = self.encoder.head(torch.cat([rows[:, v] for v in range(views)]))
         embeddings = F.normalize(projected, dim=1).chunk(views)
@@ -400,17 +400,3 @@ def sinkhorn_reference(scores: Tensor, epsilon: float, iterations: int) -> Tenso
         matrix = matrix / matrix.sum(dim=1, keepdim=True) / prototypes
         matrix = matrix / matrix.sum(dim=0, keepdim=True) / images
     return (matrix * images).T
-
-
-def _by_size(inputs: Inputs, encode: Callable[..., Tensor]) -> Tensor:
-    """[b, V, E] features; neighbouring views of one size pass as one batch."""
-    views = inputs.views
-    if len(views) < ASSIGNED:
-        raise ValueError(f"views: {len(views)} of them; SwAV compares at least {ASSIGNED}")
-    groups = groupby(range(len(views)), key=lambda number: views[number].shape[1:])
-    passed = []
-    for _, numbers in groups:
-        group = tuple(numbers)
-        rows = encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
-        passed.append(rows.view(len(group), len(views[0]), -1))
-    return torch.cat(passed).transpose(0, 1)
