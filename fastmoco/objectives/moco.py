@@ -191,13 +191,13 @@ class MoCo(Objective):
         with part(QUERY_FORWARD):
             queries = self.encoder.head(features.online[0])
         with part(LOSS):
-            loss, top1, top5 = queued_info_nce_loss(
+            found = queued_info_nce_loss(
                 queries, keys, self.queue, temperature=self.temperature, accuracy=accuracy
             )
         watch = self._watch(queries, keys)
-        if top1 is not None and top5 is not None:
-            watch["accuracy"] = torch.stack([top1, top5])
-        return Output(loss, watch)
+        if (shares := found.shares) is not None:
+            watch["accuracy"] = shares
+        return Output(found.loss, watch)
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: images of all ranks are gathered to be shuffled, and the loss is

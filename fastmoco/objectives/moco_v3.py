@@ -138,11 +138,11 @@ class MoCoV3(Objective):
         with part(QUERY_FORWARD):
             queries = self.predictor(self.encoder.head(by_view(features.online[0])))
         with part(LOSS):
-            loss, top1, top5 = compared(queries)
+            found = compared(queries)
         watch = {"queries": queries.detach(), "keys": keys}
-        if top1 is not None and top5 is not None:
-            watch["accuracy"] = torch.stack([top1, top5])
-        return Output(loss, watch)
+        if (shares := found.shares) is not None:
+            watch["accuracy"] = shares
+        return Output(found.loss, watch)
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing saved and nothing fused.

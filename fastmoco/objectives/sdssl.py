@@ -519,8 +519,8 @@ def info_nce_terms(
                 accuracy=accuracy and block == rows.shape[1] - 1,
             )
             losses.append(found.loss)
-            if found.top1 is not None and found.top5 is not None:
-                hits = torch.stack([found.top1, found.top5])
+            if (shares := found.shares) is not None:
+                hits = shares
         return losses, hits
 
     losses, hits = of(predictions, accuracy=accuracy)

@@ -39,6 +39,13 @@ class InfoNCEResult(NamedTuple):
     top5: Tensor | None
     """Scalar: share of rows whose positive is among the five most similar keys."""
 
+    @property
+    def shares(self) -> Tensor | None:
+        """[2]: `top1` and `top5`; None where they were not counted."""
+        if self.top1 is None or self.top5 is None:
+            return None
+        return torch.stack([self.top1, self.top5])
+
 
 def info_nce_loss(
     q: Tensor,
