@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -20,13 +21,18 @@ from fastmoco_pipelines.healing import healer
 from fastmoco_pipelines.healing.bad_samples import UNREADABLE, BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.loading import loader
-from fastmoco_pipelines.loading.loader import build_loader
+from fastmoco_pipelines.loading.loader import Loader, build_loader
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.sets import local_files
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.healing.test_healer import assert_same, spec_of, take
-from tests.pipelines.loading.test_loader import GUARD_SECONDS, assert_threads_end, loader_threads
+from tests.pipelines.loading.test_loader import (
+    GUARD_SECONDS,
+    assert_threads_end,
+    loader_threads,
+    wait_until,
+)
 
 FIRST = epoch_order(7, 0, 45)
 
@@ -62,6 +68,20 @@ class Disk:
             self.failed += 1
             raise OSError(self.number, os.strerror(self.number))
         return self.pread(descriptor, size, offset)
+
+
+def vanish(source: Loader, shard: Path, to: Path) -> None:
+    """Move a shard away and close its file, as a network's file system does that loses its
+    handles.
+
+    The loader's thread must not read meanwhile: it would find a closed file, or open one that is
+    there for a moment longer.
+    """
+    for _ in range(20):  # between two stages of a step it rests for a moment
+        wait_until(lambda: source.resting)
+        time.sleep(0.005)
+    shard.rename(to)
+    source._shards.close()
 
 
 @pytest.mark.parametrize(
@@ -117,8 +137,7 @@ def test_a_vanished_shard_ends_the_run_by_name(packed, tmp_path):
     folder = damaged_copy(packed, tmp_path / "set", {})
     with build_loader(spec_of(folder, prefetch=1)) as source:
         source.next()
-        source._shards.close()  # as a network's file system does that loses its handles
-        (folder / "train-000001.tar").rename(tmp_path / "gone")
+        vanish(source, folder / "train-000001.tar", tmp_path / "gone")
         with pytest.raises(TooManyBadSamplesError) as raised:
             list(source)  # it has no other end
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
@@ -135,8 +154,7 @@ def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_pa
         spec_of(folder, prefetch=1, max_bad_share=0.5), quarantine_list=run_list
     ) as source:
         source.next()
-        source._shards.close()
-        (folder / "train-000001.tar").rename(tmp_path / "gone")
+        vanish(source, folder / "train-000001.tar", tmp_path / "gone")
         batches = [source.next() for _ in range(8)]
         assert source.figures().left_out == 16
     assert all(
@@ -153,8 +171,7 @@ def test_a_window_that_is_lost_as_a_whole_is_filled_from_the_others(packed, tmp_
     """With a window of one shard, nobody in a vanished shard's window can stand in."""
     folder = damaged_copy(packed, tmp_path / "set", {})
     options = {"prefetch": 1, "max_bad_share": 0.5, "shuffle_window": 1}
-    with build_loader(spec_of(folder, **options)) as source:
-        source._shards.close()
+    with build_loader(spec_of(folder, **options), begin=False) as source:
         (folder / "train-000001.tar").rename(tmp_path / "gone")
         told: list[str] = []
         source.report = told.append
