@@ -264,8 +264,9 @@ class _Child:
         descriptor = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            # What has arrived counts, even if this process comes late to read it.
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([descriptor], [], [], left)[0]:
                 self.kill()
                 raise _ChildEndedError("hang", f"the decoder did not finish within {seconds:g} s")
             chunk = os.read(descriptor, 1 << 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -351,8 +352,12 @@ def test_a_second_signal_ends_a_finished_run_that_hangs_with_0(
         one.process.send_signal(signal.SIGTERM)
         time.sleep(2.5)
         assert one.process.poll() is None
-        one.process.send_signal(signal.SIGTERM)
-        assert one.end(60) == 0, one.text()
+        for _ in range(40):  # one that comes too soon after the first was heard is the same request
+            one.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.end(1.5)
+                break
+        assert one.process.poll() == 0, one.text()
         assert "a second signal: ended at once; the run is finished" in one.text()
         assert (one.out / "DONE").exists()
     finally:

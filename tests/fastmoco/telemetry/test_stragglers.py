@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +17,11 @@ pytestmark = pytest.mark.faults
 
 
 class Objective(nn.Module):
-    """Two encoders with heads."""
+    """Two encoders with heads, which take the time that they are told to."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.now = 0.0
         self.encoder, self.momentum_encoder = nn.Sequential(), nn.Sequential()
         self.encoder.head, self.momentum_encoder.head = nn.Identity(), nn.Identity()
 
@@ -29,9 +30,9 @@ class Objective(nn.Module):
         return {name: Parts(heads={"head": network.head}) for name, network in networks.items()}
 
     def forward(self, seconds: float) -> None:
-        time.sleep(seconds)
+        self.now += seconds
         self.momentum_encoder.head(torch.zeros(1))
-        time.sleep(0.05)  # behind the first exchange: everybody's
+        self.now += 0.05  # behind the first exchange: everybody's
         self.encoder.head(torch.zeros(1))
 
 
@@ -47,13 +48,15 @@ def others(monkeypatch: pytest.MonkeyPatch, rows: list[list[float]]) -> None:
 def test_the_slow_rank_is_named_once_with_its_section(monkeypatch: pytest.MonkeyPatch) -> None:
     others(monkeypatch, [[0.01, 0.01], [0.3, 0.01], [0.01, 0.01]])
     objective = Objective()
+    times = SimpleNamespace(monotonic=lambda: objective.now)
+    monkeypatch.setattr(stragglers, "time", times)
     watch = Stragglers(objective, World(rank=0, world_size=4))
     for _ in range(2):
         watch.begin(0.01)
         objective(0.1)
     lines = watch.report(2)
     assert len(lines) == 2
-    assert lines[0].startswith("warning: step 2: rank 0 is slow, 0.1")
+    assert lines[0].startswith("warning: step 2: rank 0 is slow, 0.100 s")
     assert "in the encoders, its peers take 0.010 s" in lines[0]
     assert "rank 2 is slow, 0.300 s per step waiting for data" in lines[1]
     watch.begin(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 from pathlib import Path
 
@@ -35,10 +36,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def pool(tmp_path, monkeypatch):
+def odd_child(tmp_path, monkeypatch) -> str:
     (tmp_path / "odd_child.py").write_text(CHILD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    with DecodePool(2, ChildLimits(seconds=1.0), "odd_child") as pool:
+    return "odd_child"
+
+
+@pytest.fixture
+def pool(odd_child):
+    with DecodePool(2, ChildLimits(seconds=60.0), odd_child) as pool:
         yield pool
 
 
@@ -54,10 +60,19 @@ def test_a_crash_costs_one_sample_and_is_named(pool):
     assert pool.restarts == 4  # each tried again in a process of its own
 
 
-def test_a_hang_costs_one_sample_and_its_time(pool):
-    verdicts = run(pool, [0, 2, 0])
+def test_a_hang_costs_one_sample_and_its_time(odd_child):
+    with DecodePool(1, ChildLimits(seconds=1.0), odd_child) as pool:
+        verdicts = run(pool, [0, 2, 0])
     assert [v.kind for v in verdicts] == ["", "hang", ""]
     assert verdicts[1].reason == "the decoder did not finish within 1 s"
+
+
+def test_an_answer_that_is_there_is_no_hang_however_late_it_is_read(pool):
+    """The process that asks may have been stopped meanwhile, or have waited for a core."""
+    child = pool._start()
+    child._send([["x", 0, 0, 0]])
+    assert select.select([child._process.stdout], [], [], 60)[0]
+    assert child._receive(seconds=-1.0)["crc32"] == 7
 
 
 def test_who_fails_only_after_others_is_not_blamed(pool):

@@ -27,7 +27,7 @@ from tests.pipelines.damage import damaged_copy, listed
 from tests.pipelines.http_fault_server import FaultServer, drop, plain, stall, status
 from tests.pipelines.index_forms import json_of, put_json
 from tests.pipelines.quick_pool import QuickPool
-from tests.pipelines.stores.test_http_faults import QUICK
+from tests.pipelines.stores.test_http_faults import AGAIN, QUICK
 from tests.pipelines.tar_faults import DAMAGES, good_members
 
 SECRET = "Geheim123"
@@ -158,7 +158,7 @@ def test_failing_connections_and_damaged_copies_are_no_faults_of_the_set(
         plain(other=lambda data: data[:700] + bytes(300) + data[1000:]),
     ]
     server.script["train-000002.tar.index"] = [stall(100)]
-    assert check_shards(f"{server.url}/", **options).clean
+    assert check_shards(f"{server.url}/", **options | {"transfers": AGAIN}).clean
     folder = Path(options["cache"].cache_dir)
     for path in folder.glob("*.tar"):
         raw = bytearray(path.read_bytes())

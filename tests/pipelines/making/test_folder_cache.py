@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -136,17 +135,21 @@ def test_a_waiting_process_says_so(images, tmp_path, monkeypatch) -> None:
     out = root / packed_name(folder_state(images), PackOptions())
     waited = []
     context = multiprocessing.get_context("fork")
-    ready = context.Event()
+    ready, said = context.Event(), context.Event()
 
     def hold() -> None:
         with folder_cache._locked(out.with_name(f".{out.name}.lock"), lambda: None):
             ready.set()
-            time.sleep(0.3)
+            said.wait(60)
+
+    def wait(out: Path) -> None:
+        waited.append(out)
+        said.set()
 
     holder = context.Process(target=hold)
     holder.start()
-    assert ready.wait(30)
-    pack_once(images, root, PackOptions(), wait=waited.append)
+    assert ready.wait(60)
+    pack_once(images, root, PackOptions(), wait=wait)
     holder.join()
     assert waited == [out]
 

@@ -21,8 +21,9 @@ from fastmoco_pipelines.formats.index import (
 )
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import FaultServer, stall
-from tests.pipelines.stores.test_http_faults import QUICK
+from tests.pipelines.stores.test_http_faults import HASTY, QUICK
 
 PATTERN = "train-{000000..000002}.tar"
 
@@ -40,9 +41,9 @@ def server(folder):
         yield server
 
 
-def opened(server, tmp_path) -> ShardSet:
+def opened(server, tmp_path, limits: Limits = QUICK) -> ShardSet:
     cache = CacheSpec(cache_dir=str(tmp_path / "cache"))
-    return ShardSet.open(f"{server.url}/{PATTERN}", cache=cache, limits=QUICK)
+    return ShardSet.open(f"{server.url}/{PATTERN}", cache=cache, limits=limits)
 
 
 def to_json(folder: Path, **columns) -> None:
@@ -111,7 +112,7 @@ def test_another_index_on_the_server_is_noticed_and_its_checksums_are_not_used(
 
 
 def test_a_server_that_fails_costs_the_shards_whose_index_is_not_there(server, tmp_path):
-    shards = opened(server, tmp_path)
+    shards = opened(server, tmp_path, HASTY)
     for path in (tmp_path / "cache").glob("*.doc"):
         path.unlink()
     server.always["train-000001.tar.index"] = stall(10)
@@ -121,7 +122,7 @@ def test_a_server_that_fails_costs_the_shards_whose_index_is_not_there(server, t
 
 
 def test_cancelling_ends_the_transfer_of_an_index(server, tmp_path):
-    shards = opened(server, tmp_path)
+    shards = opened(server, tmp_path, HASTY)
     for path in (tmp_path / "cache").glob("*.doc"):
         path.unlink()
     server.always["train-000001.tar.index"] = stall(10)
