@@ -7,11 +7,25 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 3600
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this machine for the store of some ranks; nobody else is given it within the
+    context.
+
+    The socket that holds it does not listen, so the store may.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store's socket
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def run_ranks(
@@ -31,30 +45,28 @@ def run_ranks(
     Raises:
         ValueError: if a process fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-    command = [sys.executable, "-m", module, json.dumps(options)]
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
-        )
-        for r in range(ranks)
-    ]
-    try:
-        printed = [process.communicate(timeout=TIMEOUT_S)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with held_port() as port:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        command = [sys.executable, "-m", module, json.dumps(options)]
+        processes = [
+            subprocess.Popen(
+                command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
+            )
+            for r in range(ranks)
+        ]
+        try:
+            printed = [process.communicate(timeout=TIMEOUT_S)[0].decode() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     codes = [process.returncode for process in processes]
     if any(codes):
         raise ValueError(f"the {ranks} processes of {module} ended with {codes}: {options}")

@@ -6,7 +6,6 @@ All cases of one world size share one process group (see run_ranks.py); starting
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.ranks import held_port
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
 from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views, rows_of
@@ -38,32 +38,30 @@ def launch(
     ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in
     it as soon as DistributedDataParallel is built: only for cases without that.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCH_DISTRIBUTED_DEBUG": debug,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "kernels"))),
-    }
-    command = [sys.executable, "-m", module, str(out), *cases]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-        )
-        for r in range(world_size)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with held_port() as port:
+        shared = os.environ | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCH_DISTRIBUTED_DEBUG": debug,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "kernels"))),
+        }
+        command = [sys.executable, "-m", module, str(out), *cases]
+        ranks = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stderr=subprocess.PIPE,
+            )
+            for r in range(world_size)
+        ]
+        try:
+            errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(
         e[-3000:] for e in errors
     )

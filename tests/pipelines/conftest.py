@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def packed(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
     out = tmp_path_factory.mktemp("packed")
     pack_folder(image_folder, out, shard_samples=16)
     return out
+
+
+@pytest.fixture
+def own_threads() -> Callable[[], list[str]]:
+    """The names of our threads that live and did not when the test began: what an earlier test in
+    this process has left may end at any time."""
+    earlier = set(threading.enumerate())
+
+    def names() -> list[str]:
+        later = set(threading.enumerate()) - earlier
+        return [thread.name for thread in later if thread.name.startswith("fastmoco")]
+
+    return names
 
 
 @pytest.fixture

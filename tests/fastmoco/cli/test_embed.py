@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 pytest.importorskip("tyro", reason="tyro is not installed")
 
+from benchmarks.ranks import held_port
 from fastmoco.checkpoint import save_checkpoint
 from fastmoco.cli.images import knn_sets
 from fastmoco.config.serial import to_json
@@ -175,19 +175,17 @@ for words in commands:
 
 def start(commands, folder, *, ranks=1, kill_after=0):
     """What each process that runs some commands printed, and how it ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    shared = os.environ | (names if ranks > 1 else {}) | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps([commands, kill_after])]
-    started = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        started.append(
-            subprocess.Popen(command, env=shared | place, cwd=folder, stdout=subprocess.PIPE)
-        )
-    return [(one.communicate(timeout=300)[0].decode(), one.returncode) for one in started]
+    with held_port() as port:
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        shared = os.environ | (names if ranks > 1 else {}) | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM, json.dumps([commands, kill_after])]
+        started = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            started.append(
+                subprocess.Popen(command, env=shared | place, cwd=folder, stdout=subprocess.PIPE)
+            )
+        return [(one.communicate(timeout=300)[0].decode(), one.returncode) for one in started]
 
 
 @pytest.mark.slow

@@ -27,12 +27,7 @@ from fastmoco_pipelines.sets import local_files
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.damage import damaged_copy, place_of
 from tests.pipelines.healing.test_healer import assert_same, spec_of, take
-from tests.pipelines.loading.test_loader import (
-    GUARD_SECONDS,
-    assert_threads_end,
-    loader_threads,
-    wait_until,
-)
+from tests.pipelines.loading.test_loader import GUARD_SECONDS, wait_until
 
 FIRST = epoch_order(7, 0, 45)
 
@@ -70,16 +65,29 @@ class Disk:
         return self.pread(descriptor, size, offset)
 
 
-def vanish(source: Loader, shard: Path, to: Path) -> None:
+@pytest.fixture
+def prepared(monkeypatch) -> list[int]:
+    """Steps whose bytes the loader's thread has read."""
+    prepare, steps = loader.Source.prepare, []
+
+    def counted(self, places, following):
+        found = prepare(self, places, following)
+        steps.append(places.step)
+        return found
+
+    monkeypatch.setattr(loader.Source, "prepare", counted)
+    return steps
+
+
+def vanish(source: Loader, prepared: list[int], shard: Path, to: Path) -> None:
     """Move a shard away and close its file, as a network's file system does that loses its
-    handles.
+    handles, behind the first of the batches, of which one may be ready.
 
     The loader's thread must not read meanwhile: it would find a closed file, or open one that is
-    there for a moment longer.
+    there for a moment longer. It reads no more when one batch is ready, one is held by the thread
+    that made it, one waits for that thread, and the next one waits for its place.
     """
-    for _ in range(20):  # between two stages of a step it rests for a moment
-        wait_until(lambda: source.resting)
-        time.sleep(0.005)
+    wait_until(lambda: prepared == [0, 1, 2, 3, 4])
     shard.rename(to)
     source._shards.close()
 
@@ -133,11 +141,11 @@ def test_a_damaged_spot_costs_its_sample_until_a_restart(
         assert_same(batch, wanted)
 
 
-def test_a_vanished_shard_ends_the_run_by_name(packed, tmp_path):
+def test_a_vanished_shard_ends_the_run_by_name(packed, tmp_path, prepared):
     folder = damaged_copy(packed, tmp_path / "set", {})
     with build_loader(spec_of(folder, prefetch=1)) as source:
         source.next()
-        vanish(source, folder / "train-000001.tar", tmp_path / "gone")
+        vanish(source, prepared, folder / "train-000001.tar", tmp_path / "gone")
         with pytest.raises(TooManyBadSamplesError) as raised:
             list(source)  # it has no other end
     assert "16 of 45 images cannot be used, 10 are allowed" in str(raised.value)
@@ -147,14 +155,14 @@ def test_a_vanished_shard_ends_the_run_by_name(packed, tmp_path):
     )
 
 
-def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_path):
+def test_a_vanished_shard_that_is_bearable_is_left_out_as_a_whole(packed, tmp_path, prepared):
     folder = damaged_copy(packed, tmp_path / "set", {})
     run_list = tmp_path / NAME
     with build_loader(
         spec_of(folder, prefetch=1, max_bad_share=0.5), quarantine_list=run_list
     ) as source:
         source.next()
-        vanish(source, folder / "train-000001.tar", tmp_path / "gone")
+        vanish(source, prepared, folder / "train-000001.tar", tmp_path / "gone")
         batches = [source.next() for _ in range(8)]
         assert source.figures().left_out == 16
     assert all(
@@ -244,13 +252,14 @@ def test_a_lost_shard_is_waited_for_once_however_many_samples_it_has(packed, mon
     assert sum(slept) == pytest.approx(14.5)
 
 
-def test_a_read_that_hangs_is_told_and_ends(packed, place, monkeypatch):
+def test_a_read_that_hangs_is_told_and_ends(packed, place, monkeypatch, own_threads):
     victim = int(FIRST[place])
     tar, _, offset, _ = place_of(packed, victim)
-    released, pread = threading.Event(), os.pread
+    hanging, released, pread = threading.Event(), threading.Event(), os.pread
 
     def hang(descriptor: int, size: int, at: int) -> bytes:
         if at == offset:
+            hanging.set()
             released.wait(GUARD_SECONDS)
         return pread(descriptor, size, at)
 
@@ -259,6 +268,8 @@ def test_a_read_that_hangs_is_told_and_ends(packed, place, monkeypatch):
     told: list[str] = []
     source = build_loader(spec_of(packed, timeout_s=2.0))
     source.report = told.append
+    assert hanging.wait(GUARD_SECONDS)
+    wait_until(lambda: not source._results.empty())  # of the two seconds none goes to its making
     source.next()
     began, errors = time.monotonic(), []
     for _ in range(2):
@@ -274,12 +285,12 @@ def test_a_read_that_hangs_is_told_and_ends(packed, place, monkeypatch):
         text.startswith("waiting for the data of step 1 for") and where in text for text in told
     )
     source.close()
-    assert "fastmoco-read" in loader_threads()  # it hangs still: nobody has waited for its end
+    assert "fastmoco-read" in own_threads()  # it hangs still: nobody has waited for its end
     released.set()
-    assert_threads_end()
+    wait_until(lambda: not own_threads())
 
 
-def test_closing_does_not_wait_for_a_hanging_read(packed, monkeypatch):
+def test_closing_does_not_wait_for_a_hanging_read(packed, monkeypatch, own_threads):
     monkeypatch.setattr(loader, "_CLOSE_SECONDS", 1.0)
     reading, released = threading.Event(), threading.Event()
 
@@ -292,6 +303,6 @@ def test_closing_does_not_wait_for_a_hanging_read(packed, monkeypatch):
     source = build_loader(spec_of(packed))
     assert reading.wait(GUARD_SECONDS)
     source.close()
-    assert "fastmoco-read" in loader_threads()  # it hangs still: nobody has waited for its end
+    assert "fastmoco-read" in own_threads()  # it hangs still: nobody has waited for its end
     released.set()
-    assert_threads_end()
+    wait_until(lambda: not own_threads())

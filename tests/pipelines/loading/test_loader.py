@@ -58,10 +58,6 @@ def whole(packed) -> list[Batch]:
     return take(spec_of(packed), STEPS)
 
 
-def loader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastmoco")]
-
-
 def assert_same(got: Batch, wanted: Batch) -> None:
     assert got.step == wanted.step
     assert np.array_equal(got.sample_ids, wanted.sample_ids)
@@ -233,30 +229,26 @@ def test_unexpected_errors_reach_the_trainer(packed, monkeypatch):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_close_ends_the_threads_whatever_they_do(packed, full):
+def test_close_ends_the_threads_whatever_they_do(packed, full, own_threads):
     """At once, and while a thread waits for room in a full queue: neither is left to its own
     end."""
     loader = build_loader(spec_of(packed, prefetch=1))
     if full:
         wait_until(lambda: loader.resting)
     loader.close()
-    assert loader_threads() == []
+    assert own_threads() == []
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
         loader.next()
 
 
-def test_a_forgotten_loader_ends_its_threads(packed):
+def test_a_forgotten_loader_ends_its_threads(packed, own_threads):
     loader = build_loader(spec_of(packed))
     loader.next()
-    assert loader_threads()
+    assert own_threads()
     del loader
     gc.collect()
-    assert_threads_end()
-
-
-def assert_threads_end() -> None:
-    wait_until(lambda: not loader_threads())
+    wait_until(lambda: not own_threads())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -268,7 +260,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("work", ["prepare", "render"])
-def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work):
+def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work, own_threads):
     """The garbage collector runs in any thread; there it must not wait for a thread that waits for
     this one."""
     from fastmoco_pipelines.loading import loader as module
@@ -294,7 +286,7 @@ def test_a_loader_may_be_collected_in_its_own_threads(packed, monkeypatch, work)
         with contextlib.suppress(queue.Empty):
             results.get(timeout=0.1)
     assert collected_in[0].startswith("fastmoco")
-    assert_threads_end()
+    wait_until(lambda: not own_threads())
 
 
 @pytest.mark.parametrize("hang", ["", "time.sleep(1000)"])
@@ -343,10 +335,10 @@ def test_a_thread_that_dies_is_noticed(packed, monkeypatch):
         ({"shards": "/nowhere/*.tar"}, {}, "there is no file /nowhere/"),
     ],
 )
-def test_impossible_loaders_are_refused(packed, changes, options, words):
+def test_impossible_loaders_are_refused(packed, changes, options, words, own_threads):
     with pytest.raises(ValueError, match=words):
         build_loader(spec_of(packed, **changes), **options)
-    assert loader_threads() == []
+    assert own_threads() == []
 
 
 def test_the_last_full_batch_may_be_the_whole_set(packed):

@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastmoco_pipelines.loading import loader as loader_module
 from fastmoco_pipelines.loading.memory import DECODER_BYTES
 from fastmoco_pipelines.loading.threads import BatchPlaces
 from fastmoco_pipelines.views.graph import GPU_DECODER
+from tests.pipelines.loading.test_loader import wait_until
 
 VIEW1, VIEW2 = moco_v3_views()
 LARGE = LoaderSpec(
@@ -118,9 +118,7 @@ def test_no_more_batches_live_than_the_arithmetic_says(
     with build_loader(spec, count_making=count_making) as loader:
         batch = None
         for step in range(8):
-            deadline = time.monotonic() + 120
-            while not loader.resting and time.monotonic() < deadline:  # as many as may are ready
-                time.sleep(0.005)
+            wait_until(lambda: loader.resting)  # as many as may are ready
             del batch
             batch = loader.next()
             assert batch.step == step
@@ -138,24 +136,17 @@ def test_the_batches_are_the_same(packed) -> None:
     assert all(torch.equal(a, b) for a, b in zip(take(), take(count_making=True), strict=True))
 
 
-def test_a_bounded_loader_ends_while_it_waits_for_a_place(packed) -> None:
+def test_a_bounded_loader_ends_while_it_waits_for_a_place(packed, own_threads) -> None:
     """Closed, and forgotten: nobody takes the batch whose place the next one waits for."""
     loader = build_loader(spec_of(packed), count_making=True)
-    while not loader.resting:
-        time.sleep(0.005)
+    wait_until(lambda: loader.resting)
     loader.close()
-    assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
+    assert not own_threads()
     forgotten = build_loader(spec_of(packed), count_making=True)
     forgotten.next()
     del forgotten
     gc.collect()
-    deadline = time.monotonic() + 120
-    while (
-        any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
-    assert not any(thread.name.startswith("fastmoco") for thread in threading.enumerate())
+    wait_until(lambda: not own_threads())
 
 
 def test_a_place_is_free_when_the_batch_before_has_been_used() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from fastmoco_pipelines.loading import loader as module
+from fastmoco_pipelines.loading import stages
 from fastmoco_pipelines.loading.loader import build_loader
 from fastmoco_pipelines.loading.stages import (
     AUGMENT,
@@ -20,6 +23,7 @@ from fastmoco_pipelines.loading.stages import (
 from fastmoco_pipelines.loading.synthetic import SyntheticLoader
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.healing.test_healer import FIRST, spec_of
+from tests.pipelines.loading.test_loader import GUARD_SECONDS
 
 
 def figures(wait: float, **stages: float) -> StageFigures:
@@ -75,52 +79,78 @@ def test_the_difference_of_two_moments_is_what_lies_between():
     assert metrics["loader/quarantined"] == 0
 
 
-def test_the_clock_adds_up_and_knows_what_is_under_way():
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The time, which goes on by the test alone."""
+    now = [100.0]
+    times = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(stages, "time", times)
+    return now
+
+
+def test_the_clock_adds_up_and_knows_what_is_under_way(now):
     clock = StageClock(prefetch=2)
     assert clock.doing("") == "nothing is under way"
     assert not clock.busy
     with clock.stage(READ, 3), clock.stage(DECODE, 2):
-        time.sleep(0.05)
+        now[0] += 4
         said = clock.doing("train-000001.tar at byte 512")
         assert clock.busy
-    assert "reading the shards for step 3 (train-000001.tar at byte 512) since 0 s" in said
-    assert "decoding (and augmenting, where DALI does) for step 2 since" in said
+    assert "reading the shards for step 3 (train-000001.tar at byte 512) since 4 s" in said
+    assert "decoding (and augmenting, where DALI does) for step 2 since 4 s" in said
     clock.waited(0.5, 2)
     found = clock.figures(7)
-    assert found.stage_s[READ] >= 0.05
+    assert found.stage_s[READ] == 4
     assert found.stage_s[DRAW] == 0
     assert (found.steps, found.wait_s, found.queued, found.left_out) == (1, 0.5, 2, 7)
 
 
-def test_a_part_of_a_stage_may_be_anothers():
+def test_a_part_of_a_stage_may_be_anothers(now):
     clock = StageClock(prefetch=2)
     with clock.stage(DECODE, 0):
-        time.sleep(0.03)
+        now[0] += 0.03
     before = clock.figures(0).stage_s[DECODE]
     clock.within(DECODE, AUGMENT, 0.01)
     after = clock.figures(0).stage_s
     assert (after[DECODE], after[AUGMENT]) == (pytest.approx(before - 0.01), pytest.approx(0.01))
 
 
-def test_a_running_loader_says_what_is_slow(packed, monkeypatch):
-    render = module.Source.render
+def test_a_running_loader_says_what_is_slow(packed, monkeypatch, now):
+    """Each batch takes ten seconds, from the moment at which it is asked for."""
+    render, asked, step = module.Source.render, threading.Semaphore(0), [-1]
+    waiting: set[int] = set()
+
+    def asks() -> float:
+        if step[0] not in waiting:
+            waiting.add(step[0])
+            asked.release()
+        return now[0]
 
     def slow(self, prepared):
+        assert asked.acquire(timeout=GUARD_SECONDS)
         with self.clock.stage(DECODE, prepared.places.step):
-            time.sleep(0.1)
+            now[0] += 10
         return render(self, prepared)
 
+    def take(loader):
+        step[0] += 1
+        assert loader.next().step == step[0]
+
+    times = SimpleNamespace(perf_counter=asks, monotonic=time.monotonic)
+    monkeypatch.setattr(module, "time", times)
     monkeypatch.setattr(module.Source, "render", slow)
     with build_loader(spec_of(packed)) as loader:
-        loader.next()
+        take(loader)
         before = loader.figures()
         for _ in range(5):
-            loader.next()
+            take(loader)
         recent = loader.figures() - before
+        asked.release(100)  # for those that are ahead
     assert recent.steps == 5
-    assert recent.wait_share > 0.5
+    assert recent.wait_share == 1
     assert recent.queue_depth < 1
-    assert 90 < recent.metrics()["loader/decode_ms"] < 1000
+    metrics = recent.metrics()
+    assert metrics["loader/decode_ms"] + metrics["loader/augment_ms"] == pytest.approx(10_000)
     assert "decoding (and augmenting, where DALI does) is its slowest stage" in recent.summary()
 
 
