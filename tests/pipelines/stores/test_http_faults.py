@@ -43,6 +43,8 @@ HASTY = dataclasses.replace(
     deadline_seconds=3,
 )
 """For servers that hang for ever."""
+BRISK = dataclasses.replace(HASTY, respond_seconds=60, read_seconds=60)
+"""For a server that goes on for ever: it is too slow, and never silent."""
 AGAIN = dataclasses.replace(HASTY, deadline_seconds=120, attempts=100)
 """For servers that hang once: a try that a loaded machine makes too late is only made again."""
 
@@ -102,8 +104,12 @@ HEALED = {
 }
 
 
-HANGING = {"stalled once", "no answer once", "dripped once", "head dripped once"}
-HANGING |= {"stalled for ever", "no answer for ever", "dripping for ever"}
+LIMITS = {
+    **dict.fromkeys(("stalled once", "no answer once", "dripped once", "head dripped once"), AGAIN),
+    **dict.fromkeys(("stalled for ever", "no answer for ever"), HASTY),
+    "dripping for ever": BRISK,
+}
+"""Of the faults that only a limit ends."""
 
 
 def ignore_if_range(handler, data):
@@ -114,8 +120,7 @@ def ignore_if_range(handler, data):
 @pytest.mark.parametrize("fault", HEALED)
 def test_faults_that_pass_cost_nothing(fault, server, expected, tmp_path):
     server.script[BAD] = list(HEALED[fault])
-    limits = AGAIN if fault in HANGING else QUICK
-    assert read_all(server, tmp_path / "cache", limits) == expected
+    assert read_all(server, tmp_path / "cache", LIMITS.get(fault, QUICK)) == expected
     assert not server.script[BAD]
     require_no_threads()
 
@@ -165,7 +170,7 @@ def test_faults_that_stay_are_named_in_time(fault, server, tmp_path):
     server.always[BAD], words, most = FATAL[fault]
     began = time.monotonic()
     with pytest.raises(RemoteError, match=words) as raised:
-        read_all(server, tmp_path / "cache", HASTY if fault in HANGING else QUICK)
+        read_all(server, tmp_path / "cache", LIMITS.get(fault, QUICK))
     assert f"{server.url}/{BAD}: " in str(raised.value)
     assert time.monotonic() - began < 90
     assert (
