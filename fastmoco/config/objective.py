@@ -33,6 +33,13 @@ class ObjectiveConfig:
         as many as the training set has."""
         return None
 
+    def require_steps(self, total_steps: int) -> None:
+        """Refuse a run that ends before a schedule of this objective in steps.
+
+        Raises:
+            FieldError: naming the field.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoCoV3Config(ObjectiveConfig):

@@ -29,8 +29,8 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         sample_count: images in the training set.
 
     Raises:
-        ValueError: if `world_size` does not divide the global batch, or the set is smaller than
-            one batch.
+        ValueError: if `world_size` does not divide the global batch, the set is smaller than one
+            batch, or the run ends before a schedule of the objective.
     """
     batch = config.global_batch_size
     require(
@@ -49,6 +49,7 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         f"must be at most the {sample_count} training images{cure}",
     )
     total_steps = max(1, round(config.epochs * steps_per_epoch))
+    config.objective.require_steps(total_steps)
     return Resolved(
         world_size=world_size,
         sample_count=sample_count,

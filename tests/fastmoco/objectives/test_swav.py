@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config, OptimConfig
+from fastmoco.config.resolve import resolve
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.models.heads import HeadForm, build_head
@@ -514,6 +515,14 @@ def test_a_queue_of_broken_batches_or_after_the_run_is_refused() -> None:
         build_objective(late, torch.device("cpu"))
 
 
+def test_prototypes_that_would_never_train_are_refused() -> None:
+    config = with_queue(freeze_prototypes_steps=4)
+    rule = r"objective.freeze_prototypes_steps=4: must be below the 4 steps of the run"
+    with pytest.raises(ValueError, match=rule):
+        resolve(replace(config, epochs=1), world_size=1, sample_count=4 * config.global_batch_size)
+    resolve(replace(config, epochs=1), world_size=1, sample_count=5 * config.global_batch_size)
+
+
 def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
     config = swav_r50_e400_b4096()
     optim = config.optim
@@ -525,6 +534,7 @@ def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
         10,
     )
     assert optim.weight_decay == 1e-6
+    assert not config.model.zero_residual
     view = config.data.view1
     assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
     assert (view.crop_scale, view.blur_probability, view.std[0]) == ((0.14, 1.0), 0.5, 0.228)
