@@ -33,12 +33,10 @@ class ObjectiveConfig:
         as many as the training set has."""
         return None
 
-    def require_steps(self, total_steps: int) -> None:
-        """Refuse a run that ends before a schedule of this objective in steps.
-
-        Raises:
-            FieldError: naming the field.
-        """
+    def schedule_notes(self, epochs: float, total_steps: int) -> list[str]:
+        """A sentence about each schedule of this objective that a run of this length leaves
+        unfinished."""
+        return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

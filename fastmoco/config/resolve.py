@@ -29,8 +29,8 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         sample_count: images in the training set.
 
     Raises:
-        ValueError: if `world_size` does not divide the global batch, the set is smaller than one
-            batch, or the run ends before a schedule of the objective.
+        ValueError: if `world_size` does not divide the global batch, or the set is smaller than
+            one batch.
     """
     batch = config.global_batch_size
     require(
@@ -49,7 +49,6 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         f"must be at most the {sample_count} training images{cure}",
     )
     total_steps = max(1, round(config.epochs * steps_per_epoch))
-    config.objective.require_steps(total_steps)
     return Resolved(
         world_size=world_size,
         sample_count=sample_count,
@@ -58,6 +57,20 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
         local_batch_size=batch // world_size,
         peak_lr=config.peak_lr,
     )
+
+
+def schedule_notes(config: Config, resolved: Resolved) -> list[str]:
+    """A sentence about each schedule that the run leaves unfinished. A trial of a few epochs is a
+    run like that, so none is refused."""
+    epochs = config.epochs
+    late = [f"{mark:g}" for mark in config.optim.milestones if mark >= epochs]
+    notes = []
+    if config.optim.schedule == "steps" and late:
+        notes.append(
+            f"optim.milestones: the run ends after epoch {epochs:g}, so the learning rate does not "
+            f"fall at {' and '.join(late)}"
+        )
+    return notes + config.objective.schedule_notes(epochs, resolved.total_steps)
 
 
 def fitting_batch(images: int, *, most: int, world_size: int = 1) -> int:

@@ -155,9 +155,6 @@ class Config:
         warmup = self.optim.warmup_epochs
         epochs = self.epochs
         require(warmup <= epochs, "optim.warmup_epochs", warmup, f"must be at most epochs={epochs}")
-        marks = self.optim.milestones
-        rule = f"must be below epochs={epochs}, or the rate does not fall there: take earlier ones"
-        require(all(mark < epochs for mark in marks), "optim.milestones", marks, rule)
         size = self.model.image_size
         require(
             self.data.view1.size == size,

@@ -55,19 +55,15 @@ class SwAVConfig(ObjectiveConfig):
             value = getattr(self, name)
             require(value >= least, name, value, f"must be at least {least}")
 
-    def require_steps(self, total_steps: int) -> None:
-        """Refuse a run whose prototypes would never train.
-
-        Raises:
-            FieldError: naming the field.
-        """
-        steps = self.freeze_prototypes_steps
-        rule = (
-            f"must be below the {total_steps} steps of the run, or the prototypes never train; "
-            "take fewer, or a longer run"
-        )
-        trains = steps == 0 or steps < total_steps
-        require(trains, "objective.freeze_prototypes_steps", steps, rule)
+    def schedule_notes(self, epochs: float, total_steps: int) -> list[str]:
+        """That the prototypes never train."""
+        frozen = self.freeze_prototypes_steps
+        if frozen < total_steps:
+            return []
+        return [
+            f"objective.freeze_prototypes_steps={frozen}: the run ends after step {total_steps}, so "
+            "the prototypes never train"
+        ]
 
 
 @expects(Expected(linear=67.1, source=PAPER, note=CHOICE))

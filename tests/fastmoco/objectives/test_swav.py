@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config, OptimConfig
-from fastmoco.config.resolve import resolve
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import World, parallelize
 from fastmoco.models.heads import HeadForm, build_head
@@ -513,14 +512,6 @@ def test_a_queue_of_broken_batches_or_after_the_run_is_refused() -> None:
     late = replace(config, epochs=9, objective=replace(config.objective, queue_start_epoch=9))
     with pytest.raises(ValueError, match=r"queue_start_epoch=9: the run has epochs=9, so its"):
         build_objective(late, torch.device("cpu"))
-
-
-def test_prototypes_that_would_never_train_are_refused() -> None:
-    config = with_queue(freeze_prototypes_steps=4)
-    rule = r"objective.freeze_prototypes_steps=4: must be below the 4 steps of the run"
-    with pytest.raises(ValueError, match=rule):
-        resolve(replace(config, epochs=1), world_size=1, sample_count=4 * config.global_batch_size)
-    resolve(replace(config, epochs=1), world_size=1, sample_count=5 * config.global_batch_size)
 
 
 def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,8 +141,6 @@ def test_steps_fall_at_the_milestones() -> None:
 
     # Of a run, and where it ends.
     config = get_recipe("moco_v1_r50_e200_b256")
-    with pytest.raises(ValueError, match=r"milestones=\(120.0, 160.0\): must be below epochs=160"):
-        replace(config, epochs=160)
     resolved = resolve(config, world_size=1, sample_count=256 * 10)
     rates = [run_learning_rate(epoch * 10, config, resolved) for epoch in (0, 119, 120, 159, 160)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003])
