@@ -23,6 +23,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A run in this process takes every core for its threads, and would leave them to all later tests:
+# beside another worker they wait for each other by spinning.
+if (most := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+    set_num_threads = torch.set_num_threads
+    torch.set_num_threads = lambda threads: set_num_threads(min(threads, int(most)))
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
