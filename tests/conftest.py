@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,16 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
             return {key: archive[key] for key in archive.files}
 
     return read
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The random numbers of a test, and of a fixture that it is the first to need, do not depend on
+    the tests before it in this process.
+    """
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

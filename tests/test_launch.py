@@ -21,6 +21,7 @@ from fastmoco.cli.launch import launch, launch_command
 from fastmoco.errors import RunError
 from fastmoco.run.folder import RunFolder
 from tests.fault_runs import ROOT, FaultRun, environment, start_command
+from tests.held_steps import SITE
 
 pytestmark = pytest.mark.faults
 
@@ -73,6 +74,15 @@ def words(digits: tuple[str, str], tmp_path: Path) -> list[str]:
         "--threads=1",
     ]
     return ["quickstart_digits", "--out", str(tmp_path / "run"), "--data.shards", digits[0], *small]
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> dict[str, str]:
+    """Variables with which a run waits after four steps, until it is asked to stop."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SITE % 4)
+    return {"PYTHONPATH": f"{folder}:{environment()['PYTHONPATH']}"}
 
 
 def start_script(name: str, words: list[str], out: Path, **more: str) -> FaultRun:
@@ -168,11 +178,11 @@ def test_under_nohup_a_run_outlives_its_terminal(
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_preempted_run_of_two_processes_saves_says_so_and_goes_on(
-    words: list[str], tmp_path: Path
+    words: list[str], tmp_path: Path, held: dict[str, str]
 ) -> None:
     """T04, by launch/single_node.sh, `fastmoco train --gpus 2` and torchrun's agent."""
     out = tmp_path / "run"
-    one = start_script("single_node.sh", words, out, GPUS="2")
+    one = start_script("single_node.sh", words, out, GPUS="2", **held)
     try:
         one.wait_for_step(2)
         one.process.send_signal(signal.SIGTERM)
@@ -218,7 +228,7 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
         assert len(workers) == 3
         os.kill(max(workers), signal.SIGSTOP)
         one.process.kill()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while living(out) and time.monotonic() < until:
             time.sleep(0.1)
         assert living(out) == []
@@ -301,9 +311,11 @@ def test_a_failed_worker_is_reported_once_and_torchruns_report_is_kept(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_an_interrupt_of_one_process_is_a_clean_stop(words: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_of_one_process_is_a_clean_stop(
+    words: list[str], tmp_path: Path, held: dict[str, str]
+) -> None:
     """T06, by launch/single_gpu.sh."""
-    one = start_script("single_gpu.sh", words, tmp_path / "run")
+    one = start_script("single_gpu.sh", words, tmp_path / "run", **held)
     try:
         one.wait_for_step(2)
         one.process.send_signal(signal.SIGINT)
@@ -418,7 +430,7 @@ def test_words_that_make_no_config_are_not_tried_again(words: list[str], tmp_pat
 @pytest.mark.long
 @pytest.mark.slow
 def test_slurm_starts_the_ranks_requeues_a_preempted_run_and_not_a_finished_one(
-    stubs: Path, words: list[str], tmp_path: Path
+    stubs: Path, words: list[str], tmp_path: Path, held: dict[str, str]
 ) -> None:
     out, state = tmp_path / "run", tmp_path / "state"
     more = {
@@ -431,7 +443,7 @@ def test_slurm_starts_the_ranks_requeues_a_preempted_run_and_not_a_finished_one(
         "SLURM_JOB_NODELIST": "n",
         "FASTMOCO_LAUNCH": str(ROOT / "launch"),
     }
-    one = start_script("slurm.sh", words, out, **more)
+    one = start_script("slurm.sh", words, out, **more, **held)
     try:
         one.wait_for_step(2)
         os.kill(int(Path(f"{state}.srun").read_text()), signal.SIGUSR1)

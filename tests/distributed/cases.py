@@ -6,11 +6,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fastmoco.distributed import World, start_world, stop_world
+
+
+def be_impatient(group: dist.ProcessGroup | None, seconds: float) -> None:
+    """From now on ranks of a group wait so long for each other. They meet before, with the patience
+    that the group was made with."""
+    dist.barrier(group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:

@@ -26,6 +26,7 @@ from fastmoco.errors import RunError
 from fastmoco.optim.averaged import AveragedOptimizer, HostSkipped
 from fastmoco.training import state as training_state
 from tests.checkpoint_content import full_disk
+from tests.distributed.cases import be_impatient
 
 STEPS = 3
 """Taken before the save; as many again after it."""
@@ -204,8 +205,9 @@ def run_background(root: Path) -> dict[str, object]:
 
 def run_hung_rank(root: Path) -> dict[str, object]:
     """The last rank comes long after the deadline."""
-    group = group_for_saving(2)
+    group = group_for_saving(60)
     save_checkpoint(root, step=1, tensors=some(1), state={}, keep=1, group=group)
+    be_impatient(group, 2)
     if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(4)
     message = message_of(

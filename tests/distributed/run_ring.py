@@ -144,7 +144,8 @@ def run_uneven(world: World) -> dict[str, str]:
 
 def run_stopped(world: World) -> dict[str, Any]:
     """The last rank starts and passes nothing on; the others are not stuck."""
-    group = dist.new_group(timeout=timedelta(seconds=1))
+    dist.barrier()  # the time also limits how long ranks wait for each other to make the group
+    group = dist.new_group(timeout=timedelta(seconds=5))
     ring = start_ring(torch.ones(2, 2), group)
     if world.rank == world.world_size - 1:
         dist.barrier()

@@ -43,15 +43,28 @@ def _all(inputs: list[Tensor], backend: str, dtype: torch.dtype | None = None) -
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
+def _cancelled(inputs: list[Tensor]) -> tuple[float, float]:
+    """Norms of what cancels in dq and dk over a single key: its weight is 1 whatever they are, so
+    both gradients are differences of equal numbers, s (g v - g v) k and s (g v - g v) q. How much
+    rounding leaves of them is the processor's choice: the order in which it adds up g v."""
+    q, k, v, grad = (t.double() for t in inputs)
+    if k.shape[-2] > 1:
+        return 0.0, 0.0
+    both = 2 * q.shape[-1] ** -0.5 * (grad @ v.mT).abs()
+    return (both @ k.abs()).norm().item(), (both.mT @ q.abs()).norm().item()
+
+
 def _assert_as_good_as_torch(inputs: list[Tensor]) -> None:
     """Twice the error of torch's own attention in this dtype, or a few units in the last place
     where that has none."""
     truth = _all(inputs, "reference", torch.float64)
     ours, torchs = _all(inputs, "triton"), _all(inputs, "sdpa")
-    for name, mine, other, exact in zip(
-        ("out", "dq", "dk", "dv"), ours, torchs, truth, strict=True
+    dq, dk = _cancelled(inputs)
+    for name, lost, mine, other, exact in zip(
+        ("out", "dq", "dk", "dv"), (0.0, dq, dk, 0.0), ours, torchs, truth, strict=True
     ):
-        floor = 4 * torch.finfo(mine.dtype).eps * (exact.norm() + 0.1 * exact.numel() ** 0.5)
+        least = exact.norm() + 0.1 * exact.numel() ** 0.5 + lost
+        floor = 4 * torch.finfo(mine.dtype).eps * least
         error, allowed = (mine.double() - exact).norm(), 2 * (other.double() - exact).norm()
         assert error <= torch.maximum(allowed, floor), (name, float(error), float(allowed))
 

@@ -14,6 +14,7 @@ import pytest
 from fastmoco.checkpoint import load_latest
 from fastmoco.config import Config
 from tests.fault_runs import FaultRun, assert_same_end, start
+from tests.held_steps import WORDS
 
 pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.slow]
 Start = Callable[..., FaultRun]
@@ -139,7 +140,7 @@ trainer.Trainer._one_step = stuck
 def test_a_signal_ends_a_rank_that_waits_for_a_stopped_peer(run: Start, config: Config) -> None:
     """T05."""
     patient = replace(config, faults=replace(config.faults, hang_timeout_s=600.0))
-    one = run(patient)
+    one = run(patient, before=WORDS.format(after=2))
     one.wait_for_step(2)
     one.signal(1, signal.SIGSTOP)
     time.sleep(1)

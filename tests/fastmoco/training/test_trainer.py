@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.training import resume
 from fastmoco.training.trainer import Trainer
+from tests.fault_runs import environment
+from tests.held_steps import WORDS
 
 WORLD = World()
 
@@ -48,8 +49,9 @@ def _losses(out: Path) -> list[tuple[int, float]]:
     return RunFolder(out).read_metric("loss")
 
 
-def _command(config: Config, out: Path) -> list[str]:
-    """The command line of a run that differs from the recipe in a few plain fields."""
+def _command(config: Config, out: Path, hold: int) -> list[str]:
+    """The command line of a run that differs from the recipe in a few plain fields, and that waits
+    after `hold` steps; 0: nowhere."""
     start, wanted = flatten(quickstart_digits()), flatten(config)
     words = [
         word
@@ -57,14 +59,16 @@ def _command(config: Config, out: Path) -> list[str]:
         if value != start[name]
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return ["-m", "fastmoco", "train", "quickstart_digits", "--out", str(out), *words]
+    program = "import sys; from fastmoco.cli.main import main; sys.exit(main())"
+    if hold:
+        program = f"{WORDS.format(after=hold)}; {program}"
+    return ["-c", program, "train", "quickstart_digits", "--out", str(out), *words]
 
 
-def _start(config: Config, out: Path, *launcher: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *_command(config, out)]
+def _start(config: Config, out: Path, *launcher: str, hold: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, *_command(config, out, hold)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     )
 
 
@@ -104,12 +108,12 @@ def test_a_run_logs_every_step_and_its_loss_falls(whole):
     assert saved["resolved"]["versions"]["torch"] == torch.__version__
 
 
-# before the first checkpoint; right after one; late. Where exactly the kill falls is the machine's
-# choice.
+# before the first checkpoint; right after one; late. Where in the next two steps the kill falls is
+# the machine's choice.
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 11])
 def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path, step):
-    process = _start(small_run, tmp_path, "-X", "faulthandler")
+    process = _start(small_run, tmp_path, "-X", "faulthandler", hold=step + 2)
     _wait_for_step(process, tmp_path, step)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=240)
@@ -126,7 +130,7 @@ def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path,
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_exits_with_75(small_run, whole, tmp_path):
     config = replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=0))
-    process = _start(config, tmp_path)
+    process = _start(config, tmp_path, hold=4)
     _wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=240)

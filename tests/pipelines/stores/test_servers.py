@@ -390,9 +390,9 @@ def test_a_page_in_place_of_an_index_is_called_one(server, spec):
 
 
 def test_a_date_in_retry_after_is_waited_for(server, spec):
-    when = formatdate(time.time() + 1.5, usegmt=True)
-    server.script["train-000000.tar.index"] = [status(429, Retry_After=when)]
     began = time.time()
+    when = formatdate(began + 1.5, usegmt=True)
+    server.script["train-000000.tar.index"] = [status(429, Retry_After=when)]
     assert read(f"{server.url}/train-000000.tar", spec) == 16
     assert time.time() >= began + 0.5  # a date has whole seconds
 
