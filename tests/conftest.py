@@ -49,6 +49,17 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """Threads that a run in this process takes are not left to later tests: beside another worker
+    they wait for each other by spinning, which is 30 times slower.
+    """
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def nan_poisoned_memory() -> Iterator[None]:
     """`torch.empty` gives NaN, so that code that does not write a value fails
     instead of passing by chance.

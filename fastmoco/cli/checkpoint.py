@@ -81,10 +81,10 @@ def consolidate(
         checkpoint = find_checkpoint(path, best=best)
         for skipped, reason in checkpoint.skipped:
             show(f"passed over {skipped.name}: {reason}")
-        from fastmoco.models.encoder_file import encoder_header, evaluated_network
+        from fastmoco.models.encoder_file import encoder_header, evaluated_network, state_header
 
         network = evaluated_network(checkpoint)
-        header = encoder_header(checkpoint) if encoder else {"evaluated": network}
+        header = encoder_header(checkpoint) if encoder else state_header(checkpoint)
         count = write(checkpoint, out, encoder_only=encoder, network=network, header=header)
     show(f"wrote {count} tensors of step {checkpoint.step} to {out}")
     return EXIT_FINISHED

@@ -11,7 +11,7 @@ from fastmoco.config.model import AttentionBackend, ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
-from fastmoco.config.resolve import Resolved, resolve
+from fastmoco.config.resolve import Resolved, resolve, schedule_notes
 from fastmoco.config.run import BatchConfig, CheckpointConfig, Config
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "ParallelConfig",
     "Resolved",
     "resolve",
+    "schedule_notes",
 ]

@@ -33,6 +33,11 @@ class ObjectiveConfig:
         as many as the training set has."""
         return None
 
+    def schedule_notes(self, epochs: float, total_steps: int) -> list[str]:
+        """A sentence about each schedule of this objective that a run of this length leaves
+        unfinished."""
+        return []
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoCoV3Config(ObjectiveConfig):

@@ -59,6 +59,20 @@ def resolve(config: Config, *, world_size: int, sample_count: int) -> Resolved:
     )
 
 
+def schedule_notes(config: Config, resolved: Resolved) -> list[str]:
+    """A sentence about each schedule that the run leaves unfinished. A trial of a few epochs is a
+    run like that, so none is refused."""
+    epochs = config.epochs
+    late = [f"{mark:g}" for mark in config.optim.milestones if mark >= epochs]
+    notes = []
+    if config.optim.schedule == "steps" and late:
+        notes.append(
+            f"optim.milestones: the run ends after epoch {epochs:g}, so the learning rate does not "
+            f"fall at {' and '.join(late)}"
+        )
+    return notes + config.objective.schedule_notes(epochs, resolved.total_steps)
+
+
 def fitting_batch(images: int, *, most: int, world_size: int = 1) -> int:
     """A global batch size for a set: `most`, or for a small set a power of two with three steps an
     epoch or more; a multiple of the processes, and at least 2 images for each.

@@ -111,7 +111,8 @@ class Config:
     device: Literal["auto", "cuda"] | Device = "auto"
     """`auto` uses a GPU if there is one. `cuda`, as torch spells it, is stored as `gpu`."""
     threads: Annotated[int, Resume.FREE] = 0
-    """CPU threads of torch per process; 0 divides the machine's cores among its processes."""
+    """CPU threads of torch per process; 0 divides the machine's cores among its processes, and is at
+    most `OMP_NUM_THREADS` for a process alone."""
     log_every_steps: Annotated[int, Resume.FREE] = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
     batch: Annotated[BatchConfig, Resume.FREE] = field(default_factory=BatchConfig)

@@ -31,6 +31,10 @@ from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
+EVALUATED = "evaluated"
+"""In the header of a full state of fastmoco: the network that its run evaluates."""
+UNSEEN = ("heads", "image_size", "resize", "mean", "std")
+"""What tensors of an encoder do not show, in the header of a full state."""
 CUSTOM = "custom"
 """Architecture of a ViT of sizes that no architecture here has, as one of 5 heads."""
 TIMM = {
@@ -385,6 +389,17 @@ def evaluated_network(checkpoint: Checkpoint) -> str:
     if "config" not in checkpoint.state:
         return ObjectiveConfig.evaluated
     return from_json(checkpoint.state["config"]).objective.evaluated
+
+
+def state_header(checkpoint: Checkpoint) -> dict[str, str]:
+    """The header of the file of a checkpoint's full state: the network that its run evaluates, and
+    what the tensors of an encoder do not show. `architecture` is not in it: that is the mark of the
+    file of an encoder."""
+    header = {EVALUATED: evaluated_network(checkpoint)}
+    if "config" not in checkpoint.state:
+        return header
+    described = describe_run(from_json(checkpoint.state["config"])).to_metadata()
+    return header | {key: described[key] for key in UNSEEN if key in described}
 
 
 class LoadedEncoder(NamedTuple):

@@ -130,7 +130,6 @@ class DINO(Objective):
         """The objective of a config."""
         own = config.objective
         assert isinstance(own, DINOConfig)
-
         return cls(
             build_encoder,
             initial_weights=own.initial_weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, get_args
 
@@ -64,6 +65,21 @@ class DINOConfig(ObjectiveConfig):
         momentum = self.center_momentum
         require(0 <= momentum <= 1, "center_momentum", momentum, "must be in [0, 1]")
         require_ema(self.ema_momentum, self.ema_schedule)
+
+    def schedule_notes(self, epochs: float, total_steps: int) -> list[str]:
+        """That the last layer never trains, or that the teacher's temperature still rises."""
+        notes = []
+        if math.ceil(epochs) - 1 < self.freeze_last_layer_epochs:  # whole epochs are frozen
+            notes.append(
+                f"objective.freeze_last_layer_epochs={self.freeze_last_layer_epochs:g}: the run ends "
+                f"after epoch {epochs:g}, so the last layer never trains"
+            )
+        if self.teacher_warmup_epochs > epochs:
+            notes.append(
+                f"objective.teacher_warmup_epochs={self.teacher_warmup_epochs}: the run ends after "
+                f"epoch {epochs:g}, before objective.teacher_temperature is reached"
+            )
+        return notes
 
 
 @expects(

@@ -37,11 +37,18 @@ from fastmoco_pipelines.views.runtime import WITHOUT_DALI, dali_version, has_dal
 def share_cores(config: Config) -> int:
     """Set the number of torch's CPU threads; the processes on one machine share its cores.
 
+    A process alone on its machine takes no more than `OMP_NUM_THREADS` says. For several, torchrun
+    sets that variable to 1 itself, so it is no wish of the user.
+
     Returns:
         The number of threads.
     """
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // local_processes)
+    share = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if local_processes == 1 and asked.isdigit() and int(asked):
+        share = min(share, int(asked))
+    threads = config.threads or share
     torch.set_num_threads(threads)
     return threads
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmoco.checkpoint import Checkpoint, Score
 from fastmoco.checkpoint.choose import KEY as SCORE
 from fastmoco.checkpoint.folder import step_of
-from fastmoco.config import Config, resolve
+from fastmoco.config import Config, resolve, schedule_notes
 from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED
@@ -279,6 +279,9 @@ class Trainer:
             recorder.event(note)
         if self.config.batch.cuda_graphs:
             recorder.event(f"CUDA graphs replay {chosen.replays}")
+
+        for note in schedule_notes(self.config, self.resolved):
+            recorder.event(f"warning: {note}")
 
         # Loader and monitors log through the recorder from here on.
         self.loader.report = lambda text: recorder.event_of_any_rank(f"warning: {text}")

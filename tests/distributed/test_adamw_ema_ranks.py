@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.distributed.launching import Results, launch
 from tests.distributed.run_adamw_ema import MOMENTUM, OPTIONS, STEPS, build, train
-from tests.distributed.test_ranks import Results, launch
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastmoco.distributed import World, agree
+from tests.distributed.launching import launch
 from tests.distributed.run_agree import decisions
-from tests.distributed.test_ranks import launch
 
 
 @pytest.mark.slow

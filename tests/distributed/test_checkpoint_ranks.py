@@ -13,8 +13,8 @@ from torch import Tensor
 from fastmoco.checkpoint import list_checkpoints, load_latest
 from fastmoco.training import state as training_state
 from tests.checkpoint_content import assert_same
+from tests.distributed.launching import Results, launch
 from tests.distributed.run_checkpoints import STEPS, model_and_optimizer, run_save, train
-from tests.distributed.test_ranks import Results, launch
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.test_ranks import Results, distance, launch, one_process
+from tests.distributed.launching import Results, launch
+from tests.distributed.test_ranks import distance, one_process
 
 EXACT = (
     "fp64",

@@ -9,8 +9,8 @@ import torch
 
 from fastmoco.distributed import World
 from fastmoco.objectives.build import OBJECTIVES
+from tests.distributed.launching import launch
 from tests.distributed.run_conformance import CASES, STEPS, VARIANTS, run_steps
-from tests.distributed.test_ranks import launch
 from tests.fastmoco.objectives.test_conformance import TRUNKS
 
 Results = list[dict[str, Any]]

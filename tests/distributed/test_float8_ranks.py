@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastmoco.distributed import World
+from tests.distributed.launching import launch
 from tests.distributed.run_float8 import CASES, run_case
 from tests.distributed.run_sharded import Case, run_steps
-from tests.distributed.test_ranks import launch
 from tests.distributed.test_sharded_ranks import distances
 
 pytestmark = pytest.mark.skipif(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_ranks import launch
+from tests.distributed.launching import launch
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastmoco.evaluation.reference import plain_knn_accuracy, plain_neighbours
+from tests.distributed.launching import launch
 from tests.distributed.run_knn import ALONE, SETS
-from tests.distributed.test_ranks import launch
 
 EXACT = [name for name, sets in SETS.items() if sets.bank.dtype != torch.float64]
 

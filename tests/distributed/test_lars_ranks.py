@@ -8,8 +8,8 @@ import torch
 from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.optimizer import LARS
+from tests.distributed.launching import Results, launch
 from tests.distributed.run_lars import IN_BUFFER, LR, NUMBERS, STEPS, Model, build, train
-from tests.distributed.test_ranks import Results, launch
 
 SHARDED = ("fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed")
 

@@ -9,9 +9,10 @@ import pytest
 
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import chunked_bytes, sharded, state_bytes, whole_bytes
+from tests.distributed.launching import launch
 from tests.distributed.run_memory import IMAGES, config_of
-from tests.distributed.test_ranks import launch
 
+MODULE = "tests.distributed.run_memory"
 RANKS = 2
 
 
@@ -32,5 +33,5 @@ def test_the_peak_of_a_real_sharded_step_is_the_planned_one(
         step = whole_bytes(costs, images, RANKS)
     planned = state.parameters + state.gradients + state.in_flight + step  # there is no optimizer
     assert planned - state.in_flight < 0.97 * planned
-    for rank in launch(RANKS, tmp_path, name, module="tests.distributed.run_memory"):
+    for rank in launch(RANKS, tmp_path, name, module=MODULE, fresh=True):
         assert cast("dict[str, int]", rank[name])["peak"] == pytest.approx(planned, rel=0.15)

@@ -10,8 +10,8 @@ import pytest
 from fastmoco.planning.plan import StepPlan
 from fastmoco.planning.scale.layout import layout_of
 from fastmoco.planning.scale.messages import Ranks, step_messages
+from tests.distributed.launching import launch
 from tests.distributed.run_messages import CASES, IMAGES, config_of
-from tests.distributed.test_ranks import launch
 
 
 @pytest.fixture(scope="module")

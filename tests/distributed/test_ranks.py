@@ -5,9 +5,6 @@ All cases of one world size share one process group (see run_ranks.py); starting
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,57 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.ranks import held_port
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.reference import plain_forward
+from tests.distributed.launching import Results, launch
 from tests.distributed.run_ranks import UNEVEN, norm_and_inputs, objective_and_views, rows_of
 from tests.golden_objective import our_name
 
 Golden = Callable[[str], dict[str, np.ndarray]]
-Results = list[dict[str, object]]
-ROOT = Path(__file__).parents[2]
-
-
-def launch(
-    world_size: int,
-    out: Path,
-    *cases: str,
-    debug: str = "INFO",
-    module: str = "tests.distributed.run_ranks",
-) -> Results:
-    """Run cases in that many processes and return what each left behind.
-
-    ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in
-    it as soon as DistributedDataParallel is built: only for cases without that.
-    """
-    with held_port() as port:
-        shared = os.environ | {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCH_DISTRIBUTED_DEBUG": debug,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "kernels"))),
-        }
-        command = [sys.executable, "-m", module, str(out), *cases]
-        ranks = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stderr=subprocess.PIPE,
-            )
-            for r in range(world_size)
-        ]
-        try:
-            errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(
-        e[-3000:] for e in errors
-    )
-    return [torch.load(out / f"rank{r}.pt", weights_only=False) for r in range(world_size)]
 
 
 @pytest.fixture(

@@ -11,8 +11,8 @@ import torch
 
 from fastmoco.distributed.ring import start_ring
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
+from tests.distributed.launching import launch
 from tests.distributed.run_ring import DTYPES, RANKS, ROWS, SIZES, TEMPERATURES, sides
-from tests.distributed.test_ranks import launch
 
 
 @pytest.fixture(scope="module")

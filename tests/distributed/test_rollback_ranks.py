@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_ranks import launch
+from tests.distributed.launching import launch
 from tests.spikes import LOGGED
 
 pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.slow]

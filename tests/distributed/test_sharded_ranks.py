@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastmoco.distributed import World
+from tests.distributed.launching import launch
 from tests.distributed.run_sharded import (
     CASES,
     GRADIENTS_OF,
@@ -19,7 +20,6 @@ from tests.distributed.run_sharded import (
     cases_of,
     run_steps,
 )
-from tests.distributed.test_ranks import launch
 
 pytestmark = pytest.mark.slow
 references: dict[str, Case] = {}

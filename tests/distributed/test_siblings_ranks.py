@@ -13,7 +13,7 @@ from fastmoco.checkpoint import list_checkpoints
 from fastmoco.distributed import World
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import pack_digits
-from tests.distributed.test_ranks import launch
+from tests.distributed.launching import launch
 from tests.fastmoco.objectives import test_byol as byol
 from tests.fastmoco.objectives import test_dino as dino
 from tests.fastmoco.objectives import test_moco as moco

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.launching import launch
 from tests.distributed.run_trainer import CUT, STEPS
-from tests.distributed.test_ranks import launch
 
 pytestmark = pytest.mark.slow
 

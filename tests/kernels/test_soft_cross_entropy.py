@@ -152,9 +152,31 @@ def test_a_nan_is_seen(path: str, name: str) -> None:
 
 
 def test_the_widest_head_of_few_images() -> None:
+    """Its loss is as exact as that of a narrow one."""
     given = _inputs(4, 2, 2, 65536, teacher=True, dtype=torch.float32)
+    wide = {name: tensor.double() for name, tensor in given.items()}
     for form in FORMS:
         _check(form, given, "blocks", 1e-5, **TEACHER)
+        found, exact = (
+            _call(form, each, path, **TEACHER)[0].item()
+            for each, path in ((given, "blocks"), (wide, "reference"))
+        )
+        assert found == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_terms_that_are_alike_add_up_exactly(form: str, path: str) -> None:
+    """Those of a collapsed encoder are: the error of a float32 sum must not grow with the width."""
+    K = 9999
+    given = {
+        "rows": torch.ones(2, 1, 1),
+        "weight": torch.full((K, 1), 0.3),
+        "logits": torch.full((2, 1, K), 0.3),
+        "targets": torch.full((1, 1, K), 1 / K),
+    }
+    loss = _call(form, {name: tensor.to(DEVICE) for name, tensor in given.items()}, path)[0]
+    assert loss.item() == pytest.approx(math.log(K), rel=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)

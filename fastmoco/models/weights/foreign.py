@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.encoder import Family
-from fastmoco.models.encoder_file import TORCHVISION
+from fastmoco.models.encoder_file import EVALUATED, TORCHVISION
 from fastmoco.models.vit import sincos_positions
 from fastmoco.models.weights.names import (
+    FULL_STATE,
     NETWORKS,
     find_format,
     some,
@@ -35,8 +36,6 @@ Which = Literal["base", "momentum"]
 """Which encoder of a file or a run: the trained one, or its moving average."""
 ENCODERS: dict[Which, str] = {"base": "encoder.", "momentum": "momentum_encoder."}
 """What the names of an encoder begin with."""
-EVALUATED = "evaluated"
-"""In the header of a full state of fastmoco: the network that its run evaluates."""
 
 
 def which_of(network: str) -> Which:
@@ -304,7 +303,7 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
     size = stated.image_size or size
     image = EvalSpec(size=max(size, 1), resize=max(size, 1))
     if size:
-        resize = round(size * 256 / 224) if size > 64 else size
+        resize = stated.resize or (round(size * 256 / 224) if size > 64 else size)
         image = EvalSpec(size=size, resize=resize)
     if stated.mean and stated.std:
         image = replace(image, mean=stated.mean, std=stated.std)
@@ -327,7 +326,9 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
         key = (sizes.width, sizes.depth, sizes.stem)
         positions = weights.trunk.get("pos_embed")
         of_moco_v3 = weights.format in ("moco-v3", "linear probe of moco-v3")
-        if not of_moco_v3 and positions is not None and sizes.grid:
+        # Not so in a full state of fastmoco, which has ViT-S of both numbers with that table.
+        foreign = weights.format != FULL_STATE
+        if not of_moco_v3 and foreign and positions is not None and sizes.grid:
             of_moco_v3 = is_sincos(positions, sizes.grid)
         found = (MOCO_V3_HEADS if of_moco_v3 else HEADS).get(key)
         if found is not None and key not in HEADS:
@@ -373,6 +374,7 @@ class _Stated:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     image_size: int | None = None
+    resize: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -385,10 +387,11 @@ def _stated(raw: RawWeights) -> _Stated:
     """
     config, header = raw.config, raw.header
     try:
-        if "architecture" in header and "image_size" in header:
+        if header.keys() & {"architecture", EVALUATED} and "image_size" in header:
             return _Stated(
                 heads=int(header["heads"]) if "heads" in header else None,
                 image_size=int(header["image_size"]),
+                resize=int(header["resize"]) if "resize" in header else None,
                 mean=_three(json.loads(header.get("mean", "null"))),
                 std=_three(json.loads(header.get("std", "null"))),
             )

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.weights.building import load_foreign
-from fastmoco.models.weights.foreign import Which
+from fastmoco.models.weights.foreign import Which, find_encoder
+from fastmoco.models.weights.reading import read_weights
 from fastmoco.models.weights.writing import Target
 
 TOLERANCE = 1e-5
@@ -79,6 +81,9 @@ def features_of_export(
         images: [B, 3, H, W] float32.
         which: the encoder, for a file of both.
         heads: attention heads, for formats that do not contain them.
+
+    Raises:
+        CheckpointError: if a reader of the file would take another number of heads.
     """
     if to == "hf":
         return _by_transformers(path, images)
@@ -88,7 +93,14 @@ def features_of_export(
         with path.open("rb") as file:  # torch warns about a path that does not end in .pt2
             program = torch.export.load(file)
         return _in_parts(program.module(), images), f"torch.export of torch {torch.__version__}"
-    loaded = load_foreign(path, which if to == "moco-v3" else None, heads=heads)
+    which_one = which if to == "moco-v3" else None
+    read_as = find_encoder(read_weights(path), which_one).heads
+    if read_as not in (None, heads):
+        raise CheckpointError(
+            f"--to {to} has no place for the number of attention heads: whoever reads the file takes "
+            f"{read_as}, and this encoder has {heads}; timm, hf and safetensors state the number"
+        )
+    loaded = load_foreign(path, which_one, heads=heads)
     return _in_parts(loaded.encoder, images), f"fastmoco, as {loaded.weights.format}"
 
 

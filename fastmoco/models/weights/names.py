@@ -80,7 +80,7 @@ class Format:
 
 
 HEAD_OF_DINO = {
-    "head.mlp.{i}.{p}": "projector",
+    "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
     "head.last_layer.weight_v": "last layer",
 }
@@ -221,6 +221,8 @@ FORMATS = (
     HF_RESNET,
 )
 
+FULL_STATE = "full state of fastmoco"
+"""How the file of all tensors of a checkpoint is called."""
 NETWORKS = {
     "moco-v3": {
         "base_encoder.fc.": "encoder.head.",
@@ -229,7 +231,7 @@ NETWORKS = {
         "momentum_encoder.": "momentum_encoder.",
         "predictor.": "predictor.",
     },
-    "full state of fastmoco": {
+    FULL_STATE: {
         "model.encoder.": "encoder.",
         "model.momentum_encoder.": "momentum_encoder.",
         "model.predictor.": "predictor.",

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastmoco.checkpoint import save_checkpoint
-from fastmoco.config import Config
+from fastmoco.checkpoint import CheckpointError, save_checkpoint
+from fastmoco.config import Config, ModelConfig
+from fastmoco.config.serial import to_json
 from fastmoco.distributed.mesh import World
+from fastmoco.models.weights.building import load_foreign
+from fastmoco.objectives.build import build_objective
+from fastmoco.recipes.dino import DINOConfig, dino_digits
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same, content, flip_bit, group_of_one, save
@@ -143,3 +147,36 @@ def test_a_hostile_name_is_no_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, step=1, tensors={"w": torch.ones(1)}, state={}, keep=1)
     (tmp_path / "step_00000002").symlink_to(tmp_path / "step_00000001")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+
+
+def test_a_full_state_says_what_the_tensors_of_its_encoder_do_not_show(tmp_path: Path) -> None:
+    # A ViT-S of 6 heads with the fixed table: by its tensors alone it would pass for one of 12.
+    base = dino_digits()
+    model = ModelConfig(
+        architecture="deit_small", image_size=8, patch_size=4, projection_dim=8, hidden_dim=8
+    )
+    assert isinstance(base.objective, DINOConfig)
+    own = replace(base.objective, prototypes=8)
+    grey = replace(base.data.view1, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    data = replace(base.data, view1=grey)
+    knn = replace(base.knn, resize=9)
+    config = replace(base, model=model, objective=own, data=data, knn=knn)
+    objective = build_objective(config, torch.device("cpu"))
+    tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
+    state = {"config": to_json(config)}
+    save_checkpoint(tmp_path / "run", step=1, tensors=tensors, state=state, keep=1)
+    out = tmp_path / "all.safetensors"
+    assert main(["checkpoint", "consolidate", str(tmp_path / "run"), "--out", str(out)]) == 0
+
+    found = load_foreign(out)
+    assert found.description.heads == 6
+    assert found.description.image == config.eval_spec()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(found.encoder(images), objective.evaluation_encoder.eval()(images))
+
+    # The file of an older version does not say it.
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(out), old, {"evaluated": "momentum_encoder"})
+    with pytest.raises(CheckpointError, match="does not show its number of attention heads"):
+        load_foreign(old)
+    assert load_foreign(old, heads=6).weights.which == "momentum"

@@ -525,6 +525,7 @@ def test_recipes_carry_the_official_numbers_and_travel_through_json() -> None:
         10,
     )
     assert optim.weight_decay == 1e-6
+    assert not config.model.zero_residual
     view = config.data.view1
     assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
     assert (view.crop_scale, view.blur_probability, view.std[0]) == ((0.14, 1.0), 0.5, 0.228)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,30 @@ def test_resnets_in_other_packages(tmp_path: Path, architecture: str, to) -> Non
     found = compare_features(ours, theirs, reader)
     assert found.good
     assert found.max_error < 1e-5 * max(1.0, found.max_feature)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_a_file_that_would_be_read_with_other_heads_is_refused(tmp_path, positions) -> None:
+    torch.manual_seed(0)
+    description = EncoderDescription(
+        architecture="deit_small",
+        width=384,
+        depth=12,
+        heads=6,
+        patch_size=4,
+        positions=positions,
+        image=EvalSpec(size=8, resize=8),
+    )
+    encoder = description.build().eval().requires_grad_(False)
+    write_encoder("torchvision", tmp_path / "out", encoder, description, {})
+    found = partial(
+        features_of_export, "torchvision", tmp_path / "out", torch.randn(2, 3, 8, 8), which="base"
+    )
+    if positions == "sincos":
+        with pytest.raises(CheckpointError, match="takes 12, and this encoder has 6; timm, hf and"):
+            found(heads=6)
+    else:
+        found(heads=6)
 
 
 def test_a_file_whose_features_differ_is_not_written(run, tmp_path, monkeypatch) -> None:

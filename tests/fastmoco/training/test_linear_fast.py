@@ -31,7 +31,7 @@ from fastmoco.training.linear_fast import FastOptions, fast_linear
 from fastmoco.training.probe import probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
 from fastmoco_pipelines.spec import EvalSpec
-from tests.distributed.test_ranks import launch
+from tests.distributed.launching import launch
 
 IMAGE = EvalSpec(size=8, resize=8, mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
 LRS, DECAYS = (0.1, 1.0, 3.0), (0.0, 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -94,15 +95,27 @@ def test_every_number_of_the_config_reaches_the_optimizer(backend):
     assert found == (0.7, 0.02, 0.33)
 
 
-def test_processes_share_the_cores(monkeypatch):
-    config, before = get_recipe("quickstart_digits"), torch.get_num_threads()
-    try:
-        assert setup.share_cores(replace(config, threads=1)) == 1
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
-        assert setup.share_cores(config) == 1
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize(
+    ("own", "processes", "variable", "threads"),
+    [
+        (0, "1", "", 4),
+        (1, "1", "", 1),
+        (0, "1", "2", 2),  # said by the user
+        (3, "1", "2", 3),
+        (0, "1", "9", 4),
+        (0, "1", "0", 4),
+        (0, "1", "2,1", 4),  # of nested regions: not understood
+        (0, "2", "1", 2),  # said by torchrun
+        (0, "100000", "", 1),
+    ],
+)
+def test_processes_share_the_cores(monkeypatch, own, processes, variable, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    config = replace(get_recipe("quickstart_digits"), threads=own)
+    assert setup.share_cores(config) == threads
+    assert torch.get_num_threads() == threads
 
 
 def test_synthetic_images_need_no_shards():
