@@ -240,3 +240,9 @@ def test_small_crops_cost_what_their_sizes_cost() -> None:
     assert all_views.graph.per_image > two.graph.per_image * 1.2
     assert all_views.feature_bytes == two.feature_bytes * 5 / 2
     assert measure_costs(crops, "fp32", levels=True).view_bytes == all_views.view_bytes / 4
+
+
+def test_groups_of_batch_norms_have_images_however_small_their_maps() -> None:
+    # The last maps of `resnet_nano` have one position: a group needs two images there.
+    found = measure_costs(get_recipe("moco_digits"), "fp32", recompute="none")
+    assert found.graph.per_image > 0
