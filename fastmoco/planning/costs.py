@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -212,21 +212,18 @@ def measure_costs(
         flops = _FLOPS[key]
         # The compiler also does the checkpointing inside compiled blocks, but keeps what was
         # requested.
-        with (
-            traced_blocks(objective, budget=budget)
-            if compiled and recompute == "none"
-            else nullcontext()
-        ):
+        pieces.traced = compiled and recompute == "none"
+        with traced_blocks(objective, budget=budget) if pieces.traced else nullcontext():
             sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
             once = recompute == "none" and not compiled
-            again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_of_an_image)
+            again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_to_train)
 
         # Images whose fused blocks keep only the residual stream.
         lean = None
         twice = flops
         if config.model.blocks == "fused" and recompute == "none":
             lean = pieces.on_all_blocks("full", pieces.bytes_of_an_image)
-            twice = pieces.on_all_blocks("full", pieces.flops_of_an_image)
+            twice = pieces.on_all_blocks("full", pieces.flops_to_train)
 
     element = own[0].element_size()
     return StepCosts(
@@ -405,7 +402,13 @@ Figures = dict[str, tuple[float, ...]]
 
 
 class _Pieces:
-    """The parts of a step, run on fake images under a counter."""
+    """The parts of a step, run on fake images under a counter.
+
+    Attributes:
+        traced: whether blocks that train are in `traced_blocks`.
+    """
+
+    traced = False
 
     def __init__(
         self,
@@ -469,7 +472,10 @@ class _Pieces:
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
-                run(None)  # traces the blocks that have to be traced
+                if name == "query":  # a part of `forward`
+                    continue
+                if name == "train" and self.traced:
+                    run(None)  # the first call traces
                 live = LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
@@ -484,14 +490,23 @@ class _Pieces:
             for name, slope in slopes.items()
         }
 
-    def flops_of_an_image(self) -> Figures:
+    def flops_to_train(self) -> Figures:
+        """FLOPs of `train` alone."""
+        return self.flops_of_an_image(("train",))
+
+    def flops_of_an_image(
+        self, names: Collection[str] = ("query", "train", "forward", "heads")
+    ) -> Figures:
         """FLOPs of each part, in a separate pass, because torch's counter keeps tensors alive."""
         # Imported here because it imports Triton, which runs that count nothing do not need.
         from torch.utils.flop_counter import FlopCounterMode
 
         found: Figures = {}
         for name, run in self._runs(SIZES[0]).items():
-            run(None)
+            if name not in names:
+                continue
+            if name == "train" and self.traced:
+                run(None)
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 run(None)
             found[name] = (counter.get_total_flops() / SIZES[0],)
@@ -576,7 +591,9 @@ class _Pieces:
     def features(self, images: int) -> Features:
         """Features of some images as the whole trunks return them, without a graph."""
         if self._rows is None:
-            views = tuple(torch.empty(2, 3, side, side, dtype=self.kind) for side in self.sides)
+            # So many that groups of batch norms (`objective.batch_norm_groups`) have some of them.
+            some = SIZES[0]
+            views = tuple(torch.empty(some, 3, side, side, dtype=self.kind) for side in self.sides)
             with torch.no_grad(), self._autocast():
                 found = self.objective.features(self.inputs(views), self.at)
             self._rows = [[(rows.shape[1:], rows.dtype) for rows in side] for side in found]

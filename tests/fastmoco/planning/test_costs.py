@@ -12,14 +12,17 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.config import Config, ModelConfig
 from fastmoco.config.phases import Phase
 from fastmoco.objectives.build import build_model
+from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning import costs
 from fastmoco.planning.costs import Line, measure_costs, most_of
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
+from fastmoco_pipelines.spec import each_view
 
 ROOT = Path(__file__).parents[3]
 REAL_STEP = """
@@ -240,3 +243,19 @@ def test_small_crops_cost_what_their_sizes_cost() -> None:
     assert all_views.graph.per_image > two.graph.per_image * 1.2
     assert all_views.feature_bytes == two.feature_bytes * 5 / 2
     assert measure_costs(crops, "fp32", levels=True).view_bytes == all_views.view_bytes / 4
+
+
+def test_groups_of_batch_norms_have_images_however_small_their_maps() -> None:
+    # The last maps of `resnet_nano` have one position: a group needs two images there.
+    config = get_recipe("moco_digits")
+    views = each_view(config.data.views)
+    with FakeTensorMode():
+        pieces = costs._Pieces(
+            build_model(config),
+            [view.size for view in views],
+            bf16=False,
+            prepare=view_preparation(views, "fp32"),
+            levels=False,
+            at=costs._within(Phase()),
+        )
+        assert [rows.shape[0] for rows in pieces.features(images=3).online] == [3]
