@@ -99,7 +99,7 @@ def _field_error(stop: BaseException) -> FieldError | None:
         place = getattr(error, "arg", None)
         path = place if isinstance(place, str) else path
         if isinstance(error, FieldError):
-            return error.under(path.removeprefix("config").removeprefix("."))
+            return error.under(path.removeprefix("config").removeprefix(".").replace("-", "_"))
         error = error.__context__
     return None
 
@@ -202,6 +202,14 @@ def _wrong_value(option: Option, word: str) -> str:
     return f"{option.flag} {word}: must be {expected(option)}{hint}"
 
 
+def _same(one: str, other: str) -> bool:
+    """Whether two texts are one value: 1e2 is 100.0."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
+
+
 def _unknown(word: str, described: Described, whole_list: str) -> str:
     if re.fullmatch(r"-[A-Za-z_][\w.-]+(=.*)?", word, re.DOTALL):
         option = described.by_flag().get("-" + word.partition("=")[0].replace("_", "-"))
@@ -296,8 +304,12 @@ class Wording:
             option = self._option(match["name"], group)
             if option is None:
                 return match[0]
-            value = " ".join(given.get(option.name, ())) or match["value"]
-            return f"{option.flag} {value}{self._origin(option, given)}"
+            words = " ".join(given.get(option.name, ()))
+            # Advice names another value than the one in use.
+            own = words or as_words(option.default)
+            if not _same(own, match["value"].strip("'")):
+                return f"{option.flag} {match['value']}"
+            return f"{option.flag} {words or match['value']}{self._origin(option, given)}"
 
         start = r"(?<![\w.'/-])"
         with_value = start + r"(?P<name>[a-z]\w*(?:\.\w+)*)=(?P<value>[\w.+-]*\w|'[^']*')"

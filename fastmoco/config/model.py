@@ -146,7 +146,10 @@ class ModelConfig:
         require(known, "compile", self.compile, "must be auto, True or False")
         if self.family == "resnet":
             self._require_resnet()
-        rule = "has no effect on a ViT, which has no norms at the end of its branches: take True"
+        rule = (
+            "has no effect on a ViT, which has no norms at the end of its branches: take "
+            "--model.zero-residual"
+        )
         known = self.zero_residual or self.family == "resnet"
         require(known, "zero_residual", self.zero_residual, rule)
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")

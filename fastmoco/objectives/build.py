@@ -3,6 +3,7 @@ the config asks for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -64,7 +65,8 @@ def build_objective(config: Config, device: torch.device) -> Objective:
     device.
 
     Raises:
-        ValueError: if the device does not multiply as the config says, or that would lose.
+        ValueError: if the device does not multiply as the config says, or that would lose; or if a
+            tensor does not fit into the memory.
     """
     for name in ("linears", "momentum_linears"):
         if getattr(config.model, name) == "float8":
@@ -73,7 +75,17 @@ def build_objective(config: Config, device: torch.device) -> Objective:
             )
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    return build_model(config).to(device, dtype)
+    try:
+        return build_model(config).to(device, dtype)
+    except RuntimeError as error:
+        wanted = re.search(r"(?:tried to allocate|out of memory)[^.]*", str(error))
+        if wanted is None:
+            raise
+        raise ValueError(
+            f"the weights and buffers of this config do not fit into the memory ({wanted[0]}): take a "
+            "smaller architecture, model.hidden_dim, objective.prototypes or objective.queue; "
+            "fastmoco plan shows what they need"
+        ) from error
 
 
 def build_model(config: Config) -> Objective:

@@ -144,6 +144,12 @@ class MoCo(Objective):
                     f"of images do not divide global_batch_size={config.global_batch_size}; take "
                     "a divisor of it"
                 )
+            if config.global_batch_size < 2 * groups:
+                raise ValueError(
+                    f"objective.batch_norm_groups={own.batch_norm_groups}: each of {groups} groups "
+                    f"needs 2 images of global_batch_size={config.global_batch_size}; take "
+                    f"{max(1, config.global_batch_size // 2)} groups at most, or a larger batch"
+                )
         return objective
 
     def inputs(

@@ -127,6 +127,12 @@ def test_commands_without_a_recipe_do_the_same(words, line, capsys):
             ["--faults.rollback-spike", "9"],
             "--checkpoint.every-steps 0 (of the recipe): must be set",
         ),
+        (["--optim.clip-tensor-norm", "inf"], "--optim.clip-tensor-norm inf: must be finite"),
+        (["--optim.final-lr=inf", "--optim.schedule=cosine_inclusive"], "inf: must be finite"),
+        (
+            ["--model.mlp-norm", "batch", "--model.keep-tokens", "0.5"],
+            "than evaluation has: use --model.mlp-norm layer",
+        ),
     ],
 )
 def test_a_refused_value_is_named_as_it_was_typed(words, line, capsys):
@@ -141,6 +147,10 @@ def test_small_crops_of_a_recipe_without_them_name_those_that_have_them(capsys):
         capsys, "train", "swav_crops_digits", "--out", "x", "--data.more-views.1.size", "6"
     )
     assert "did you mean --data.more-views.0.size" in known[0]
+    words = ("--data.more-views.0.copies", "-1")
+    assert refusal(capsys, "print-config", "swav_crops_digits", *words)[0] == (
+        "--data.more-views.0.copies -1: counts views; 0 leaves them out"
+    )
 
 
 def test_what_is_missing_is_named_with_its_meaning(capsys):

@@ -349,6 +349,8 @@ def test_only_a_trunk_with_batch_norms_has_groups() -> None:
     [
         ({"queue": 40}, r"objective.queue=40: must be a multiple of global_batch_size=16.*take 32"),
         ({"batch_norm_groups": 3}, r"batch_norm_groups=3: 3 equal groups .*global_batch_size=16"),
+        ({"batch_norm_groups": 16}, r"groups=16: each of 16 groups needs 2 images of .*; take 8"),
+        ({"queue": 2**46}, r"do not fit into the memory \(tried to allocate"),
     ],
 )
 def test_numbers_that_do_not_fit_the_batch_are_refused(
