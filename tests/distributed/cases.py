@@ -27,7 +27,8 @@ def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:
     results go to OUT/rank<r>.pt.
     """
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # `torch.use_deterministic_algorithms` would import the compiler too, half of a rank's start.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(cases)
     world = start_world("cpu", timeout_s=60)

@@ -1,25 +1,18 @@
-"""Several real processes for the tests of ranks.
-
-They are forked from one process a worker that has imported torch and what its optimizers, FSDP2 and
-deterministic algorithms import: that costs each rank more than most of its tests.
-"""
+"""Several real processes for the tests of ranks."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import runpy
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from benchmarks.ranks import held_port
 
+ROOT = Path(__file__).parents[2]
 Results = list[dict[str, object]]
-IMPORTED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "fastmoco.objectives.build")
-TIMEOUT_S = 300
 
 
 def launch(
@@ -28,60 +21,37 @@ def launch(
     *cases: str,
     debug: str = "INFO",
     module: str = "tests.distributed.run_ranks",
-    fresh: bool = False,
 ) -> Results:
     """Run cases in that many processes and return what each left behind.
 
     ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in
-    it as soon as DistributedDataParallel is built: only for cases without that. With `fresh` each
-    process starts an interpreter of its own, for cases that measure its memory.
+    it as soon as DistributedDataParallel is built: only for cases without that.
     """
-    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
     with held_port() as port:
-        shared = {
+        shared = os.environ | {
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCH_DISTRIBUTED_DEBUG": debug,
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "pipelines", ROOT / "kernels"))),
         }
-        errors = [out / f"rank{r}.stderr" for r in range(world_size)]
+        command = [sys.executable, "-m", module, str(out), *cases]
         ranks = [
-            context.Process(
-                target=run_rank,
-                args=(
-                    module,
-                    (str(out), *cases),
-                    {**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-                    errors[r],
-                ),
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stderr=subprocess.PIPE,
             )
             for r in range(world_size)
         ]
-        until = time.monotonic() + TIMEOUT_S
         try:
-            for rank in ranks:
-                rank.start()
-            for rank in ranks:
-                rank.join(max(0.0, until - time.monotonic()))
+            errors = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
         finally:
             for rank in ranks:
-                if rank.is_alive():
-                    rank.kill()
-                    rank.join()
-    assert [rank.exitcode for rank in ranks] == [0] * world_size, "\n".join(
-        path.read_text(errors="replace")[-3000:] for path in errors if path.exists()
+                rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(
+        e[-3000:] for e in errors
     )
     return [torch.load(out / f"rank{r}.pt", weights_only=False) for r in range(world_size)]
-
-
-def run_rank(module: str, words: tuple[str, ...], variables: dict[str, str], errors: Path) -> None:
-    """In a new process: run a module as `python -m` does, with its stderr in a file."""
-    errors.parent.mkdir(parents=True, exist_ok=True)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
-    os.environ.clear()
-    os.environ.update(variables)
-    torch.distributed.set_debug_level_from_env()
-    sys.argv = [module, *words]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)

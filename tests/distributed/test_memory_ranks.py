@@ -33,5 +33,5 @@ def test_the_peak_of_a_real_sharded_step_is_the_planned_one(
         step = whole_bytes(costs, images, RANKS)
     planned = state.parameters + state.gradients + state.in_flight + step  # there is no optimizer
     assert planned - state.in_flight < 0.97 * planned
-    for rank in launch(RANKS, tmp_path, name, module=MODULE, fresh=True):
+    for rank in launch(RANKS, tmp_path, name, module=MODULE):
         assert cast("dict[str, int]", rank[name])["peak"] == pytest.approx(planned, rel=0.15)
