@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,7 +190,10 @@ def test_a_real_search_writes_a_script_that_trains(
     words += ["--model.attention", "sdpa", "--model.compile", "False", "--only", "blocks"]
     assert main(["tune", "quickstart_digits", *words, "--budget", "5m", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "--model.blocks fused: round 1" in printed
+    # Whether its gradients are near enough to be judged further depends on the processor.
+    assert re.search(r"^--model\.blocks fused: (round 1|\d+ img/s.* refused: )", printed, re.M), (
+        printed
+    )
     done = subprocess.run(
         [str(out), "--data.shards", digits[0], "--out", "run", "--epochs", "1"],
         cwd=tmp_path,
