@@ -49,7 +49,7 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
+def torch_threads() -> Iterator[None]:
     """Threads that a run in this process takes are not left to later tests: beside another worker
     they wait for each other by spinning, which is 30 times slower.
     """

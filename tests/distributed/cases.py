@@ -22,14 +22,19 @@ def be_impatient(group: dist.ProcessGroup | None, seconds: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:
-    """Run the cases on the command line after the output folder, or all;
-    results go to OUT/rank<r>.pt.
-    """
+def be_exact() -> None:
+    """One thread, deterministic algorithms, and NaN in uninitialised memory."""
     torch.set_num_threads(1)
     # `torch.use_deterministic_algorithms` would import the compiler too, half of a rank's start.
     torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:
+    """Run the cases on the command line after the output folder, or all;
+    results go to OUT/rank<r>.pt.
+    """
+    be_exact()
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(cases)
     world = start_world("cpu", timeout_s=60)
     results: dict[str, object] = {name: cases[name](world) for name in names}

@@ -26,7 +26,7 @@ from fastmoco.errors import RunError
 from fastmoco.optim.averaged import AveragedOptimizer, HostSkipped
 from fastmoco.training import state as training_state
 from tests.checkpoint_content import full_disk
-from tests.distributed.cases import be_impatient
+from tests.distributed.cases import be_exact, be_impatient
 
 STEPS = 3
 """Taken before the save; as many again after it."""
@@ -250,9 +250,7 @@ CASES: dict[str, Callable[[Path], dict[str, object]]] = {
 
 def main() -> None:
     """Run the cases named on the command line and leave the results in the folder given first."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    be_exact()
     out = Path(sys.argv[1])
     world: World = start_world("cpu", timeout_s=60)
     if world.world_size == 1:  # FSDP2 needs a group, even of one
