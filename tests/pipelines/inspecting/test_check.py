@@ -18,11 +18,16 @@ from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, Decoded, DecodePool, Item
 from tests.pipelines.damage import listed
 
-# A child that does what an item's size asks for. It speaks the protocol of the real one.
+# A child that does what an item's size asks for. It speaks the protocol of the real one, with each
+# answer in one write: `print` would make two where Python is told not to buffer (PYTHONUNBUFFERED).
 CHILD = """
 import json, os, sys, time
+
+def answer(content):
+    os.write(1, json.dumps(content).encode() + b"\\n")
+
 sys.stdin.readline()
-print('{"ready": true}', flush=True)
+answer({"ready": True})
 asked = 0
 for line in sys.stdin:
     for path, offset, size, crc32 in json.loads(line):
@@ -31,7 +36,7 @@ for line in sys.stdin:
         if size == 2: time.sleep(60)
         if size == 3: sys.exit(3)
         if size == 4 and asked > 1: os.abort()  # the heap was corrupted before
-        print(json.dumps({"kind": "", "reason": "", "listed": True, "crc32": 7, "shape": [1, 2]}), flush=True)
+        answer({"kind": "", "reason": "", "listed": True, "crc32": 7, "shape": [1, 2]})
 """
 
 
