@@ -9,7 +9,16 @@ from contextlib import nullcontext
 import pytest
 
 from fastmoco_pipelines import step_parts
-from fastmoco_pipelines.step_parts import BACKWARD, DECODE, LOSS, READ, collecting, part, shares
+from fastmoco_pipelines.step_parts import (
+    BACKWARD,
+    DECODE,
+    LOSS,
+    READ,
+    Collector,
+    collecting,
+    part,
+    shares,
+)
 
 
 def _work(seconds: float) -> float:
@@ -87,6 +96,43 @@ def test_what_a_thread_did_before_its_first_mark_is_taken_from_no_part() -> None
             own = _work(0.2)
         thread.join()
     assert 0.75 * own < collector.figures()[DECODE].cpu_s < own + 0.2
+
+
+def test_a_clock_whose_reading_was_interrupted_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process's time and that of the other threads are read one after the other; here another
+    thread works between the two readings at the start of the part.
+    """
+    ready, interrupting, worked, closing = (threading.Event() for _ in range(4))
+    others, readings = Collector._others_cpu, []
+
+    def interrupted(collector: Collector, own: step_parts._Thread) -> float:
+        found = others(collector, own)
+        readings.append(found)
+        interrupting.set()
+        worked.wait()
+        return found
+
+    def trainer() -> None:
+        with part(LOSS):
+            ready.set()
+            interrupting.wait()
+            _work(0.2)
+            worked.set()
+            closing.wait()
+
+    thread = threading.Thread(target=trainer)
+    with collecting(helpers=True) as collector:
+        thread.start()
+        ready.wait()
+        monkeypatch.setattr(Collector, "_others_cpu", interrupted)
+        with part(DECODE, helpers=True):
+            own = _work(0.2)
+        closing.set()
+        thread.join()
+    assert len(readings) > 2  # one for each end of the part, and the interrupted one
+    assert 0.75 * own < collector.figures()[DECODE].cpu_s < own + 0.1
 
 
 def test_parts_are_ranges_of_the_profiler_and_end_with_an_error() -> None:
