@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,60 @@ def held_port() -> Iterator[int]:
         yield int(holder.getsockname()[1])
 
 
+def completed_ranks(
+    command: Sequence[str],
+    ranks: int,
+    *,
+    variables: Mapping[str, str],
+    timeout_s: float,
+    **options: Any,
+) -> list[subprocess.CompletedProcess[bytes]]:
+    """Run a command in that many processes that find each other, with one thread each for OpenMP,
+    and wait for all.
+
+    Args:
+        command: of all ranks.
+        ranks: number of processes.
+        variables: further ones of the environment.
+        timeout_s: seconds to wait for one process; when they are over, all are killed.
+        options: further ones of `subprocess.Popen`: which streams are kept, the folder.
+
+    Returns:
+        What became of each rank.
+
+    Raises:
+        subprocess.TimeoutExpired: if a process has not ended in time.
+    """
+    with held_port() as port:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        processes = [
+            subprocess.Popen(
+                command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options
+            )
+            for r in range(ranks)
+        ]
+        try:
+            streams = [process.communicate(timeout=timeout_s) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *found)
+        for process, found in zip(processes, streams, strict=True)
+    ]
+
+
 def run_ranks(
     module: str, options: Mapping[str, Any], ranks: int, **variables: str
 ) -> list[dict[str, Any]]:
-    """Run a module in that many processes, with one thread each for OpenMP.
+    """Run a module in that many processes.
 
     Args:
         module: gets `options` as JSON, and prints its result as one JSON line.
@@ -45,32 +95,17 @@ def run_ranks(
     Raises:
         ValueError: if a process fails.
     """
-    with held_port() as port:
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            **variables,
-        }
-        command = [sys.executable, "-m", module, json.dumps(options)]
-        processes = [
-            subprocess.Popen(
-                command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE
-            )
-            for r in range(ranks)
-        ]
-        try:
-            printed = [process.communicate(timeout=TIMEOUT_S)[0].decode() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    codes = [process.returncode for process in processes]
+    done = completed_ranks(
+        [sys.executable, "-m", module, json.dumps(options)],
+        ranks,
+        variables={"LOCAL_WORLD_SIZE": str(ranks), **variables},
+        timeout_s=TIMEOUT_S,
+        stdout=subprocess.PIPE,
+    )
+    codes = [rank.returncode for rank in done]
     if any(codes):
         raise ValueError(f"the {ranks} processes of {module} ended with {codes}: {options}")
-    return [json.loads(text.splitlines()[-1]) for text in printed]
+    return [json.loads(rank.stdout.decode().splitlines()[-1]) for rank in done]
 
 
 def status_bytes(name: str) -> int:
