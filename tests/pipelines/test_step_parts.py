@@ -71,7 +71,7 @@ def test_a_thread_without_marks_counts_to_the_part_that_employs_it() -> None:
                 own = _work(0.2)  # at the same time, and none of the loader's
             thread.join()
         found = collector.figures()
-        assert (0.75 * worked[-1] < found[DECODE].cpu_s) == helpers
+        assert (0.9 * worked[-1] < found[DECODE].cpu_s) == helpers
         assert found[DECODE].cpu_s < worked[-1] + own / 2
         assert own <= found[LOSS].cpu_s < own + worked[-1] / 2
 
@@ -95,7 +95,7 @@ def test_what_a_thread_did_before_its_first_mark_is_taken_from_no_part() -> None
             reading.wait()
             own = _work(0.2)
         thread.join()
-    assert 0.75 * own < collector.figures()[DECODE].cpu_s < own + 0.2
+    assert 0.8 * own < collector.figures()[DECODE].cpu_s < own + 0.2
 
 
 def test_a_clock_whose_reading_was_interrupted_is_read_again(
@@ -132,7 +132,7 @@ def test_a_clock_whose_reading_was_interrupted_is_read_again(
         closing.set()
         thread.join()
     assert len(readings) > 2  # one for each end of the part, and the interrupted one
-    assert 0.75 * own < collector.figures()[DECODE].cpu_s < own + 0.1
+    assert 0.8 * own < collector.figures()[DECODE].cpu_s < own + 0.1
 
 
 def test_parts_are_ranges_of_the_profiler_and_end_with_an_error() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,17 +182,17 @@ def test_a_real_search_writes_a_script_that_trains(
     digits: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """One candidate: attention and compiled blocks are given."""
+    """One candidate: attention and compiled blocks are given. In float64, where the gradients of this
+    tiny model agree on every processor; in float32 rounding may be enough to refuse it.
+    """
     monkeypatch.setattr(halving, "MOST_PAIRS", 1)
     out = tmp_path / "fast.sh"
     words = ["--data.shards", digits[0], "--threads", "1", *TINY]
     words += ["--model.attention", "sdpa", "--model.compile", "False", "--only", "blocks"]
+    words += ["--precision", "fp64"]
     assert main(["tune", "quickstart_digits", *words, "--budget", "5m", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    # Whether its gradients are near enough to be judged further depends on the processor.
-    assert re.search(r"^--model\.blocks fused: (round 1|\d+ img/s.* refused: )", printed, re.M), (
-        printed
-    )
+    assert "--model.blocks fused: round 1" in printed
     done = subprocess.run(
         [str(out), "--data.shards", digits[0], "--out", "run", "--epochs", "1"],
         cwd=tmp_path,
