@@ -5,16 +5,14 @@ numbers, and one decoding per view.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from benchmarks.loading import Feed, Job, Views
 from fastmoco_pipelines import ViewSpec
-
-if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
+from fastmoco_pipelines.views.runtime import build_pipeline
 
 
 def stock_feed(job: Job) -> Feed:
@@ -51,13 +49,13 @@ def decoding_feed(job: Job) -> Feed:
 
 def _runner(graph: Callable[[Any], Any], job: Job) -> Callable[[], Any]:
     """Feed the next batch to a built pipeline and run it."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, types
 
     def whole() -> Any:
         return graph(fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, no_copy=True))
 
     on_gpu = job.device.type == "cuda"
-    pipeline: Pipeline = pipeline_def(
+    pipeline = build_pipeline(
         whole,
         batch_size=job.batch,
         num_threads=job.threads,
@@ -65,8 +63,7 @@ def _runner(graph: Callable[[Any], Any], job: Job) -> Callable[[], Any]:
         prefetch_queue_depth=1,
         enable_conditionals=True,
         seed=1,
-    )()
-    pipeline.build()
+    )
     batches = job.batches()
 
     def run() -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -88,9 +90,18 @@ def build_pipeline(graph: Callable[[], Any], **options: Any) -> Pipeline:
     """
     from nvidia.dali import pipeline_def
 
+    _leave_to_the_parent()
     pipeline: Pipeline = pipeline_def(graph, **options)()
     pipeline.build()
     return pipeline
+
+
+@functools.cache
+def _leave_to_the_parent() -> None:
+    """Processes that are forked from this one, such as workers of a DataLoader, do not collect the
+    pipelines that they inherit: to end one would wait for its threads, which only the parent has.
+    """
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def cause_of(error: Exception) -> str:
