@@ -24,6 +24,7 @@ from typing import Any
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
 from fastmoco.faults.parent import ORPHAN_SECONDS, PARENT, children, follow_parent, is_orphan
+from fastmoco.streams import as_shown
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
@@ -47,7 +48,8 @@ def main(args: Sequence[str]) -> int:
     follow_parent()
     os.environ[PARENT] = str(os.getpid())
     threading.Thread(target=_follow_launcher, name="fastmoco-launcher", daemon=True).start()
-    with (Path(reports) / LOG).open("w", buffering=1) as log:
+    with (Path(reports) / LOG).open("w", buffering=1) as file:
+        log = as_shown(file)
         # Before torch is imported: its loggers keep the stream of that moment.
         sys.stderr = log
         logging.basicConfig(stream=log, level=logging.WARNING)
