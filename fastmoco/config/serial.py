@@ -55,7 +55,7 @@ def to_json(config: Config) -> dict[str, Any]:
     data = dataclasses.asdict(config)
     for group, name in PATTERNS:
         data[group][name] = redact(data[group][name])
-    data = _without_secrets(data)
+    data = {group: _without_secrets(fields) for group, fields in data.items()}
     if not isinstance(config.objective, MoCoV3Config):
         data["objective"] = {"kind": config.objective.kind, **data["objective"]}
     return data
