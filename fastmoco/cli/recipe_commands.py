@@ -27,6 +27,7 @@ from fastmoco.cli.plan import PlanArguments
 from fastmoco.cli.profile import ProfileArguments
 from fastmoco.cli.tune import TuneArguments
 from fastmoco.config import Config
+from fastmoco.config.limits import require_limits
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.parent import follow_parent
@@ -56,6 +57,7 @@ class TrainArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
+        require_limits(self)
         require(self.gpus >= 0, "gpus", self.gpus, "must be 0 or the number of processes")
 
 
