@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,7 @@ from typing import Any
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
-from fastmoco.faults.parent import ORPHAN_SECONDS
-from fastmoco_pipelines.processes import PARENT, children, end_by_signal, follow_parent
+from fastmoco_pipelines.processes import PARENT, children, follow_parent
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
@@ -137,16 +135,14 @@ def death(code: int) -> str:
 
 
 def _end_with_launcher() -> None:
-    """End some time after the launcher: workers that neither stop nor save follow this process.
+    """Ask the workers to stop and end: they follow this process, and know how long they may take.
 
-    The main thread passes on a SIGTERM and waits. Stopped workers are let continue, so that it
-    reaches them.
+    Stopped ones are let continue.
     """
-    end_by_signal()
-    for pid in children():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    time.sleep(ORPHAN_SECONDS)
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     os._exit(EXIT_FAILED)
 
 

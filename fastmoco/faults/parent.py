@@ -73,22 +73,26 @@ def _end() -> None:
 
 
 def _agent() -> int:
-    """torchrun's agent: the next process above this one that is a program of Python, as the shell
-    of a script between them is not; 0 if it has ended.
+    """torchrun's agent: the next process above this one that has loaded torch, which the shell of a
+    script between them has not; 0 if it has ended.
 
-    The first process of a machine inherits the workers of an agent that has ended. It may be a
-    program of Python too, and is an agent only by its name.
+    The process that inherits the workers of an agent that has ended is no agent.
     """
-    if not Path("/proc/self/cmdline").exists():
+    if not Path("/proc/self/maps").exists():
         return os.getppid()
-    for process in ancestors():
+    return next(filter(_runs_torch, ancestors()), 0)
+
+
+def _runs_torch(process: int) -> bool:
+    """Whether a process has loaded torch; for one of another user whether it may have."""
+    about = Path(f"/proc/{process}")
+    try:
+        return b"libtorch" in (about / "maps").read_bytes()
+    except OSError:
         try:
-            words = Path(f"/proc/{process}/cmdline").read_bytes()
+            return b"python" in (about / "cmdline").read_bytes()
         except OSError:
-            continue
-        if b"torch" in words or (process > 1 and b"python" in words):
-            return process
-    return 0
+            return False
 
 
 def adopt_orphans(adopt: bool) -> None:
