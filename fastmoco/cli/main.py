@@ -16,6 +16,7 @@ from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
 from fastmoco.faults.parent import follow_launcher
+from fastmoco_pipelines.processes import without_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare_streams()
         clean_environment(os.environ)
+        without_current_folder(os.environ)
         args = prepare_words(args)
     except ValueError as error:
         say(str(error))
