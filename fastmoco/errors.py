@@ -34,6 +34,8 @@ LAUNCHER = "FASTMOCO_LAUNCHER"
 would only repeat another rank's line go to a file there (`say_again`)."""
 BEGUN = "begun"
 """File there: a worker has done its first step."""
+OWNED = "owned"
+"""File there: a worker holds, or has held, the lock of the run's folder."""
 ECHOES = "ranks.log"
 """File there with these lines."""
 
@@ -167,11 +169,17 @@ def say_again(text: str) -> None:
         file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
 
 
-def tell_launcher(name: str) -> None:
-    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there."""
+def tell_launcher(name: str, holds: bool = True) -> None:
+    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there.
+
+    Args:
+        name: of the file.
+        holds: whether it is true now; else the file is removed.
+    """
     if folder := os.environ.get(LAUNCHER):
+        path = Path(folder) / name
         with contextlib.suppress(OSError):
-            (Path(folder) / name).touch()
+            path.touch() if holds else path.unlink(missing_ok=True)
 
 
 def close_output() -> None:

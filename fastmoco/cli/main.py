@@ -15,6 +15,7 @@ from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
+from fastmoco.faults.parent import follow_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal after saving its state, 130 interrupted with nothing to save, 141 the reader of the
         output has closed its pipe.
     """
+    if argv is None:
+        follow_launcher()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         prepare_streams()
