@@ -21,6 +21,7 @@ from typing import Any
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
+from fastmoco.streams import as_shown
 from fastmoco_pipelines.processes import PARENT, children, follow_parent
 
 LOG = "torchrun.log"
@@ -43,7 +44,8 @@ def main(args: Sequence[str]) -> int:
     terminal = sys.stderr
     follow_parent(at_end=_end_with_launcher)
     os.environ[PARENT] = str(os.getpid())
-    with (Path(reports) / LOG).open("w", buffering=1) as log:
+    with (Path(reports) / LOG).open("w", buffering=1) as file:
+        log = as_shown(file)
         # Before torch is imported: its loggers keep the stream of that moment.
         sys.stderr = log
         logging.basicConfig(stream=log, level=logging.WARNING)
