@@ -7,7 +7,13 @@ keeps a list of its own in its run folder. One JSON object a line:
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
 "crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z", "file": "cat/IMG_1.jpg"}
 
-`file` is absent where the original file is not known.
+`file` is absent where the original file is not known. A tar that is no longer as it was indexed has
+a line of its own once it has been checked:
+
+{"shard": "train-000000.tar", "tar_bytes": 40960, "tar_hash": "...", "records": "...", "when": "..."}
+
+By it loaders know that the images of the older index that are whole are not listed, and take the
+index for this state of the tar, and no other one.
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
 index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
@@ -33,6 +39,7 @@ from fastmoco_pipelines.text import escaped
 NAME = "quarantine.jsonl"
 MAX_REASON = 500
 """Longest reason that is kept, in characters."""
+CURE = ": `fastmoco data check` on the shards writes the list again"
 _MAX_LINE = 1 << 16
 _NUMBERS = ("offset", "size", "crc32")
 _TEXTS = ("shard", "key", "extension", "reason", "when")
@@ -66,15 +73,47 @@ class QuarantineEntry:
         return self.shard, self.offset, self.size, self.crc32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedTar:
+    """A tar that was checked against the index of an earlier state of it: the list beside it has
+    all that is lost since.
+
+    Attributes:
+        shard: file name of the tar, without its folder.
+        tar_bytes, tar_hash: its size and the hash of its ends, when it was checked.
+        records: SHA-256 (hex) of the records of the index.
+        when: moment of the check, UTC, ISO 8601.
+    """
+
+    shard: str
+    tar_bytes: int
+    tar_hash: str
+    records: str
+    when: str
+
+    @property
+    def identity(self) -> tuple[str, int, str, str]:
+        """What tar and index must agree with."""
+        return self.shard, self.tar_bytes, self.tar_hash, self.records
+
+
 class Quarantine:
     """Samples that are not delivered, each once.
 
     Attributes:
         broken: lines of the file that could not be understood and were left out.
+        checked: tars that are no longer as they were indexed, as they were checked, by identity.
     """
 
-    def __init__(self, entries: Iterable[QuarantineEntry] = (), *, broken: int = 0) -> None:
+    def __init__(
+        self,
+        entries: Iterable[QuarantineEntry] = (),
+        *,
+        broken: int = 0,
+        checked: Iterable[CheckedTar] = (),
+    ) -> None:
         self.broken = broken
+        self.checked = {tar.identity: tar for tar in checked}
         self._entries: dict[tuple[str, int, int, int], QuarantineEntry] = {}
         for entry in entries:
             self._entries.setdefault(entry.identity, entry)
@@ -93,14 +132,17 @@ class Quarantine:
     def load(cls, file: BinaryIO) -> Self:
         """The list in an open file."""
         entries = []
+        checked = []
         broken = 0
         while line := file.readline(_MAX_LINE):
             entry = _parse(line)
-            if entry is not None:
+            if isinstance(entry, CheckedTar):
+                checked.append(entry)
+            elif entry is not None:
                 entries.append(entry)
             elif line.strip():
                 broken += 1
-        return cls(entries, broken=broken)
+        return cls(entries, broken=broken, checked=checked)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -134,7 +176,7 @@ class Quarantine:
             size=int(size),
             crc32=int(crc32),
             reason=escaped(reason)[:MAX_REASON],
-            when=when or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            when=when or now(),
             file=escaped(file),
         )
         if entry.identity in self._entries:
@@ -145,6 +187,8 @@ class Quarantine:
     def update(self, other: Iterable[QuarantineEntry]) -> None:
         """Take over the entries of another list; of a sample that both hold, the first entry
         stays."""
+        if isinstance(other, Quarantine):
+            self.checked |= other.checked
         for entry in other:
             self._entries.setdefault(entry.identity, entry)
 
@@ -175,7 +219,7 @@ class Quarantine:
     def write(self, path: Path) -> Path:
         """Write the whole list in place of an older file: a reader sees the old one or the new one,
         never half of it."""
-        return write_file(path, b"".join(map(_line, self)))
+        return write_file(path, b"".join(map(_line, (*self, *self.checked.values()))))
 
 
 def append_entry(path: Path, entry: QuarantineEntry) -> None:
@@ -209,11 +253,16 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
             f"{path}: cannot be read ({error.strerror}); bad images will be found again",
         )
     broken = (
-        f"{path}: {read.broken} lines are not entries of a list and were skipped"
+        f"{path}: {read.broken} lines are not entries of a list and were skipped{CURE}"
         if read.broken
         else None
     )
     return read, broken
+
+
+def now() -> str:
+    """This moment, UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def quarantine_path(folder: Path) -> Path:
@@ -221,20 +270,22 @@ def quarantine_path(folder: Path) -> Path:
     return folder / NAME
 
 
-def _line(entry: QuarantineEntry) -> bytes:
+def _line(entry: QuarantineEntry | CheckedTar) -> bytes:
     content = asdict(entry)
-    if not entry.file:
+    if isinstance(entry, QuarantineEntry) and not entry.file:
         del content["file"]
     return json.dumps(content).encode("ascii") + b"\n"
 
 
-def _parse(line: bytes) -> QuarantineEntry | None:
+def _parse(line: bytes) -> QuarantineEntry | CheckedTar | None:
     try:
         content: Any = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict):
         return None
+    if "tar_bytes" in content:
+        return _parse_checked(content)
     numbers: dict[str, Any] = {name: content.get(name) for name in _NUMBERS}
     texts: dict[str, Any] = {name: content.get(name) for name in _TEXTS}
     if not all(type(value) is int and 0 <= value < 2**63 for value in numbers.values()):
@@ -244,3 +295,16 @@ def _parse(line: bytes) -> QuarantineEntry | None:
     texts["file"] = content.get("file") if isinstance(content.get("file"), str) else ""
     fields = {name: escaped(text) for name, text in texts.items()} | numbers
     return QuarantineEntry(**fields)
+
+
+def _parse_checked(content: dict[str, Any]) -> CheckedTar | None:
+    size = content["tar_bytes"]
+    texts: dict[str, Any] = {
+        name: content.get(name) for name in ("shard", "tar_hash", "records", "when")
+    }
+    if type(size) is not int or not 0 <= size < 2**63:
+        return None
+    if not all(isinstance(value, str) for value in texts.values()):
+        return None
+    fields = {name: escaped(text) for name, text in texts.items()}
+    return CheckedTar(**fields, tar_bytes=size)
