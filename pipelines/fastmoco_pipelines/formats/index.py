@@ -42,7 +42,11 @@ from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_sm
 
 END_BYTES = 4096
 """At each end of a tar: what `tar_hash` is a hash of."""
-SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
+SALVAGE = "Or index what is left of it, for new runs: `fastmoco data index --salvage`."
+CHECK = (
+    "or run `fastmoco data check` on the shards, which lists what is lost, and the same command goes "
+    "on without it"
+)
 
 
 def index_path(tar: Path) -> Path:
@@ -270,7 +274,10 @@ def index_name(tar: Path) -> str:
 
 def stale(tar: Path, name: str) -> str:
     """What is wrong with the index of another state of a tar; `name`: of the index's file."""
-    return f"{name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+    return (
+        f"{name}: was made for another state of {tar.name} (size or content differ): copy the tar "
+        f"again from its source, {CHECK}. Only if it was changed on purpose, {CURE}, for new runs."
+    )
 
 
 def fits_tar(index: ShardIndex | IndexHeader, tar: Path) -> bool:

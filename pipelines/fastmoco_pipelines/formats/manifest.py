@@ -165,13 +165,13 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                 if shard not in folder.samples and not folder.present(shard):
                     raise ShardError(
                         f"{shard}: is listed in {NAME} but missing in {folder.where}: copy it "
-                        "there too, or spell out the shards to use, e.g. "
+                        "there too; or, for a new run, spell out the shards to use, e.g. "
                         f"{name}-{{000000..000003}}.tar."
                     )
                 if shard in folder.samples and folder.samples[shard] != count:
                     raise ShardError(
-                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: pack it "
-                        "again."
+                        f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: run "
+                        "`fastmoco data index` on the shards, which corrects it, or pack it again."
                     )
             total = sum(count or 0 for count in listed.values())
             labelled = sum(entry.get("class_counts", ()))

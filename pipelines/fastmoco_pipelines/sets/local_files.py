@@ -86,10 +86,13 @@ class LocalFiles:
 
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""
-        lists = [read_list(folder / NAME) for folder in self._folders]
-        return Quarantine(entry for entries, _ in lists for entry in entries), [
-            text for _, text in lists if text
-        ]
+        found = Quarantine()
+        problems = []
+        for folder in self._folders:
+            read, problem = read_list(folder / NAME)
+            found.update(read)
+            problems += [problem] if problem else []
+        return found, problems
 
     def close(self) -> None:
         """Close the files; a later `read` opens them again."""
