@@ -22,8 +22,8 @@ from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.members import TarContent, group_members, split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.formats.tar import walk_damaged
-from fastmoco_pipelines.inspecting.decode_pool import Decoded, DecodePool, Item
 from fastmoco_pipelines.inspecting.report import Fault, TarResult
+from fastmoco_pipelines.views.decode_pool import Decoded, DecodePool, Item
 
 
 @dataclass(slots=True)

@@ -15,13 +15,13 @@ from fastmoco_pipelines.formats.images import read_header, rgb_image, structure_
 from fastmoco_pipelines.formats.index import build_index, write_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting.check import check_shards
-from fastmoco_pipelines.inspecting.decode_child import Decoder
-from fastmoco_pipelines.inspecting.decode_pool import DecodePool, Item
 from fastmoco_pipelines.inspecting.preview import save_view_grid
 from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec
 from fastmoco_pipelines.views.dali import EvalPipeline
+from fastmoco_pipelines.views.decode_child import Decoder
+from fastmoco_pipelines.views.decode_pool import DecodePool, Item
 from tests.pipelines.image_corpus import (
     BAD,
     BOMBS,
@@ -174,7 +174,7 @@ def test_a_flipped_bit_that_decodes_is_caught_by_its_checksum(tmp_path, write_ta
 
 def test_a_decoder_out_of_memory_costs_one_sample(tmp_path):
     """A child with no room left refuses, and the next image is decoded."""
-    from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
+    from fastmoco_pipelines.views.decode_pool import ChildLimits
     from tests.pipelines.image_corpus import encode, picture
 
     large, small = encode(picture(height=4000, width=5000), "PNG"), GOOD["png.png"]

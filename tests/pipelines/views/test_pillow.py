@@ -60,7 +60,7 @@ def without_dali(monkeypatch):
 def dali_levels():
     """Every image of the corpus, decoded by DALI."""
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     decoder = Decoder()
     return {name: np.array(decoder.decode(data)) for name, data in (GOOD | ODD).items()}
@@ -81,7 +81,7 @@ def test_jpegs_of_every_subsampling_and_odd_size_have_the_levels_of_dali(dali_le
 
 def test_every_level_of_a_grey_png_of_16_bits_is_that_of_dali() -> None:
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     levels = np.arange(65536, dtype=">u2").reshape(256, 256)
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
@@ -192,6 +192,6 @@ def test_the_first_of_several_pictures_is_decoded() -> None:
 def test_what_dali_only_warns_of_is_decoded_alike(name) -> None:
     """`data check` reports these with DALI alone (docs/data.md)."""
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     assert np.array_equal(decode_image(GARBLED[name]), Decoder().decode(GARBLED[name]))

@@ -17,7 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-MODULE = "fastmoco_pipelines.inspecting.decode_child"
+from fastmoco_pipelines.spec import SECONDS_PER_IMAGE
+
+MODULE = "fastmoco_pipelines.views.decode_child"
 _BATCH = 16
 _START_SECONDS = 120.0
 
@@ -33,7 +35,7 @@ class ChildLimits:
     """
 
     memory_bytes: int = 2 << 30
-    seconds: float = 30.0
+    seconds: float = SECONDS_PER_IMAGE
 
 
 @dataclass(frozen=True, slots=True)
