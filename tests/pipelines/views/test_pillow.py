@@ -99,15 +99,17 @@ def test_damaged_pixels_are_an_error_that_names_the_row(without_dali) -> None:
     assert len(pipeline.run(files[:20])) == 20  # usable again
 
 
-@pytest.mark.parametrize("sub_batch", [None, 3])
-def test_views_are_equal_to_the_bit(sub_batch, without_dali, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "parts", [{}, {"sub_batch": 3}, {"decode_bytes": 60_000}, {"decode_bytes": 1}]
+)
+def test_views_are_equal_to_the_bit(parts, without_dali, monkeypatch) -> None:
     files = [np.frombuffer(GOOD[name], np.uint8) for name in sorted(GOOD) if name not in ROUNDED]
     sizes = np.array([decode_image(data.tobytes()).shape[:2] for data in files], dtype=np.int32)
     views = moco_v3_views(16)
     draws = draw_batch(
         views, seed=3, epoch=1, sample_ids=np.arange(len(files), dtype=np.int64), sizes=sizes
     )
-    made = ViewPipeline(views, batch_size=len(files), sub_batch=sub_batch).run(files, draws)
+    made = ViewPipeline(views, batch_size=len(files), **parts).run(files, draws)
     monkeypatch.undo()
     runtime.has_dali.cache_clear()
     if not runtime.has_dali():
