@@ -20,7 +20,6 @@ from fastmoco_pipelines.formats.quarantine import (
     QuarantineEntry,
     quarantine_path,
 )
-from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.inspecting.report import CheckReport, Fault
 from fastmoco_pipelines.inspecting.tars import LocalCheckTars, RemoteCheckTars
 from fastmoco_pipelines.sets.patterns import is_remote, without_scheme
@@ -29,6 +28,7 @@ from fastmoco_pipelines.sets.whole_tars import whole_names
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
+from fastmoco_pipelines.views.decode_pool import Item
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); for a sample with images."""
