@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 from fastmoco_pipelines.text import escaped, escaped_lines, variable_hint
 
 EXIT_FINISHED = 0
@@ -114,7 +115,13 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
     """
     from fastmoco_pipelines import BadImageError, ShardError
 
-    known: tuple[type[Exception], ...] = (RunError, ShardError, BadImageError, *fixable)
+    known: tuple[type[Exception], ...] = (
+        RunError,
+        ShardError,
+        BadImageError,
+        UnfitFileError,
+        *fixable,
+    )
     try:
         yield
     except ModuleNotFoundError as error:
@@ -163,8 +170,11 @@ def say_again(text: str) -> None:
     if not folder:
         say(text)
         return
-    with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
-        file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
+    line = f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n"
+    with contextlib.suppress(OSError, UnfitFileError):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with open(open_regular(Path(folder) / ECHOES, flags, follow=False), "a") as file:
+            file.write(line)
 
 
 def tell_launcher(name: str) -> None:

@@ -41,6 +41,7 @@ from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS
 from fastmoco.faults.start_up import ended_early, mark_stopped
 from fastmoco.launched import describe_launcher
 from fastmoco.run.folder import RunFolder
+from fastmoco_pipelines.files import write_file
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
@@ -111,7 +112,8 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
         # Only marks of this start count: a refused one leaves those of an earlier start alone.
         made = [name for name in MARKS if _state(out / name) not in (None, before[name])]
         if made:
-            (out / LOG).unlink(missing_ok=True)  # of an earlier start that failed
+            with contextlib.suppress(OSError):
+                (out / LOG).unlink()  # of an earlier start that failed
         code = _outcome(group, Path(logs), out, made)
     if code == EXIT_REFUSED:
         # A rank that torchrun has ended meanwhile cannot put the folder back.
@@ -181,9 +183,7 @@ def _failed(group: _Group, logs: Path, out: Path) -> str:
         with contextlib.suppress(OSError):
             report += (logs / name).read_text(errors="replace")
     try:
-        descriptor = os.open(out / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(report)
+        write_file(out / LOG, report.encode(), mode=0o600)
     except OSError:
         # No folder, or a full disk: nothing is kept back.
         with contextlib.suppress(OSError):

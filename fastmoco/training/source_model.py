@@ -16,6 +16,7 @@ from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.small_files import UnfitFileError, read_json
 
 ENCODER = "encoder.safetensors"
 """File of the encoder in the folder of the run."""
@@ -64,6 +65,21 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
     return replace(base, **(known | changes))
 
 
+def read_facts(out: Path) -> dict[str, Any]:
+    """The facts of the source of a run.
+
+    Raises:
+        RunError: if the file is missing, or no JSON object.
+    """
+    try:
+        found = read_json(out / FACTS, follow=False)
+    except (OSError, UnfitFileError) as error:
+        raise RunError(f"{error}; choose another --out") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{out / FACTS}: holds no JSON object; choose another --out")
+    return found
+
+
 def log_every(steps_per_epoch: int) -> int:
     """Steps between two log lines, so that the last step of each epoch has one.
 
@@ -84,7 +100,7 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     """
     facts = json.loads(json.dumps(source.facts))
     if (out / FACTS).exists():
-        before = json.loads((out / FACTS).read_text())
+        before = read_facts(out)
         names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
         differ = [name for name in names if facts.get(name) != before.get(name)]
         if differ:
