@@ -27,12 +27,12 @@ MARKED = 40
 """Points of a curve up to which each of them has a marker."""
 MOST_MARKS = 300
 """Marks of steps without a number, beyond which they are thinned."""
-LONGEST_NAME = 100
+LONGEST_NAME = 60
 """Characters of a name in the picture."""
-MOST_NORMS = 400
+MOST_NORMS = 64
 """Gradient norms that are drawn; a run has some for each block of its encoder."""
 LARGEST = 1e300
-"""A line to compare with beyond it is left out: the axis around it would overflow."""
+"""Values beyond it are drawn at it: the axis around them would overflow."""
 FLAT = 0.02
 """Least height of a panel, as a share of its values."""
 ROLLED_BACK = "rolled_back_to"
@@ -127,12 +127,16 @@ def draw_curves(
     curves, lost = read_curves(
         metrics_jsonl, lambda name: name in wanted or name.startswith("gradient_norm/"), tell=tell
     )
+    curves = {
+        name: Series(series.steps, series.values.clip(-LARGEST, LARGEST))
+        for name, series in curves.items()
+    }
     back = curves.pop(ROLLED_BACK, None)
     known = curves.keys() | lost.keys()
     names: list[str] = [name for name in ("loss", *figures) if name in known]
     norms = [name for name in curves if name.startswith("gradient_norm/")]
     norms += [name for name in lost if name.startswith("gradient_norm/") and name not in curves]
-    del norms[MOST_NORMS:]
+    del norms[MOST_NORMS:]  # a legend of thousands would take minutes
     if not names and not norms:
         raise ValueError(
             f"{metrics_jsonl}: contains neither loss nor accuracies nor gradient norms; "

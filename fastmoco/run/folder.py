@@ -27,7 +27,7 @@ from fastmoco_pipelines.small_files import (
 )
 from fastmoco_pipelines.text import counted
 
-_MOST_BYTES = {
+FILES = {
     "lock": 1 << 12,
     "config.json": SMALL_BYTES,
     "metrics.jsonl": MOST_BYTES,
@@ -38,10 +38,11 @@ _MOST_BYTES = {
     "DONE": SMALL_BYTES,
     "PREEMPTED": SMALL_BYTES,
 }
-"""Largest size of each file of a run."""
+"""Every file of a run, and its largest size in bytes."""
 _GROWING = ("lock", "metrics.jsonl", "quarantine.jsonl")
 """Files that are written in place; others are replaced by a new file."""
-_FOLDERS = ("checkpoints", "tensorboard")
+FOLDERS = ("checkpoints", "tensorboard")
+"""Folders in that of a run; they may be links."""
 
 
 class RunFolder:
@@ -167,7 +168,7 @@ class RunFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-            descriptor = open_regular(lock, flags, 0o600, follow=False, limit=_MOST_BYTES["lock"])
+            descriptor = open_regular(lock, flags, 0o600, follow=False, limit=FILES["lock"])
             try:
                 mine = try_lock(descriptor, fcntl.LOCK_EX)
                 if mine and is_named(descriptor, str(lock)):
@@ -202,7 +203,7 @@ class RunFolder:
             OSError: with the name of the file.
             UnfitFileError: if it is a link, no file, or far too large.
         """
-        for name, limit in _MOST_BYTES.items():
+        for name, limit in FILES.items():
             path = self.path / name
             if is_folder(path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -212,7 +213,7 @@ class RunFolder:
 
     def _links(self) -> list[str]:
         """The folders of the run that are links, in sentences."""
-        folders = [self.path, *(self.path / name for name in _FOLDERS)]
+        folders = [self.path, *(self.path / name for name in FOLDERS)]
         return [f"{path} is a link to {to}" for path in folders if (to := linked_to(path))]
 
     def release(self) -> None:
@@ -295,23 +296,30 @@ def is_folder(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was: its bytes, None if there was none, and its times."""
+    """A file as it was: its bytes and times; without bytes if there was none, or one that a run
+    refuses.
+    """
 
-    content: bytes | None
-    times: tuple[int, int]
+    content: bytes | None = None
+    times: tuple[int, int] = (0, 0)
+    refused: bool = False
 
     @classmethod
     def read(cls, path: Path) -> _File:
-        """The file as it is now; one that a run refuses is none."""
+        """The file as it is now."""
         try:
             found = path.lstat()
-            content = read_small(path, _MOST_BYTES[path.name], follow=False)
+            content = read_small(path, FILES[path.name], follow=False)
+        except FileNotFoundError:
+            return cls()
         except (OSError, UnfitFileError):
-            return cls(None, (0, 0))
+            return cls(refused=True)
         return cls(content, (found.st_atime_ns, found.st_mtime_ns))
 
     def restore(self, path: Path) -> None:
         """Make the file again what it was."""
+        if self.refused:
+            return
         if self.content is None:
             path.unlink(missing_ok=True)
         elif _File.read(path) != self:

@@ -21,6 +21,7 @@ SMALL_BYTES = 64 << 20
 JSON_DEPTH = 32
 """Deepest nesting of lists and objects in a file of JSON. fastmoco writes at most a third of it."""
 
+_ROOT = 0
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -204,7 +205,7 @@ def linked_to(folder: Path) -> str:
         return ""
     name = escaped(str(folder))
     link = stat.S_ISLNK(found.st_mode)
-    if link and found.st_uid not in (0, os.geteuid()):
+    if link and found.st_uid not in (_ROOT, os.geteuid()):
         raise UnfitFileError(
             f"{name}: is a symbolic link of another user, who chooses by it where is written; "
             "remove it, or make it yourself"
