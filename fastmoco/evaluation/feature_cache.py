@@ -153,7 +153,7 @@ class FeatureCache:
         found = []
         for number in range(self.parts) if numbers is None else numbers:
             try:
-                self._content(number)
+                self._part(number)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):
@@ -183,15 +183,12 @@ class FeatureCache:
             RunError: if it is not there, or damaged.
         """
         try:
-            found = load(self._content(number))
-            part = FeaturePart(found["features"], found["labels"], found["samples"])
-            _require_alike(part)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return self._part(number)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{self._file(number)}: features cannot be read ({error}); repeat the command. "
                 "Processes on several machines need a folder that all of them see"
             ) from error
-        return part
 
     def read_all(self, numbers: Iterable[int] | None = None) -> Iterator[FeaturePart]:
         """Those parts (default: all) that have images, in order, one in memory at a time."""
@@ -245,8 +242,8 @@ class FeatureCache:
     def _file(self, number: int) -> Path:
         return self.path / f"part-{number:06d}.features"
 
-    def _content(self, number: int) -> bytes:
-        """The safetensors of a part, which its hash precedes in the file.
+    def _part(self, number: int) -> FeaturePart:
+        """A part. Its safetensors follow their hash in the file.
 
         Raises:
             OSError: if there is no such file, or it cannot be read.
@@ -255,7 +252,13 @@ class FeatureCache:
         content = read_small(self._file(number), self._most_bytes, follow=False)
         if hashlib.sha256(memoryview(content)[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
             raise ValueError("damaged")
-        return content[_HASH_BYTES:]
+        try:
+            found = load(content[_HASH_BYTES:])
+            part = FeaturePart(found["features"], found["labels"], found["samples"])
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"damaged: {error}") from error
+        _require_alike(part)
+        return part
 
 
 def _require_alike(part: FeaturePart) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastmoco.errors import RunError
+from fastmoco.errors import OWNED, RunError, tell_launcher
 from fastmoco.run.metrics_file import MOST_BYTES, Tell, cut_back, read_values
 from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, try_lock, write_file
 from fastmoco_pipelines.small_files import (
@@ -43,6 +43,9 @@ _GROWING = ("lock", "metrics.jsonl", "quarantine.jsonl")
 """Files that are written in place; others are replaced by a new file."""
 FOLDERS = ("checkpoints", "tensorboard")
 """Folders in that of a run; they may be links."""
+
+MARKS = ("DONE", "PREEMPTED")
+"""Files in the folder of a run that record how it ended; only the owner of its lock writes them."""
 
 
 class RunFolder:
@@ -95,14 +98,16 @@ class RunFolder:
         """
         if self._lock is None:
             return
-        for other in ("DONE", "PREEMPTED"):
+        for other in MARKS:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
+                tell_launcher(other, holds=False)
         if name is not None:
             # The run ended as requested, so repeated preemption before the next
             # step does not count as a failure.
             self.starts.unlink(missing_ok=True)
             _replace(self.path / name, text + "\n")
+            tell_launcher(name)
 
     def take_leftovers(self) -> list[str]:
         """Remove incomplete files of a killed run, which no reader opens, and return their names.
@@ -146,6 +151,7 @@ class RunFolder:
             self.notes = self._links()
             os.ftruncate(self._lock, 0)
             os.write(self._lock, str(os.getpid()).encode())
+            tell_launcher(OWNED)
         except OSError as error:
             self.withdraw()
             name = error.filename or self.path

@@ -27,11 +27,11 @@ from fastmoco.config import Config
 from fastmoco.config.serial import from_json
 from fastmoco.distributed.mesh import start_world
 from fastmoco.errors import RunError
-from fastmoco.faults.parent import follow_parent
 from fastmoco.training.setup import versions
 from fastmoco.training.short_run import peak_bytes, settle, short_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import BadImageError, ShardError
+from fastmoco_pipelines.processes import follow_parent
 
 COMPARED = 4
 """First steps whose losses and gradient norms are reported."""

@@ -21,7 +21,6 @@ SMALL_BYTES = 64 << 20
 JSON_DEPTH = 32
 """Deepest nesting of lists and objects in a file of JSON. fastmoco writes at most a third of it."""
 
-_ROOT = 0
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -34,6 +33,11 @@ _KINDS = (
 class UnfitFileError(ValueError):
     """A file that is not of the form that is due. Names the file, what it is or the place where it
     is wrong, and the cure."""
+
+
+def reason_of(error: UnfitFileError, name: Path | str) -> str:
+    """What is wrong with a file, without its name, for messages that name it themselves."""
+    return str(error).removeprefix(f"{escaped(str(name))}: ")
 
 
 def open_regular(
@@ -205,7 +209,7 @@ def linked_to(folder: Path) -> str:
         return ""
     name = escaped(str(folder))
     link = stat.S_ISLNK(found.st_mode)
-    if link and found.st_uid not in (_ROOT, os.geteuid()):
+    if link and found.st_uid not in (0, os.geteuid()):
         raise UnfitFileError(
             f"{name}: is a symbolic link of another user, who chooses by it where is written; "
             "remove it, or make it yourself"

@@ -11,11 +11,13 @@ keeps a list of its own in its run folder. One JSON object a line:
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
 index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
-are counted when the set is opened.
+are counted when the set is opened. A line with numbers or names that no index can have is skipped
+and counted, as a torn one is.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -28,13 +30,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.formats.paths import is_file_name
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.text import escaped
 
 NAME = "quarantine.jsonl"
 MAX_REASON = 500
 """Longest reason that is kept, in characters."""
+MAX_LIST_BYTES = 64 << 20
+"""Largest list, in bytes: about 200,000 lines; a set with more should be packed again."""
 _MAX_LINE = 1 << 16
-_NUMBERS = ("offset", "size", "crc32")
+_NUMBERS = {"offset": 2**62, "size": 2**32 - 1, "crc32": 2**32 - 1}
+"""Numbers of a line, and the largest of each."""
+_DEPTH = 4
 _TEXTS = ("shard", "key", "extension", "reason", "when")
 
 
@@ -82,10 +90,14 @@ class Quarantine:
     @classmethod
     def read(cls, path: Path) -> Self:
         """The list in a file; empty where there is none. A line cut by a crash is counted in
-        `broken`."""
+        `broken`.
+
+        Raises:
+            UnfitFileError: if it is no regular file, or larger than a list may be.
+            OSError: if it cannot be read.
+        """
         try:
-            with open(path, "rb") as file:
-                return cls.load(file)
+            return cls.load(io.BytesIO(read_small(path, MAX_LIST_BYTES)))
         except FileNotFoundError:
             return cls()
 
@@ -184,8 +196,10 @@ def append_entry(path: Path, entry: QuarantineEntry) -> None:
 
     Raises:
         OSError: if the line cannot be written in full.
+        UnfitFileError: if the file is a link, or no regular file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    descriptor = open_regular(path, flags, 0o644, follow=False)
     try:
         end = os.fstat(descriptor).st_size
         # A writer was killed in the middle of a line.
@@ -203,6 +217,8 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
     """The list in a file, and what is wrong with it, if anything, in a sentence."""
     try:
         read = Quarantine.read(path)
+    except UnfitFileError as error:
+        return Quarantine(), f"{error}; bad images will be found again"
     except OSError as error:
         return (
             Quarantine(),
@@ -230,17 +246,29 @@ def _line(entry: QuarantineEntry) -> bytes:
 
 def _parse(line: bytes) -> QuarantineEntry | None:
     try:
-        content: Any = json.loads(line)
-    except (ValueError, RecursionError):
+        return entry_of(json_of(line, NAME, depth=_DEPTH))
+    except ValueError:
         return None
+
+
+def entry_of(content: Any) -> QuarantineEntry:
+    """The entry of an object of JSON; texts are escaped.
+
+    Raises:
+        ValueError: names the field that no entry has so.
+    """
     if not isinstance(content, dict):
-        return None
+        raise ValueError("no object")
     numbers: dict[str, Any] = {name: content.get(name) for name in _NUMBERS}
+    for name, value in numbers.items():
+        if type(value) is not int or not 0 <= value <= _NUMBERS[name]:
+            raise ValueError(f"{name}={value!a:.40}: a whole number to {_NUMBERS[name]} is due")
     texts: dict[str, Any] = {name: content.get(name) for name in _TEXTS}
-    if not all(type(value) is int and 0 <= value < 2**63 for value in numbers.values()):
-        return None
-    if not all(isinstance(value, str) for value in texts.values()):
-        return None
-    texts["file"] = content.get("file") if isinstance(content.get("file"), str) else ""
+    texts["file"] = content.get("file", "")
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={value!a:.40}: text is due")
+    if not is_file_name(texts["shard"]):
+        raise ValueError(f"shard={texts['shard']!a:.80}: the name of a file is due")
     fields = {name: escaped(text) for name, text in texts.items()} | numbers
     return QuarantineEntry(**fields)

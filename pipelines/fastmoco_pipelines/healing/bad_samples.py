@@ -35,6 +35,7 @@ from fastmoco_pipelines.formats.quarantine import (
     read_list,
 )
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.text import counted, escaped
 
 UNREADABLE = "unreadable: "
@@ -217,8 +218,10 @@ class BadSamples:
             return
         try:
             append_entry(self._run_list, entry)
-        except OSError as error:  # the list is a memory: without it the sample is found again
-            self._news.append(f"cannot write {self._run_list} ({error.strerror or error})")
+        except (OSError, UnfitFileError) as error:
+            # the list is a memory: without it the sample is found again
+            why = getattr(error, "strerror", None) or error
+            self._news.append(f"cannot write {self._run_list} ({why})")
             self._run_list = None
 
 

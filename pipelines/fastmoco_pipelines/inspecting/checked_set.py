@@ -60,8 +60,11 @@ class CheckedSet:
         report.shards = len(tars.paths)
 
     def fetch_lists(self, transfers: Limits) -> None:
-        """Read the lists on the servers; at the start, so that a failure comes now and not after
-        hours."""
+        """Read the lists on the servers, and see that older ones here can be read; at the start, so
+        that a failure comes now and not after hours."""
+        remote = isinstance(self.tars, RemoteCheckTars)
+        for folder in () if remote else self.folders:
+            Quarantine.read(quarantine_path(folder))
         if isinstance(self.tars, RemoteCheckTars):
             for folder, place in self.tars.urls.items():
                 self._theirs[folder], problems = fetch_lists([place], transfers)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastmoco_pipelines.files import write_json
-from fastmoco_pipelines.formats.quarantine import QuarantineEntry
+from fastmoco_pipelines.formats.quarantine import QuarantineEntry, entry_of
 from fastmoco_pipelines.text import escaped
 
 FORMAT = "fastmoco-check"
@@ -98,11 +98,33 @@ class TarResult:
         """The result that `asdict` made these objects of.
 
         Raises:
-            TypeError, KeyError: if they are not those of a result.
+            ValueError, TypeError, KeyError: if they are not those of a result, or do not add up.
         """
-        faults = [Fault(**fault) for fault in content["faults"]]
-        entries = [QuarantineEntry(**entry) for entry in content["entries"]]
-        return cls(**(content | {"faults": faults, "entries": entries}))
+        faults = [_fault_of(fault) for fault in content["faults"]]
+        entries = [entry_of(entry) for entry in content["entries"]]
+        result = cls(**(content | {"faults": faults, "entries": entries}))
+        counts = ("promised", "delivered", "quarantined", "left_out", "restarts")
+        if not all(type(getattr(result, name)) is int for name in counts):
+            raise TypeError("a count is no whole number")
+        if type(result.refused) is not bool or type(result.unindexed) is not bool:
+            raise TypeError("a flag is no truth value")
+        if not isinstance(result.notes, list) or not all(isinstance(t, str) for t in result.notes):
+            raise TypeError("a note is no text")
+        if min(getattr(result, name) for name in counts) < 0:
+            raise ValueError("a count is negative")
+        if result.promised != result.delivered + result.quarantined:
+            raise ValueError("promised is not the sum of delivered and quarantined")
+        return result
+
+
+def _fault_of(content: dict[str, Any]) -> Fault:
+    fault = Fault(**content)
+    texts = {name: value for name, value in content.items() if name != "offset"}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise TypeError("a fault is no text")
+    if fault.offset is not None and type(fault.offset) is not int:
+        raise TypeError("an offset is no whole number")
+    return Fault.of(**(texts | {"offset": fault.offset}))
 
 
 @dataclass(slots=True, kw_only=True)

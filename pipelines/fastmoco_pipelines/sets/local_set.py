@@ -3,6 +3,7 @@ indexes, and their entries in the manifests."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +27,14 @@ from fastmoco_pipelines.formats.index_file import (
     IndexHeader,
     parse_header,
 )
+from fastmoco_pipelines.formats.index_json import MAX_JSON_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, spells_out
 from fastmoco_pipelines.sets.records import SHARD, shard_row
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 THREADS = 16
 _TRIES = 3  # of an index that another process writes meanwhile
@@ -190,12 +193,17 @@ def _from_json(tar: Path, *, broken: bool) -> IndexFile | None:
     """
     path = json_path(tar)
     try:
-        text = _read(str(path), lambda file: read_at(file, os.fstat(file).st_size, 0), _CURE_INDEX)
+        text = _read(str(path), _text_of_index, _CURE_INDEX)
         return None if text is None else open_index(path.name, text)
     except ShardError:
         if broken:
             raise
         return None
+
+
+def _text_of_index(descriptor: int) -> bytes:
+    """The content of an index in the JSON form, or one byte more than it may have."""
+    return read_at(descriptor, min(os.fstat(descriptor).st_size, MAX_JSON_BYTES + 1), 0)
 
 
 def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
@@ -208,9 +216,13 @@ def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
 
     def attempt() -> T | None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(path)
         except FileNotFoundError:
             return None
+        except UnfitFileError as error:
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from error
+            raise
         try:
             return use(descriptor)
         finally:
@@ -220,6 +232,8 @@ def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
         return tried(attempt, f"{os.path.basename(path)}: cannot be read")
     except ShardError as error:
         cause = error.__cause__
+        if isinstance(cause, UnfitFileError):
+            raise ShardError(f"{error} {cure}") from cause
         if not isinstance(cause, OSError):
             raise
         if is_own_trouble(cause):
@@ -254,7 +268,7 @@ def _folders(
             where=str(folder),
             sets=read_sets(folder),
             samples={os.path.basename(path): count for path, count in group},
-            present=lambda name, folder=folder: explicit or (folder / name).exists(),  # type: ignore[misc]
+            present=lambda name, folder=folder: explicit or (folder / name).is_file(),  # type: ignore[misc]
         )
 
 
@@ -262,7 +276,7 @@ def _mapped(tar: str) -> tuple[memoryview, tuple[int, ...]]:
     """The index file of a tar, memory-mapped, and its state, which changes with it."""
 
     def attempt() -> tuple[memoryview, tuple[int, ...]]:
-        descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(tar + SUFFIX)
         try:
             return map_file(descriptor), file_state(os.fstat(descriptor))
         finally:

@@ -24,12 +24,19 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, ShardError
 from fastmoco_pipelines.formats.index import open_index
-from fastmoco_pipelines.formats.index_file import CURE, SUFFIX, IndexFile, IndexHeader
-from fastmoco_pipelines.formats.index_json import JSON_SUFFIX
+from fastmoco_pipelines.formats.index_file import (
+    CURE,
+    MAX_INDEX_BYTES,
+    SUFFIX,
+    IndexFile,
+    IndexHeader,
+)
+from fastmoco_pipelines.formats.index_json import JSON_SUFFIX, MAX_JSON_BYTES
+from fastmoco_pipelines.formats.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, parse_sets
+from fastmoco_pipelines.formats.quarantine import MAX_LIST_BYTES, Quarantine
 from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
-from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sets.patterns import expand_braces
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 from fastmoco_pipelines.stores.cache import ShardCache
@@ -39,8 +46,6 @@ from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
 from fastmoco_pipelines.text import STORES, redact, shard_name, split_url, without_user
 
 THREADS = 16
-# Of a quarantine list: about 200,000 lines; a set with more should be packed again.
-MAX_LIST_BYTES = 64 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _RANGE = re.compile(r"\{\d+\.\.\d+\}")
 _PAGE = re.compile(rb"\s*<(!doctype html|html|head|body)\b", re.IGNORECASE)
@@ -259,7 +264,8 @@ class SmallFiles:
 
     def _kept_index(self, tar: str, url: str) -> IndexFile:
         known = self._known(url)
-        validator, content = fetch_document(url, self.limits, self.stop, known)
+        most = MAX_JSON_BYTES if shard_name(url).endswith(JSON_SUFFIX) else MAX_INDEX_BYTES
+        validator, content = fetch_document(url, self.limits, self.stop, known, most=most)
         if _PAGE.match(content):
             raise ShardError(
                 f"{redact(url)}: is a web page, and is not an index of fastmoco: the page for "
@@ -301,7 +307,9 @@ class SmallFiles:
 
     def _parsed(self, url: str, parse: Callable[[bytes], T]) -> T:
         known = self._known(url)
-        fetched = fetch_document(url, self.limits, threading.Event(), known)
+        fetched = fetch_document(
+            url, self.limits, threading.Event(), known, most=MAX_MANIFEST_BYTES
+        )
         parsed = parse(fetched[1])
         # Only a document that could be parsed is kept.
         if self._cache is not None and fetched[0] and fetched != known:

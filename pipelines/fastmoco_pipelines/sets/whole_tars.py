@@ -26,8 +26,8 @@ from fastmoco_pipelines.errors import (
     WrongContentError,
 )
 from fastmoco_pipelines.formats.index import open_index
-from fastmoco_pipelines.formats.index_file import SUFFIX
-from fastmoco_pipelines.formats.index_json import JSON_SUFFIX
+from fastmoco_pipelines.formats.index_file import MAX_INDEX_BYTES, SUFFIX
+from fastmoco_pipelines.formats.index_json import JSON_SUFFIX, MAX_JSON_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.sets.patterns import expand_shards, spells_out
@@ -269,10 +269,10 @@ class RemoteTars:
     def _index(self, url: str) -> tuple[str, bytes | None]:
         """What the name of the index beside a tar adds to its name, and the content; None if there
         is none."""
-        for suffix in (SUFFIX, JSON_SUFFIX):
+        for suffix, most in ((SUFFIX, MAX_INDEX_BYTES), (JSON_SUFFIX, MAX_JSON_BYTES)):
             place = beside(url, shard_name(url) + suffix)
             with suppress(AbsentError):
-                return suffix, fetch_document(place, self._limits, Event())[1]
+                return suffix, fetch_document(place, self._limits, Event(), most=most)[1]
         return "", None
 
     def _head(self, url: str) -> _Head | AbsentError:

@@ -23,8 +23,6 @@ from fastmoco_pipelines.stores.store import Body, Request
 from fastmoco_pipelines.stores.table import open_url
 from fastmoco_pipelines.text import redact, shard_name
 
-MAX_DOCUMENT_BYTES = 1 << 30  # an index holds about 80 bytes a sample
-
 
 class PartFile(Protocol):
     """A partly written file, which may outlive the process that writes it."""
@@ -88,7 +86,8 @@ def fetch_document(
     limits: Limits,
     stop: threading.Event,
     known: tuple[str, bytes] = ("", b""),
-    most: int = MAX_DOCUMENT_BYTES,
+    *,
+    most: int,
 ) -> tuple[str, bytes]:
     """A small file, whole.
 
@@ -111,6 +110,8 @@ def fetch_document(
         with open_url(Request(url=url, known=known[0], limits=limits, deadline=deadline)) as body:
             if body.unchanged:
                 return known
+            if body.total is not None and body.total > most:
+                raise RemoteError(_too_large(url, most))
             pieces = []
             length = 0
             for chunk in body.chunks:
@@ -118,14 +119,16 @@ def fetch_document(
                 pieces.append(chunk)
                 length += len(chunk)
                 if length > most:
-                    raise RemoteError(
-                        f"{redact(url)}: is larger than {most} bytes, which no such file is"
-                    )
+                    raise RemoteError(_too_large(url, most))
             if body.total is not None and length != body.total:
                 raise PassingError(f"{redact(url)}: ended after {length} of {body.total} bytes")
             return body.validator, b"".join(pieces)
 
     return retried(url, limits, deadline, stop, attempt)
+
+
+def _too_large(url: str, most: int) -> str:
+    return f"{redact(url)}: is larger than {most} bytes, which no such file is"
 
 
 def read_range(

@@ -31,7 +31,6 @@ from fastmoco.run.folder import FILES, FOLDERS, RunFolder
 from fastmoco.run.metrics_file import LONGEST, last_step, read_spikes
 from fastmoco.telemetry.sinks import JsonlSink
 from fastmoco.training.start import find_start
-from fastmoco_pipelines import small_files
 from fastmoco_pipelines.small_files import UnfitFileError
 
 REFUSALS = (RunError, CheckpointError, UnfitFileError)
@@ -249,9 +248,10 @@ def test_a_link_of_another_user_is_refused(
     place = copy / name
     shutil.move(place, tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
-    owner = os.lstat(place).st_uid
-    monkeypatch.setattr(small_files, "_ROOT", owner + 1)
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if os.geteuid() == 0:
+        os.lchown(place, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(RunError, match="is a symbolic link of another user"):
         RunFolder(copy).acquire()
 
