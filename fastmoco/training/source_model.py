@@ -4,6 +4,7 @@ starts from."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,12 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     Each process writes the same. A run that continues must have the same source.
 
     Raises:
-        RunError: if the run in the folder began with another encoder, or is another run.
+        RunError: if the run in the folder began with another encoder, is another run, or its
+            file of facts is damaged or a link.
         OSError: if the folder cannot be written.
     """
     facts = json.loads(json.dumps(source.facts))
-    if (out / FACTS).exists():
+    if os.path.lexists(out / FACTS):
         before = read_facts(out)
         names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
         differ = [name for name in names if facts.get(name) != before.get(name)]

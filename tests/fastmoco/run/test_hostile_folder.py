@@ -30,6 +30,7 @@ from fastmoco.run.drawing import draw_run
 from fastmoco.run.folder import FILES, FOLDERS, RunFolder
 from fastmoco.run.metrics_file import LONGEST, last_step, read_spikes
 from fastmoco.telemetry.sinks import JsonlSink
+from fastmoco.training.profiling.profile import output_to
 from fastmoco.training.start import find_start
 from fastmoco_pipelines.small_files import UnfitFileError
 
@@ -273,6 +274,21 @@ def test_a_signal_in_the_start_marks_nothing_else(
 ) -> None:
     put(tmp_path / "PREEMPTED", what, precious)
     mark_stopped(tmp_path)
+    assert untouched(precious)
+
+
+@pytest.mark.parametrize("what", sorted(KINDS))
+def test_the_log_of_a_profile_is_a_file_of_its_own(
+    tmp_path: Path, precious: Path, what: str
+) -> None:
+    put(tmp_path / "run.log", what, precious)
+    if what == "sparse":  # an earlier log is replaced
+        with output_to(tmp_path / "run.log"):
+            print("one line")
+        assert (tmp_path / "run.log").read_text() == "one line\n"
+        return
+    with pytest.raises(UnfitFileError, match=r"run.log: (is a|has a second name)"):
+        output_to(tmp_path / "run.log").__enter__()
     assert untouched(precious)
 
 
