@@ -41,7 +41,12 @@ def reason_of(error: UnfitFileError, name: Path | str) -> str:
 
 
 def open_regular(
-    path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
+    path: Path | str,
+    flags: int = os.O_RDONLY,
+    mode: int = 0o666,
+    *,
+    follow: bool = True,
+    limit: int | None = None,
 ) -> int:
     """A descriptor of a regular file. Never waits, as an open of a named pipe would.
 
@@ -51,10 +56,12 @@ def open_regular(
             before anything is changed.
         mode: permissions of a new file, less the umask.
         follow: whether a symbolic link may stand for the file. False in folders that another user
-            may have filled: a link there chooses what is read or overwritten.
+            may have filled: a link there chooses what is read or overwritten. A file to write to
+            must then have no second name either (a hard link), which would change with it.
+        limit: largest size in bytes; None: any.
 
     Raises:
-        UnfitFileError: if it is no regular file.
+        UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be opened.
     """
     cut = flags & os.O_TRUNC
@@ -67,9 +74,13 @@ def open_regular(
         _require_regular(path, follow)  # e.g. a named pipe that nobody reads, opened for writing
         raise
     try:
-        kind = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(kind):
-            raise UnfitFileError(_other_kind(path, kind))
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnfitFileError(_other_kind(path, found.st_mode))
+        if not follow and flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+            raise UnfitFileError(_second_name(path))
+        if limit is not None and found.st_size > limit:
+            raise UnfitFileError(_too_large(path, found.st_size, limit))
         os.set_blocking(descriptor, True)
         if cut:
             os.ftruncate(descriptor, 0)
@@ -91,14 +102,10 @@ def read_small(path: Path | str, limit: int = SMALL_BYTES, *, follow: bool = Tru
         UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be read.
     """
-    with open(open_regular(path, follow=follow), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        content = b"" if size > limit else file.read(limit + 1)
-    if max(size, len(content)) > limit:
-        raise UnfitFileError(
-            f"{escaped(str(path))}: has {max(size, len(content)):,} bytes, a file of this kind at "
-            f"most {limit:,}: it is not what its name says; move it away"
-        )
+    with open(open_regular(path, follow=follow, limit=limit), "rb") as file:
+        content = file.read(limit + 1)  # in /proc a file may say 0 and go on
+    if len(content) > limit:
+        raise UnfitFileError(_too_large(path, len(content), limit))
     return content
 
 
@@ -168,18 +175,18 @@ def read_json(
 
 
 def lines_of(
-    path: Path | str, longest: int = 1 << 20, *, follow: bool = True
+    path: Path | str, longest: int = 1 << 20, *, follow: bool = True, limit: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
     """(byte, line) of a regular file of any size, one after the other; lines keep their end.
 
     Of a line beyond `longest` bytes, only the first `longest` are returned, and the rest is skipped:
-    the parser of the line refuses it.
+    the parser of the line refuses it. `follow` and `limit` as in `open_regular`.
 
     Raises:
-        UnfitFileError: if it is no regular file.
+        UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be read.
     """
-    with open(open_regular(path, follow=follow), "rb") as file:
+    with open(open_regular(path, follow=follow, limit=limit), "rb") as file:
         at = 0
         while line := file.readline(longest):
             yield at, line
@@ -187,6 +194,30 @@ def lines_of(
             while len(line) == longest and not line.endswith(b"\n"):
                 line = file.readline(longest)
                 at += len(line)
+
+
+def linked_to(folder: Path) -> str:
+    """Where a folder lies whose name is a link of this user's or of root's, e.g. one on another
+    disk; empty for a folder, and where there is nothing yet.
+
+    Raises:
+        UnfitFileError: if the link is another user's or leads nowhere, or this is no folder.
+    """
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return ""
+    name = escaped(str(folder))
+    link = stat.S_ISLNK(found.st_mode)
+    if link and found.st_uid not in (0, os.geteuid()):
+        raise UnfitFileError(
+            f"{name}: is a symbolic link of another user, who chooses by it where is written; "
+            "remove it, or make it yourself"
+        )
+    if not os.path.isdir(folder):
+        what = "leads to no folder" if link else "is a file where a folder is due"
+        raise UnfitFileError(f"{name}: {what}; move it away")
+    return os.path.realpath(folder) if link else ""
 
 
 def _is_deeper(content: Any, depth: int) -> bool:
@@ -216,6 +247,20 @@ def _link(path: Path | str) -> str:
     return (
         f"{escaped(str(path))}: is a symbolic link where a file is due, and is not followed: it "
         "could choose any file; remove it, or put the file itself in its place"
+    )
+
+
+def _second_name(path: Path | str) -> str:
+    return (
+        f"{escaped(str(path))}: has a second name (a hard link), and a write would change that one "
+        "too; replace it by a copy of its own"
+    )
+
+
+def _too_large(path: Path | str, size: int, limit: int) -> str:
+    return (
+        f"{escaped(str(path))}: has {size:,} bytes, a file of this kind at most {limit:,}: it is "
+        "not what its name says; move it away"
     )
 
 
