@@ -20,13 +20,13 @@ from typing import Any
 
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool
 from fastmoco_pipelines.inspecting.progress_file import ProgressFile, Tell, places_for, versions
 from fastmoco_pipelines.inspecting.report import CheckReport, TarResult
 from fastmoco_pipelines.inspecting.tar_check import TarCheck
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.views.decode_pool import ChildLimits, DecodePool
 
 
 class CheckInterruptedError(KeyboardInterrupt):

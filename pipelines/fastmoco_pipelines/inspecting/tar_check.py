@@ -26,8 +26,8 @@ from fastmoco_pipelines.formats.members import TarContent, group_members, split_
 from fastmoco_pipelines.formats.quarantine import NAME as LIST
 from fastmoco_pipelines.formats.quarantine import CheckedTar, Quarantine, now
 from fastmoco_pipelines.formats.tar import walk_damaged
-from fastmoco_pipelines.inspecting.decode_pool import Decoded, DecodePool, Item
 from fastmoco_pipelines.inspecting.report import Fault, TarResult
+from fastmoco_pipelines.views.decode_pool import Decoded, DecodePool, Item
 
 
 @dataclass(slots=True)

@@ -118,6 +118,8 @@ def build_loader(
             device=spec.device,
             device_id=device_id,
             view_dtype=spec.view_dtype,
+            decode_bytes=spec.decode_bytes,
+            seconds_per_image=spec.seconds_per_image,
         )
     except BaseException:
         shards.close()

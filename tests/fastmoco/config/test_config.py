@@ -285,7 +285,7 @@ def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
 
 FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
 model.init objective.keys optim.fused_backend data.shards data.images data.max_side data.threads data.view_dtype
-data.prefetch data.sub_batch data.cache_dir
+data.prefetch data.sub_batch data.decode_gb data.seconds_per_image data.cache_dir
 data.cache_size_gb data.max_bad_share data.timeout_s knn.* accuracy.* checkpoint.* faults.*"""
 WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
@@ -331,6 +331,8 @@ def test_the_loader_gets_every_option_that_the_config_has():
     changed = {
         "prefetch": 3,
         "sub_batch": 5,
+        "decode_gb": 0.5,
+        "seconds_per_image": 8.0,
         "cache_dir": "/c",
         "cache_size_gb": 7,
         "shuffle_window": 2,

@@ -21,10 +21,10 @@ from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
 from fastmoco_pipelines.inspecting.progress_file import ProgressFile
 from fastmoco_pipelines.inspecting.report import CheckReport, Fault, TarResult
 from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.views.decode_pool import ChildLimits
 from tests.pipelines.damage import damaged_copy
 from tests.pipelines.http_fault_server import FaultServer, plain, status
 from tests.pipelines.quick_pool import QuickPool

@@ -3,6 +3,7 @@ terabytes, deep nesting. Each is named, and nobody waits for it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -20,7 +21,7 @@ from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.making.one_writer import LOCK, one_writer
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small
 
 
 def pipe(path: Path) -> None:
@@ -110,6 +111,19 @@ def test_a_manifest_that_is_no_file(folder, kind):
             use()
 
 
+@pytest.mark.parametrize("name", [NAME, "quarantine.jsonl"])
+def test_a_file_that_may_not_be_read_is_named(folder, name, monkeypatch):
+    def refused(path, *_, **__):
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_small(path)
+
+    for module in ("manifest", "quarantine"):
+        monkeypatch.setattr(f"fastmoco_pipelines.formats.{module}.read_small", refused)
+    with pytest.raises(ShardError, match=rf"{name}: cannot be read .Permission.*make it readable"):
+        check_shards(str(folder), workers=1)
+
+
 @pytest.mark.parametrize("kind", ODD)
 def test_a_list_that_is_no_file_is_said_and_ends_a_check_at_its_start(folder, kind):
     make, words = ODD[kind]
@@ -119,7 +133,7 @@ def test_a_list_that_is_no_file_is_said_and_ends_a_check_at_its_start(folder, ki
     assert len(entries) == 0
     assert words.partition("|")[0] in problem
     assert problem == read_list(quarantine_path(folder))[1]
-    with pytest.raises(UnfitFileError, match=words):
+    with pytest.raises(ShardError, match=rf"quarantine.jsonl: .*({words}).*writes a new one"):
         check_shards(str(folder), workers=1)
 
 
