@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fastmoco_pipelines.text import escaped, escaped_lines, variable_hint
+from fastmoco_pipelines.text import escaped, shown, shown_lines, variable_hint
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -34,6 +34,8 @@ LAUNCHER = "FASTMOCO_LAUNCHER"
 would only repeat another rank's line go to a file there (`say_again`)."""
 BEGUN = "begun"
 """File there: a worker has done its first step."""
+OWNED = "owned"
+"""File there: a worker holds, or has held, the lock of the run's folder."""
 ECHOES = "ranks.log"
 """File there with these lines."""
 
@@ -143,18 +145,18 @@ def no_checkpoint(path: Path | str) -> RunError:
 
 
 def say(text: str) -> None:
-    """Print a message on standard error, with control characters escaped, because it may quote
-    names of files; its further lines begin with two spaces.
+    """Print a message on standard error as by `text.shown_lines`, because it may quote names of files
+    and words of the command; its further lines begin with two spaces.
 
     Standard error may be a closed terminal or a file on a full disk: nothing is raised then.
     """
     with contextlib.suppress(OSError, ValueError):
-        print("fastmoco: " + escaped_lines(text), file=sys.stderr, flush=True)
+        print("fastmoco: " + shown_lines(text), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Print one line on standard output, with control characters escaped."""
-    print(escaped(text))
+    """Print one line on standard output as by `text.shown`."""
+    print(shown(text))
 
 
 def say_again(text: str) -> None:
@@ -164,14 +166,20 @@ def say_again(text: str) -> None:
         say(text)
         return
     with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
-        file.write(f"rank {os.environ.get('RANK', '?')}: {escaped(text)}\n")
+        file.write(f"rank {os.environ.get('RANK', '?')}: {shown(text)}\n")
 
 
-def tell_launcher(name: str) -> None:
-    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there."""
+def tell_launcher(name: str, holds: bool = True) -> None:
+    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there.
+
+    Args:
+        name: of the file.
+        holds: whether it is true now; else the file is removed.
+    """
     if folder := os.environ.get(LAUNCHER):
+        path = Path(folder) / name
         with contextlib.suppress(OSError):
-            (Path(folder) / name).touch()
+            path.touch() if holds else path.unlink(missing_ok=True)
 
 
 def close_output() -> None:

@@ -189,11 +189,12 @@ def stats(
 
 
 def _print_report(report: CheckReport, shown: int) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=True, highlight=False)
+    from fastmoco.telemetry.terminal import Terminal
+
+    console = Terminal(soft_wrap=True, highlight=False)
     if report.faults:
         by_kind = Table("faults", "kind")
         for kind, count in report.counts().items():
@@ -288,10 +289,11 @@ def _nothing_found(report: CheckReport) -> str:
 
 
 def _print_stats(stats: ShardStats) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from fastmoco.telemetry.terminal import Terminal
+
+    console = Terminal(highlight=False)
     skipped = f", {counted(stats.skipped, 'member')} skipped" if stats.skipped else ""
     print(
         f"{counted(len(stats), 'image')} in {counted(stats.shards, 'shard')}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,9 +186,9 @@ def index(
             if report.labels
             else "no labels"
         )
-        print(found + (f" ({report.note})" if report.note else ""))
+        show(found + (f" ({report.note})" if report.note else ""))
         for warning in report.warnings:
-            print(f"warning: {warning}")
+            show(f"warning: {warning}")
 
         # What is missing.
         for tar, member, reason in report.skipped[:20]:
@@ -314,7 +315,6 @@ def progress_bar(
     """A progress bar on a terminal, a line a minute elsewhere, or lines at growing intervals.
     `unit="bytes"` shows amounts in bytes and the speed. The bar of work that turned out to be done
     already is removed at the end."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
         DownloadColumn,
@@ -323,7 +323,9 @@ def progress_bar(
         TransferSpeedColumn,
     )
 
-    console = Console(stderr=True)
+    from fastmoco.telemetry.terminal import Terminal
+
+    console = Terminal(sys.stderr)
     if not console.is_terminal:
         yield ProgressLines(what, growing=growing)
         return

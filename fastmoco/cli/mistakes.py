@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import io
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from fastmoco.cli.suggest import one_of, unknown_option
 from fastmoco.errors import EXIT_REFUSED, WORDING, say
 from fastmoco.errors import describe as describe_error
 from fastmoco_pipelines.spec import FieldError
-from fastmoco_pipelines.text import first_sentence
+from fastmoco_pipelines.text import first_sentence, shown_word
 
 T = TypeVar("T")
 
@@ -72,8 +71,12 @@ def parse(
         for fault in faults:
             say(fault)
         if not faults:
-            # A mistake that only the parser sees: its own text.
-            print(said.getvalue(), end="", file=sys.stderr)
+            # A mistake that only the parser sees: its own text, which breaks lines anywhere.
+            hides = [word for word in args if shown_word(word) != word]
+            words = (
+                f"fastmoco {name} --help lists the options" if hides else said.getvalue().strip()
+            )
+            say(words.replace("\n", "\n  "))
         raise SystemExit(EXIT_REFUSED) from stop
     except FieldError as error:
         # Of a rule across groups, which tyro passes on.
@@ -193,13 +196,13 @@ def _one_fits(option: Option, word: str) -> bool:
 
 
 def _no_value(option: Option, word: str) -> str:
-    return f"{option.flag} {word}: it takes no value; give {option.flag} or {option.negative}"
+    return f"{option.flag} {shown_word(word)}: it takes no value; give {option.flag} or {option.negative}"
 
 
 def _wrong_value(option: Option, word: str) -> str:
     near = difflib.get_close_matches(word, choices(option.hint), n=1, cutoff=0.8)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{option.flag} {word}: must be {expected(option)}{hint}"
+    return f"{option.flag} {shown_word(word)}: must be {expected(option)}{hint}"
 
 
 def _same(one: str, other: str) -> bool:
@@ -220,12 +223,12 @@ def _unknown(word: str, described: Described, whole_list: str) -> str:
 
 def _too_many(extra: Sequence[str], found: Words, places: Sequence[Option]) -> str:
     """What to say about words that belong to no option."""
-    shown = " ".join(extra[:2]) + (" ..." if len(extra) > 2 else "")
+    some = " ".join(map(shown_word, extra[:2])) + (" ..." if len(extra) > 2 else "")
     if extra[0].endswith(".tar"):
-        return f"{shown}: the shell has expanded a pattern; put it in quotes, e.g. 'data/*.tar'"
+        return f"{some}: the shell has expanded a pattern; put it in quotes, e.g. 'data/*.tar'"
     takes = one_of(option.flag for option in places) if places else "no argument without an option"
     del found
-    return f"{shown}: belongs to no option; the command takes {takes}"
+    return f"{some}: belongs to no option; the command takes {takes}"
 
 
 @dataclass(frozen=True)
@@ -254,10 +257,12 @@ class Wording:
             return None
         rule = self._with_flags(rule, option.group, given.values)
         if option.positional:
-            return f"{as_words(value)}: {rule}"
+            return f"{shown_word(as_words(value))}: {rule}"
         if option.name not in given.values and value in ("", None):
             return f"{option.flag} is missing: {rule.removeprefix('must ')}"
-        words = " ".join(given.values.get(option.name, ())) or as_words(value)
+        words = " ".join(map(shown_word, given.values.get(option.name, ()))) or shown_word(
+            as_words(value)
+        )
         switch = option.flag if value else option.negative
         head = switch if option.count == 0 else f"{option.flag} {words or _NOTHING}"
         return f"{head}{self._origin(option, given.values)}: {rule}"

@@ -15,7 +15,8 @@ from dataclasses import replace
 from fastmoco.cli.commands import GROUPS, Command, group_of
 from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices
 from fastmoco.cli.output import until_closed
-from fastmoco_pipelines.text import first_sentence
+from fastmoco.streams import raw
+from fastmoco_pipelines.text import first_sentence, without_secrets
 
 HELP = ("-h", "--help", "--help-all")
 """Words that ask for help."""
@@ -364,4 +365,4 @@ def heading(text: str) -> str:
 def show_page(text: str) -> None:
     """Print a page, also into a pipe that ends early, e.g. `| head`."""
     with until_closed():
-        print(text)
+        print(without_secrets(text), file=raw(sys.stdout))

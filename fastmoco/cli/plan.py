@@ -17,10 +17,9 @@ from fastmoco.config.phases import Phase, Phases
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fastmoco.planning.costs import StepCosts
     from fastmoco.planning.plan import StateBytes, StepPlan
+    from fastmoco.telemetry.terminal import Terminal
     from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
@@ -521,11 +520,12 @@ def _tokens(config: Config) -> int:
 
 def _print_tables(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
+    from fastmoco.telemetry.terminal import Terminal
+
     # Wide enough for the largest batches: rich shortens numbers that do not fit.
-    console = Console(highlight=False, width=max(100, Console().width))
+    console = Terminal(highlight=False, width=max(100, Terminal().width))
     gib = 2**30
     print(
         f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
@@ -600,7 +600,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     )
 
 
-def _print_phases(console: Console, phases: list[dict[str, Any]]) -> None:
+def _print_phases(console: Terminal, phases: list[dict[str, Any]]) -> None:
     """The phases of a run, one a row. FLOPs above are those of a mean step."""
     from rich.box import SIMPLE
     from rich.table import Table

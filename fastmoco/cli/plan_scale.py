@@ -234,10 +234,11 @@ def _cluster_json(cluster: Cluster) -> dict[str, Any]:
 def print_step(step: dict[str, Any]) -> None:
     """Print the model of a step as a table."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from fastmoco.telemetry.terminal import Terminal
+
+    console = Terminal(highlight=False)
     print(
         f"\none step on {step['gpus']} x {step['chip']} in {step['nodes']} x "
         f"{step['network_bytes_per_s'] * 8e-9:g} Gbit, {step['images_per_gpu']} images each "

@@ -29,7 +29,6 @@ from fastmoco.cli.tune import TuneArguments
 from fastmoco.config import Config
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
-from fastmoco.faults.parent import follow_parent
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, with_image_size
 from fastmoco_pipelines.spec import require
@@ -243,8 +242,6 @@ def _typed(args: list[str], described: Described) -> dict[str, tuple[str, ...]]:
 
 def train(args: list[str], *, process_ends: bool = False) -> int:
     """Pre-train from a recipe; the same command again continues."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot end its workers
-        follow_parent()
     with StartUp() as start_up:
         code = _train(args, start_up, process_ends=process_ends)
     if process_ends:

@@ -93,7 +93,7 @@ def _spikes(run: Path, as_json: bool) -> int:
             f"{place} {'not finite' if norm is None else f'{norm:.3g}'}"
             for place, norm in norms.items()
         )
-        print(f"step {step}: gradient norm of {', '.join(shown)}{skipped}")
+        show(f"step {step}: gradient norm of {', '.join(shown)}{skipped}")
     if spikes:
         command = shlex.join(["fastmoco", "run", "images", str(run), "--step", str(min(spikes))])
         show(f"the images of a step: {command}")
@@ -124,7 +124,7 @@ def _print(source: RunImages, found: StepImages) -> None:
                 line += f"  in place of {bad}: {escaped(source.bad[wanted])}"
             elif sample in source.unreadable:
                 line += f"  or another one: {escaped(source.unreadable[sample])}"
-            print(line)
+            show(line)
 
 
 def _draw(source: RunImages, found: StepImages, out: Path, *, quiet: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastmoco.config import Config
-from fastmoco.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say, show
 from fastmoco.planning.tuning import script, table
 from fastmoco.planning.tuning.machine import Machine, commit, this_machine
 from fastmoco.planning.tuning.measure import FreshProcess, Measurement, ignored_variables
@@ -205,10 +205,11 @@ class _Shown:
         if not self._stream.isatty():
             yield
             return
-        from rich.console import Console
         from rich.live import Live
 
-        console = Console(file=self._stream, highlight=False)
+        from fastmoco.telemetry.terminal import Terminal
+
+        console = Terminal(self._stream, highlight=False)
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             self._live = live
             try:
@@ -259,7 +260,8 @@ def _report(options: TuneArguments, result: Result) -> None:
         return
     print(table.table(result.rows, result.skipped))
     print("\n".join(table.summary(result)))
-    print(f"fastest: {result.chosen}\nwritten: {options.out}")
+    show(f"fastest: {result.chosen}")
+    show(f"written: {options.out}")
 
 
 def _script(
@@ -294,7 +296,8 @@ def _write_plan(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> i
         print(json.dumps(shown | {"script": str(options.out)}, indent=2))
     else:
         print("\n".join(about))
-        print(f"chosen: {settings}\nwritten: {options.out}")
+        show(f"chosen: {settings}")
+        show(f"written: {options.out}")
     return EXIT_FINISHED
 
 

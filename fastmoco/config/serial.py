@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 
 from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
 from fastmoco_pipelines.spec import FieldError, Resume, ViewSpec, require, under
-from fastmoco_pipelines.text import redact
+from fastmoco_pipelines.text import redact, without_secrets
 
 PATTERNS = (
     ("data", "shards"),
@@ -55,9 +55,17 @@ def to_json(config: Config) -> dict[str, Any]:
     data = dataclasses.asdict(config)
     for group, name in PATTERNS:
         data[group][name] = redact(data[group][name])
+    data = {group: _without_secrets(fields) for group, fields in data.items()}
     if not isinstance(config.objective, MoCoV3Config):
         data["objective"] = {"kind": config.objective.kind, **data["objective"]}
     return data
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same with each URL in a text as it may be written down, also where none belongs."""
+    if isinstance(value, dict):
+        return {name: _without_secrets(inner) for name, inner in value.items()}
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
 def from_json(data: dict[str, Any], *, file: Path | None = None) -> Config:

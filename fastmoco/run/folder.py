@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from fastmoco.errors import RunError
+from fastmoco.errors import OWNED, RunError, tell_launcher
 from fastmoco.run.metrics_file import cut_back, read_values
 from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, write_file
+
+MARKS = ("DONE", "PREEMPTED")
+"""Files in the folder of a run that record how it ended; only the owner of its lock writes them."""
 
 
 class RunFolder:
@@ -63,14 +66,16 @@ class RunFolder:
         """
         if self._lock is None:
             return
-        for other in ("DONE", "PREEMPTED"):
+        for other in MARKS:
             if other != name:
                 (self.path / other).unlink(missing_ok=True)
+                tell_launcher(other, holds=False)
         if name is not None:
             # The run ended as requested, so repeated preemption before the next
             # step does not count as a failure.
             self.starts.unlink(missing_ok=True)
             _replace(self.path / name, text + "\n")
+            tell_launcher(name)
 
     def take_leftovers(self) -> list[str]:
         """Remove incomplete files of a killed run, which no reader opens, and return their names.
@@ -128,6 +133,7 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
+            tell_launcher(OWNED)
         except OSError as error:
             self.withdraw()
             name = error.filename or self.path

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
@@ -25,7 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastmoco_pipelines.text import escaped, escaped_lines
+from fastmoco.streams import raw
+from fastmoco.telemetry.terminal import Terminal
+from fastmoco_pipelines.text import shown, shown_lines
 
 EVENTS_SHOWN = 6
 ECHO = 3
@@ -68,7 +69,7 @@ def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> st
         return None
     if isinstance(value, int | float) and math.isfinite(value):
         return form(value)
-    return escaped(str(value), keep="\n")
+    return shown(str(value), keep="\n")
 
 
 def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, str]) -> str:
@@ -100,12 +101,6 @@ def _colors(stream: TextIO) -> bool:
     return not plain and stream.isatty()
 
 
-class _Terminal(RichConsole):
-    def on_broken_pipe(self) -> None:
-        """Raise an error, where rich would end the process."""
-        raise OSError("the terminal is gone")
-
-
 class Console:
     """Progress of one run. Call `start`, then `log` and `event`, then `close`, or use it as a
     context manager after `start`.
@@ -129,7 +124,7 @@ class Console:
             figures: metric name -> label of the accuracies of this run.
         """
         self._figures = dict(figures or {})
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = raw(sys.stdout if stream is None else stream)
         self._silent = rank > 0
         self._live_wanted = live
         self._live: Live | None = None
@@ -144,7 +139,7 @@ class Console:
         few lines.
         """
         self._total = total_steps
-        self._header = escaped(header, keep="\n")
+        self._header = shown(header, keep="\n")
         if not self._silent:
             self._guarded(self._start_live)
         if self._live is None:
@@ -178,7 +173,7 @@ class Console:
         Args:
             text: one that begins with `warning: ` is marked by `! `, and yellow on a terminal.
         """
-        text = (MARK if text.startswith(WARNING) else "") + escaped_lines(text)
+        text = (MARK if text.startswith(WARNING) else "") + shown_lines(text)
         if self._live is not None:
             pushed_out = self._events[0] if len(self._events) == EVENTS_SHOWN else None
             self._events.append(text)
@@ -205,7 +200,7 @@ class Console:
 
     def _start_live(self) -> None:
         wanted = self._stream.isatty() if self._live_wanted is None else self._live_wanted
-        rich = _Terminal(file=self._stream, force_terminal=wanted, highlight=False)
+        rich = Terminal(self._stream, force_terminal=wanted, highlight=False)
         if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
             return
         # No refresh thread: `log` and `event` draw everything, so that errors are raised there.

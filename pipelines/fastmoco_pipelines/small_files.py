@@ -35,6 +35,11 @@ class UnfitFileError(ValueError):
     is wrong, and the cure."""
 
 
+def reason_of(error: UnfitFileError, name: Path | str) -> str:
+    """What is wrong with a file, without its name, for messages that name it themselves."""
+    return str(error).removeprefix(f"{escaped(str(name))}: ")
+
+
 def open_regular(
     path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
 ) -> int:

@@ -1,5 +1,9 @@
 """Text as it may be shown: URLs without their secrets, names that cannot steer a terminal,
-durations."""
+durations.
+
+`shown` is for a text of any origin. `redact` is for a URL that is known to be one, and `escaped` for
+a name.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,124 @@ _SIGNATURE = re.compile(
     re.IGNORECASE,
 )
 """What looks like the secret of a query, pasted behind a key."""
+
+_URL_MARK = re.compile(r"://|%(?:25)*3a%(?:25)*2f%(?:25)*2f", re.IGNORECASE)
+"""What follows the scheme of a URL, also percent-encoded."""
+_BEFORE_MARK = re.compile(r"[{]*[\w.+-]*\Z", re.ASCII)
+_WORD = re.compile(r"\S*")
+_QUOTED = {mark: re.compile(rf"(?:[^\\{mark}\n]|\\.)*(?={mark})") for mark in "'\"`"}
+"""The rest of a quoted text, in which the quote may be escaped."""
+_TO_AT_SIGN = re.compile(r"[^\n@]{0,1000}@")
+_SHELL_QUOTE = "'\"'\"'"
+"""How `shlex.quote` writes a quote in a quoted word."""
+_HINT = re.compile(r"%(?:25)*(?:3a|3d)|authorization|bearer|:[/\\]", re.IGNORECASE)
+_OTHER_SECRETS = (
+    (
+        re.compile(
+            r"(?i)\b((?:https?|s3|gs|ftp):(?!//)[/\\]+)[^\s@?]{0,500}[@?]\S*?(['\"]?[:;,.)]*)(?!\S)"
+        ),
+        r"\1...\2",
+    ),
+    (re.compile(r"(?<![^\s'\"=({,;])[^\s/@:'\"=({,;]+:[^\s/@]+@(?=[\w.\[-])"), "...@"),
+    (re.compile(r"(?<=//)[^\s/@]+@"), "...@"),
+    (
+        re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*)['\"]?(?:basic|bearer|digest|aws4).*"),
+        r"\1...",
+    ),
+    (re.compile(r"(?i)\b(bearer\s+)(?=\S{0,200}\d)\S{8,}"), r"\1..."),
+    (
+        re.compile(
+            r"(?i)((?:(?:[?&;]|%(?:25)*(?:3f|26))[\w.-]{0,40}"
+            r"(?:sig|token|key|secret|password|credential|auth)[\w.-]{0,40}"
+            r"|\b(?:x-amz|x-goog)-[\w-]{1,40}|\b(?:password|passwd|access_token|client_secret))"
+            r"(?:=|%(?:25)*3d))[^\s'\"&]+"
+        ),
+        r"\1...",
+    ),
+)
+"""Secrets that are in no whole URL: one with a slip (`https:/host`), `user:password@host`, the header
+of a request, a query alone."""
+
+
+def shown(text: str, *, keep: str = "") -> str:
+    """A text of any origin as it may be shown or logged: as `without_secrets`, then as `escaped`.
+
+    Args:
+        text: a message, a name, what a library or a server has said.
+        keep: characters that stay although they are not printable, e.g. a newline.
+    """
+    return escaped(without_secrets(text), keep=keep)
+
+
+def without_secrets(text: str) -> str:
+    """A text with every URL in it as `redact` shows it, also within quotes, nested, escaped as by
+    `repr`, or percent-encoded; and without passwords and tokens outside of URLs.
+
+    A text may end a URL anywhere: what follows up to the next space or quote counts as a part of it.
+    """
+    if not _may_hold_secrets(text):
+        return text
+    parts: list[str] = []
+    at = 0
+    while (mark := _URL_MARK.search(text, at)) is not None:
+        before = _BEFORE_MARK.search(text, at, mark.start())
+        start = before.start() if before else mark.start()
+        end = _end_of_url(text, start, mark.end())
+        encoded = mark[0].startswith("%")
+        url = (
+            text[start : mark.end()] + "..." * (end > mark.end())
+            if encoded
+            else redact(text[start:end])
+        )
+        parts += [text[at:start], url]
+        at = end
+    rest = "".join([*parts, text[at:]])
+    for secret, instead in _OTHER_SECRETS:
+        rest = secret.sub(instead, rest)
+    return rest
+
+
+def shown_word(word: str) -> str:
+    """A word of a command line as it may be shown: a URL in it goes to its end, with all spaces."""
+    mark = word.find("://")
+    before = _BEFORE_MARK.search(word, 0, max(mark, 0))
+    start = before.start() if before else 0
+    return shown(word[:start] + redact(word[start:]) if mark >= 0 else word)
+
+
+def _may_hold_secrets(text: str) -> bool:
+    """Whether a text needs a closer look: most lines need none."""
+    return "@" in text or "=" in text or "://" in text or bool(_HINT.search(text))
+
+
+def _end_of_url(text: str, start: int, after: int) -> int:
+    """Where a URL ends: at the quote that closes it, else at a space.
+
+    Args:
+        text: that has it.
+        start: where the URL begins.
+        after: where the part after the scheme begins.
+    """
+    opened = text[start - 1] if start else ""
+    if opened in _QUOTED and (closed := _QUOTED[opened].match(text, after)):
+        end = closed.end()
+        while text.startswith(_SHELL_QUOTE, end):
+            rest = _QUOTED["'"].match(text, end + len(_SHELL_QUOTE))
+            end = rest.end() if rest else end + len(_SHELL_QUOTE)
+        return end
+    end = _word_end(text, after)
+    end -= len(text[after:end]) - len(text[after:end].rstrip(":;,.)"))
+    # A password with a space in it: up to the `@`, in the same line.
+    authority = re.split(r"[/?#]", text[after:end], maxsplit=1)[0]
+    if "@" in text[after:end] or AUTHORITY.fullmatch(authority):
+        return end
+    more = _TO_AT_SIGN.match(text, end)
+    return _word_end(text, more.end()) if more else end
+
+
+def _word_end(text: str, at: int) -> int:
+    found = _WORD.match(text, at)
+    return found.end() if found else at
 
 
 def redact(url: str) -> str:
@@ -127,10 +249,10 @@ def shard_name(url: str) -> str:
     return name if head.partition(":")[0].lower() in OBJECTS else unquote(name)
 
 
-def escaped_lines(text: str) -> str:
-    """A message of several lines, made fit as by `escaped`: a line break stays where two spaces
+def shown_lines(text: str) -> str:
+    """A message of several lines, made fit as by `shown`: a line break stays where two spaces
     follow, so that no name in it can begin a line of its own."""
-    return "\n  ".join(escaped(line) for line in text.split("\n  "))
+    return "\n  ".join(escaped(line) for line in without_secrets(text).split("\n  "))
 
 
 def escaped(text: str, *, keep: str = "") -> str:

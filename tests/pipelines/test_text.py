@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fastmoco_pipelines.text import first_sentence, in_ascii, redact, spoken
+from fastmoco_pipelines.text import (
+    first_sentence,
+    in_ascii,
+    redact,
+    shown,
+    shown_lines,
+    shown_word,
+    spoken,
+    without_secrets,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,75 @@ def test_a_signature_behind_a_key_is_hidden(query):
 )
 def test_a_picture_shows_letters_that_its_font_lacks_as_escapes(name, shown):
     assert in_ascii(name) == shown
+
+
+HIDDEN = {
+    "https://u:SECRET@h/x?token=SECRET": "https://h/x",
+    "--epochs https://u:SECRET@h/x?token=SECRET: must be": "--epochs https://h/x: must be",
+    "--o=https://u:SECRET@h, b": "--o=https://h, b",
+    "HTTPS://U:SECRET@h/x": "HTTPS://h/x",
+    "ftp://u:SECRET@h and git+https://SECRET@h": "ftp://h and git+https://h",
+    "{https://u:SECRET@a/x,https://b:SECRET@c/y}": "{https://a/x,https://c/y}",
+    "https://h/x?next=https://u:SECRET@h": "https://h/x",
+    # Within quotes, also as `repr`, JSON and a shell write them.
+    "'https://u:p\\'SECRET@h/x?a=SECRET b': no": "'https://h/x': no",
+    "x 'https://u:p'\"'\"'SECRET@h/x' y": "x 'https://h/x' y",
+    '{"url": "https://u:SECRET@h/x?sig=SECRET"}': '{"url": "https://h/x"}',
+    "b'https://u:SE\\x1bCRET@h/x'": "b'https://h/x'",
+    # Not as URLs are written.
+    "https://u:p SECRET@h/x: no": "https://h/x: no",
+    "'https:/u:SECRET@h/x': no": "'https:/...': no",
+    "https:\\\\u:SECRET@h/x": "https:\\\\...",
+    "https%3A%2F%2Fu%3ASECRET%40h%2Fx rest": "https%3A%2F%2F... rest",
+    "https%253a%252f%252fu%253ASECRET%2540h": "https%253a%252f%252f...",
+    # Without a URL around them.
+    "train u:SECRET@host/x": "train ...@host/x",
+    "//u:SECRET@h/x": "//...@h/x",
+    "a.tar?X-Amz-Signature=SECRET&b=1": "a.tar?X-Amz-Signature=...&b=1",
+    "%3Ftoken%3DSECRET": "%3Ftoken%3D...",
+    "{'Authorization': 'Basic SECRET'}": "{'Authorization': ...",
+    "a header Bearer SECRET123": "a header Bearer ...",
+}
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_no_secret_of_a_url_inside_a_text_is_shown(text):
+    assert without_secrets(text) == HIDDEN[text]
+    assert without_secrets(HIDDEN[text]) == HIDDEN[text]
+
+
+def test_a_word_of_a_command_line_is_a_url_to_its_end():
+    assert shown_word("--o=https://us er:SEC RET@h/x?token=SEC RET") == "--o=https://h/x"
+    assert shown_word("a b@c") == "a b@c"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host:8443/x: 404 Not Found; https://h/a{1..3}.tar",
+        "s3://bucket/x?y#z: gone",
+        "keep_tokens='0.25@0,0.5@0.6', 196 tokens",
+        "shards='data/a@b.tar', C:\\images, a/b:c@d.tar, recipe:/folder",
+        "{https://h:1,https://i:2}/a@b.tar",
+    ],
+)
+def test_a_text_without_a_secret_stays_as_it_is(text):
+    assert shown(text) == text
+
+
+@pytest.mark.parametrize(
+    "part", ["a:b@", "://", "'https://", "https:/", "a.b-", "https://a:b ", "{", "&token", "%253a"]
+)
+def test_a_long_text_is_searched_in_linear_time(part):
+    """With a time that grows with the square these would take hours, not tenths of a second."""
+    assert without_secrets(part * (300_000 // len(part)))
+
+
+def test_nothing_in_a_text_steers_a_terminal():
+    text = "a\x1b[2J\x9b2J\r\x07\x08\u202eb\u2066c\u200bd\udce9\u2028\x85e\nf"
+    assert shown(text, keep="\n") == (
+        "a\\x1b[2J\\x9b2J\\r\\x07\\x08\\u202eb\\u2066c\\u200bd\\udce9\\u2028\\x85e\nf"
+    )
+    assert shown_lines("a\nfastmoco: forged\n  b https://u:SECRET@h") == (
+        "a\\nfastmoco: forged\n  b https://h"
+    )

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,10 +22,12 @@ from fastmoco.config import Config
 from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
 from fastmoco_pipelines import OPENMP_SPINS
+from fastmoco_pipelines.processes import child_environment, python_command
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""
 LAUNCH_VARIABLES = {
+    "PYTHONSAFEPATH": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "OMP_NUM_THREADS": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
@@ -112,7 +113,7 @@ class FreshProcess:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fastmoco-tune-") as folder:
             answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-            command = [*settings.prefix, sys.executable, "-m", self._module, str(answer)]
+            command = [*settings.prefix, *python_command(self._module, str(answer))]
             with log.open("wb") as output:
                 code = _run(command, environment(settings), json.dumps(request), output, limit_s)
             if code is None:
@@ -137,8 +138,7 @@ def _measurement(found: Mapping[str, Any], seconds: float) -> Measurement:
 def environment(settings: Settings) -> dict[str, str]:
     """The variables of a measured process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED)}
-    kept.pop("FASTMOCO_PARENT", None)  # that of a launcher above this process
-    return kept | LAUNCH_VARIABLES | dict(settings.variables)
+    return child_environment({**kept, **LAUNCH_VARIABLES, **dict(settings.variables)})
 
 
 def ignored_variables() -> list[str]:

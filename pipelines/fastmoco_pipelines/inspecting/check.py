@@ -90,6 +90,8 @@ def check_shards(
             if quarantine:
                 whole = {(path.parent, path.name) for path in checked.tars.paths}
                 checked.write_lists(found, lambda folder, entry: (folder, entry.shard) in whole)
+            else:
+                report.refused_shards += sum(len(entries.checked) for entries in found.values())
         except KeyboardInterrupt as stop:
             raise CheckInterruptedError(record.recorded, report.shards) from stop
         except BaseException:
@@ -144,7 +146,10 @@ def _check(
                 result = _check_tar(checked, number, pool, meter, record)
                 meter.set(before + size)
             report.take(result)
-            found[tars.paths[number].parent].update(result.entries)
+            entries = found[tars.paths[number].parent]
+            entries.update(result.entries)
+            if result.checked is not None:
+                entries.checked[result.checked.identity] = result.checked
             before += size
         Meter(progress, before, report.total_bytes).set(before)
     checked.find_missing(count_samples=True)

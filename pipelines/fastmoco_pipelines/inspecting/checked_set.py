@@ -15,6 +15,7 @@ from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import read_sets
 from fastmoco_pipelines.formats.quarantine import (
     NAME,
+    CheckedTar,
     Quarantine,
     QuarantineEntry,
     quarantine_path,
@@ -31,6 +32,8 @@ from fastmoco_pipelines.views.decode_pool import Item
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); for a sample with images."""
+LookedAt = Callable[[Path, QuarantineEntry | CheckedTar], bool]
+"""Whether an older line of the list of a folder is about what was checked."""
 
 
 class CheckedSet:
@@ -60,8 +63,11 @@ class CheckedSet:
         report.shards = len(tars.paths)
 
     def fetch_lists(self, transfers: Limits) -> None:
-        """Read the lists on the servers; at the start, so that a failure comes now and not after
-        hours."""
+        """Read the lists on the servers, and see that older ones here can be read; at the start, so
+        that a failure comes now and not after hours."""
+        remote = isinstance(self.tars, RemoteCheckTars)
+        for folder in () if remote else self.folders:
+            Quarantine.read(quarantine_path(folder))
         if isinstance(self.tars, RemoteCheckTars):
             for folder, place in self.tars.urls.items():
                 self._theirs[folder], problems = fetch_lists([place], transfers)
@@ -123,7 +129,7 @@ class CheckedSet:
     def write_lists(
         self,
         found: Mapping[Path, Quarantine],
-        looked_at: Callable[[Path, QuarantineEntry], bool],
+        looked_at: LookedAt,
     ) -> None:
         """Write the list of each folder.
 
@@ -140,7 +146,7 @@ class CheckedSet:
                 continue
             path = quarantine_path(folder)
             merged = _merged(Quarantine.read(path), entries, folder, looked_at)
-            if len(merged) or path.exists():
+            if len(merged) or merged.checked or path.exists():
                 self.report.quarantine_files.append(merged.write(path))
 
     def _write_remote_list(
@@ -149,15 +155,16 @@ class CheckedSet:
         found: Quarantine,
         theirs: Quarantine,
         folder: Path,
-        looked_at: Callable[[Path, QuarantineEntry], bool],
+        looked_at: LookedAt,
     ) -> None:
         """The list of one place on a server; not under the name that loaders look for, as other
         shards may be in the same folder."""
         path = self._out / f"quarantine-{_place_name(place)}.jsonl"
-        known = Quarantine(theirs)
+        known = Quarantine()
+        known.update(theirs)
         known.update(Quarantine.read(path))
         entries = _merged(known, found, folder, looked_at)
-        if {entry.identity for entry in entries} != {entry.identity for entry in theirs}:
+        if _identities(entries) != _identities(theirs):
             self._out.mkdir(parents=True, exist_ok=True)
             self.report.quarantine_files.append(entries.write(path))
             self.report.uploads.append(f"{redact(place)}{NAME}")
@@ -238,11 +245,21 @@ def _merged(
     old: Quarantine,
     found: Quarantine,
     folder: Path,
-    looked_at: Callable[[Path, QuarantineEntry], bool],
+    looked_at: LookedAt,
 ) -> Quarantine:
     """A list after a check: the entries of what was not checked stay, and known samples keep their
     date."""
     when = {entry.identity: entry for entry in old}
-    entries = Quarantine(entry for entry in old if not looked_at(folder, entry))
+    entries = Quarantine(
+        (entry for entry in old if not looked_at(folder, entry)),
+        checked=[
+            *(tar for tar in old.checked.values() if not looked_at(folder, tar)),
+            *found.checked.values(),
+        ],
+    )
     entries.update(when.get(entry.identity, entry) for entry in found)
     return entries
+
+
+def _identities(entries: Quarantine) -> set[tuple[str | int, ...]]:
+    return {*(entry.identity for entry in entries), *entries.checked}

@@ -16,6 +16,7 @@ from typing import TypeVar
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import read_at
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
 # seconds before a local file is tried again: file systems on a network have hiccups
@@ -85,10 +86,13 @@ class LocalFiles:
 
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""
-        lists = [read_list(folder / NAME) for folder in self._folders]
-        return Quarantine(entry for entries, _ in lists for entry in entries), [
-            text for _, text in lists if text
-        ]
+        found = Quarantine()
+        problems = []
+        for folder in self._folders:
+            read, problem = read_list(folder / NAME)
+            found.update(read)
+            problems += [problem] if problem else []
+        return found, problems
 
     def close(self) -> None:
         """Close the files; a later `read` opens them again."""
@@ -119,7 +123,7 @@ class LocalFiles:
             os.close(self._open.popitem(last=False)[1])
         self._open[shard] = self._tried(
             shard,
-            lambda: os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC),
+            lambda: open_regular(self._paths[shard]),
             _NotOpenedError,
             "cannot be opened any more",
         )
@@ -143,7 +147,7 @@ def tried(
     """The result of the first attempt that succeeds: of three with pauses, or of one.
 
     Args:
-        attempt: raises OSError where it fails.
+        attempt: raises OSError where it fails, UnfitFileError where another try cannot help.
         problem: names the file, and what cannot be done with it.
         error_type: of the error after the last attempt.
         once: make one attempt.
@@ -151,6 +155,8 @@ def tried(
     for pause in (None,) if once else (*_PAUSES, None):
         try:
             return attempt()
+        except UnfitFileError as error:
+            raise error_type(f"{problem} ({error}).") from error
         except OSError as error:
             if pause is None:
                 raise error_type(f"{problem} ({error.strerror}).") from error

@@ -19,7 +19,13 @@ from urllib.parse import unquote, urlsplit
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import at_home
 from fastmoco_pipelines.formats.manifest import MOVING, read_moving
-from fastmoco_pipelines.sets.folder_sets import files_of, folders_of, pattern_of, sets_of_folder
+from fastmoco_pipelines.sets.folder_sets import (
+    files_of,
+    folders_of,
+    pattern_of,
+    refuse_odd,
+    sets_of_folder,
+)
 from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, escaped, redact, variable_hint
 
 MAX_SHARDS = 1_000_000
@@ -295,6 +301,7 @@ def _walked(pattern: str, folder: str, rest: str, *, exact: bool) -> Iterator[st
                 f"shards={redact(pattern)!r}: {_shown(name)} is a folder, and a pattern names "
                 "tars: give the folder alone, or *.tar below it"
             )
+        refuse_odd(name)
         raise ValueError(
             f"shards={redact(pattern)!r}: there is no file {_shown(name)}{variable_hint(name)}"
         )

@@ -175,7 +175,13 @@ class ShardSet:
                 "training with labels needs all: pack the set from one folder per class "
                 "(fastmoco data pack), or index tars that contain labels (fastmoco data index)"
             )
-        count = self.class_count
+        highest = int(self.labels.max(initial=-1))
+        if self.classes and highest >= len(self.classes):
+            raise ShardError(
+                f"{redact(pattern)}: its indexes have labels up to {highest}, its manifest.json "
+                f"names {len(self.classes)} classes: {CURE}, or pack the set again"
+            )
+        count = len(self.classes) or highest + 1
         if classes is not None and count > classes:
             raise ShardError(
                 f"{redact(pattern)}: it has {count} classes, more than objective.classes="

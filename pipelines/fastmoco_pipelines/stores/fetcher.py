@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -69,6 +69,15 @@ class ShardFetcher:
         self._state = _State(shards, cache, limits)
         self._followed: _Followed | None = None
         self._look_at = 0.0
+
+    @property
+    def limits(self) -> Limits:
+        """Times and tries of a transfer."""
+        return self._state.limits
+
+    def change(self, change: Callable[[RemoteShard], RemoteShard]) -> None:
+        """Replace what is known of every shard."""
+        self._state.shards = [change(shard) for shard in self._state.shards]
 
     def want(self, numbers: Sequence[int]) -> None:
         """Fetch these shards next, in this order, instead of those wanted before."""

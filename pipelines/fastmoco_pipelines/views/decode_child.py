@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.formats.images import MAX_BYTES, decodable, read_header, refusal_kind
+from fastmoco_pipelines.processes import follow_parent
 from fastmoco_pipelines.views.decoding import decode_image
 from fastmoco_pipelines.views.graph import decode
 from fastmoco_pipelines.views.runtime import build_pipeline, cause_of, has_dali
@@ -183,4 +184,5 @@ def limit_time(seconds: int) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     sys.exit(main())
