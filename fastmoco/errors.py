@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 from fastmoco_pipelines.text import escaped, shown, shown_lines, variable_hint
 
 EXIT_FINISHED = 0
@@ -34,6 +35,8 @@ LAUNCHER = "FASTMOCO_LAUNCHER"
 would only repeat another rank's line go to a file there (`say_again`)."""
 BEGUN = "begun"
 """File there: a worker has done its first step."""
+OWNED = "owned"
+"""File there: a worker holds, or has held, the lock of the run's folder."""
 ECHOES = "ranks.log"
 """File there with these lines."""
 
@@ -114,7 +117,13 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
     """
     from fastmoco_pipelines import BadImageError, ShardError
 
-    known: tuple[type[Exception], ...] = (RunError, ShardError, BadImageError, *fixable)
+    known: tuple[type[Exception], ...] = (
+        RunError,
+        ShardError,
+        BadImageError,
+        UnfitFileError,
+        *fixable,
+    )
     try:
         yield
     except ModuleNotFoundError as error:
@@ -163,15 +172,24 @@ def say_again(text: str) -> None:
     if not folder:
         say(text)
         return
-    with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
-        file.write(f"rank {os.environ.get('RANK', '?')}: {shown(text)}\n")
+    line = f"rank {os.environ.get('RANK', '?')}: {shown(text)}\n"
+    with contextlib.suppress(OSError, UnfitFileError):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with open(open_regular(Path(folder) / ECHOES, flags, follow=False), "a") as file:
+            file.write(line)
 
 
-def tell_launcher(name: str) -> None:
-    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there."""
+def tell_launcher(name: str, holds: bool = True) -> None:
+    """Leave an empty file in the folder for reports of `fastmoco train --gpus N`, if it is there.
+
+    Args:
+        name: of the file.
+        holds: whether it is true now; else the file is removed.
+    """
     if folder := os.environ.get(LAUNCHER):
+        path = Path(folder) / name
         with contextlib.suppress(OSError):
-            (Path(folder) / name).touch()
+            path.touch() if holds else path.unlink(missing_ok=True)
 
 
 def close_output() -> None:

@@ -2,6 +2,21 @@
 # Settings that the launch scripts share; sourced, not run. Variables that are set
 # already keep their values.
 
+# Nothing from the current folder runs, be it a module or a program: an empty or relative part of
+# these lists would be there.
+absolute() {
+    local part parts kept=""
+    IFS=: read -ra parts <<<"$1"
+    for part in "${parts[@]}"; do
+        [[ $part != /* ]] || kept+=":$part"
+    done
+    echo "${kept#:}"
+}
+PATH=$(absolute "$PATH")
+[[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH")
+# `python -m` would look there first.
+export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"
+
 # Expandable segments: without them, micro-batches of two sizes fragment the memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 

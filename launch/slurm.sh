@@ -16,12 +16,44 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-# SLURM runs a copy of this script from its own spool: settings.sh is in the
-# folder of the submission.
-LAUNCH="${FASTMOCO_LAUNCH:-${SLURM_SUBMIT_DIR:-$PWD}/launch}"
-[[ -e $LAUNCH/settings.sh ]] || { echo "no $LAUNCH/settings.sh: submit from the repository, or set FASTMOCO_LAUNCH" >&2; exit 2; }
-# shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$LAUNCH/settings.sh"
+# The lines of settings.sh: SLURM runs a copy of this script from its own spool, and the folder of
+# the submission may be anybody's.
+# Nothing from the current folder runs, be it a module or a program: an empty or relative part of
+# these lists would be there.
+absolute() {
+    local part parts kept=""
+    IFS=: read -ra parts <<<"$1"
+    for part in "${parts[@]}"; do
+        [[ $part != /* ]] || kept+=":$part"
+    done
+    echo "${kept#:}"
+}
+PATH=$(absolute "$PATH")
+[[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH")
+# `python -m` would look there first.
+export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"
+
+# Expandable segments: without them, micro-batches of two sizes fragment the memory.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+# One CPU thread for torch's own operators: DALI's threads need the cores, and
+# the work is on the GPU.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# A failed collective ends the process instead of giving wrong results; the launcher restarts it
+# from the last checkpoint.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+
+# A log of the last 2000 collectives, which NCCL's watchdog prints after a timeout; it shows the
+# rank that is late.
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+
+# Warnings and errors only: NCCL's information would be thousands of lines per rank.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+
+# The python in which fastmoco is installed.
+PYTHON="${PYTHON:-python}"
 
 OUT=""
 for ((i = 1; i <= $#; i++)); do
@@ -34,8 +66,10 @@ for ((i = 1; i <= $#; i++)); do
 done
 [[ -n $OUT ]] || { echo "usage: sbatch launch/slurm.sh RECIPE --out FOLDER [overrides]" >&2; exit 2; }
 
-# Remove the marks of an earlier start.
-rm -f -- "$OUT/DONE" "$OUT/PREEMPTED"
+# The marks of an earlier start, which only a process that holds the folder removes.
+state() { stat --format="%i %z" -- "$OUT/$1" 2>/dev/null || true; }
+done_before=$(state DONE)
+preempted_before=$(state PREEMPTED)
 
 # fastmoco reads ranks and the first machine from the variables of srun. Variables of an outer
 # launcher would come first.
@@ -48,10 +82,14 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR
 code=0
 srun --kill-on-bad-exit=1 --wait=0 --cpu-bind=cores "$PYTHON" -m fastmoco train "$@" || code=$?
 
-if [[ -e $OUT/DONE ]]; then
+# A refused job has changed nothing: marks that are new are those of another one.
+if [[ $code == 2 ]]; then
+    exit 2
+fi
+if [[ -e $OUT/DONE && $(state DONE) != "$done_before" ]]; then
     exit 0  # errors after the end of the run do not matter
 fi
-if [[ -e $OUT/PREEMPTED ]]; then
+if [[ -e $OUT/PREEMPTED && $(state PREEMPTED) != "$preempted_before" ]]; then
     scontrol requeue "$SLURM_JOB_ID"  # the same command continues the run
     exit 0
 fi

@@ -112,6 +112,82 @@ def test_every_setting_says_why(path: Path) -> None:
         said = line.startswith("#") or (said and line.startswith(("export ", "read ", "[[")))
 
 
+def test_slurm_has_the_settings_of_the_other_scripts() -> None:
+    """It cannot source them: it runs as a copy, and the folder of the submission may be anybody's."""
+    _, _, settings = (ROOT / "launch" / "settings.sh").read_text().partition("\n\n")
+    slurm = (ROOT / "launch" / "slurm.sh").read_text()
+    assert settings in slurm
+    assert "source" not in slurm
+
+
+def quick_script(name: str, folder: Path, python: str, *words: str) -> int:
+    """The exit code of a script in a folder with programs and modules that are not to be run.
+
+    Args:
+        name: of the script.
+        folder: for all files.
+        python: shell commands in place of the interpreter; $OUT is the folder of the run.
+        words: of the script.
+    """
+    programs, hostile = folder / "programs", folder / "hostile"
+    for place, name_, text in (
+        (programs, "python", python),
+        (programs, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
+        (programs, "scontrol", f'echo "$@" > "{folder}/requeued"'),
+        *((hostile, one, f'touch "{folder}/EXECUTED"') for one in ("nvidia-smi", "python", "srun")),
+        *((hostile / "launch", one, f'touch "{folder}/EXECUTED"') for one in ("settings.sh",)),
+    ):
+        place.mkdir(exist_ok=True, parents=True)
+        (place / name_).write_text(f"#!/bin/bash\n{text}\n")
+        (place / name_).chmod(0o700)
+    variables = {
+        "PATH": f".:{programs}::/usr/bin:/bin:",
+        "PYTHONPATH": ":/x:.",
+        "OUT": str(folder / "run"),
+        "SLURM_JOB_ID": "7",
+    }
+    command = ["/bin/bash", str(ROOT / "launch" / name), *words]
+    return subprocess.run(command, env=variables, cwd=hostile, check=False).returncode
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "single_node.sh", "single_gpu.sh"])
+def test_a_script_runs_nothing_from_the_current_folder(name: str, tmp_path: Path) -> None:
+    seen = 'echo "$PYTHONSAFEPATH $PYTHONPATH $PATH" > "$OUT/seen"; [[ $1 != -c ]]'
+    (tmp_path / "run").mkdir()
+    assert quick_script(name, tmp_path, seen, "r", "--out", str(tmp_path / "run")) == 0
+    path = f"{tmp_path}/programs:/usr/bin:/bin"
+    assert (tmp_path / "run" / "seen").read_text() == f"1 /x {path}\n"
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "python", "code", "requeued"),
+    [
+        ("DONE", "exit 2", 2, False),
+        ("PREEMPTED", "exit 2", 2, False),
+        ("DONE", "exit 1", 1, False),
+        ("PREEMPTED", "exit 1", 1, False),
+        ("DONE", "exit 0", 0, False),
+        ("", 'touch "$OUT/DONE"; exit 1', 0, False),
+        ("", 'touch "$OUT/DONE"; exit 2', 2, False),  # of another run, while this one was refused
+        ("", 'touch "$OUT/PREEMPTED"; exit 75', 0, True),
+        ("PREEMPTED", 'touch "$OUT/x"; mv "$OUT/x" "$OUT/PREEMPTED"; exit 75', 0, True),
+        ("PREEMPTED", 'rm "$OUT/PREEMPTED"; touch "$OUT/DONE"; exit 1', 0, False),
+    ],
+)
+def test_slurm_answers_by_the_marks_of_its_own_start(
+    before: str, python: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """Those of an earlier start stay until a process has the folder."""
+    (tmp_path / "run").mkdir()
+    if before:
+        (tmp_path / "run" / before).write_text("before\n")
+    assert quick_script("slurm.sh", tmp_path, python, "r", f"--out={tmp_path}/run") == code
+    assert (tmp_path / "requeued").exists() == requeued
+    if code in (1, 2) and before:
+        assert (tmp_path / "run" / before).read_text() == "before\n"
+
+
 def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
     words = ["train", "r", "--data.shards", "a; touch x"]
     command = launch_command(8, words, "logs")
@@ -234,6 +310,34 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
         assert living(out) == []
         assert (out / "PREEMPTED").exists()
         assert one.text().rstrip().splitlines()[-1].startswith("SIGTERM: saved step")
+    finally:
+        for pid in living(out):
+            os.kill(pid, signal.SIGKILL)
+        one.close()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_killed_torchrun_leaves_no_process_and_a_saved_run(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Nobody is left who would let a stopped worker continue, but the kernel."""
+    out = tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    train = ["--nproc-per-node=2", "-m", "fastmoco", "train", *words, "--epochs=200"]
+    one = start_command([sys.executable, *torchrun, *train], out)
+    try:
+        one.wait_for_step(2)
+        workers = [pid for pid in living(out) if pid != one.process.pid]
+        assert len(workers) == 2
+        os.kill(max(workers), signal.SIGSTOP)
+        one.process.kill()
+        until = time.monotonic() + 60
+        while living(out) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert living(out) == []
+        assert (out / "PREEMPTED").exists()
+        assert "saved step" in one.text()
     finally:
         for pid in living(out):
             os.kill(pid, signal.SIGKILL)

@@ -14,8 +14,6 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +21,11 @@ from typing import Any
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
-from fastmoco.faults.parent import ORPHAN_SECONDS, PARENT, children, follow_parent, is_orphan
 from fastmoco.streams import as_shown
+from fastmoco_pipelines.processes import PARENT, children, follow_parent
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
-_POLL_SECONDS = 0.5
 _OWN_CODES = (EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED)
 """Of workers that have printed the reason."""
 
@@ -45,9 +42,8 @@ def main(args: Sequence[str]) -> int:
     """
     reports, processes, device, *words = args
     terminal = sys.stderr
-    follow_parent()
+    follow_parent(at_end=_end_with_launcher)
     os.environ[PARENT] = str(os.getpid())
-    threading.Thread(target=_follow_launcher, name="fastmoco-launcher", daemon=True).start()
     with (Path(reports) / LOG).open("w", buffering=1) as file:
         log = as_shown(file)
         # Before torch is imported: its loggers keep the stream of that moment.
@@ -140,18 +136,15 @@ def death(code: int) -> str:
     return f"was ended by {name}{cause}"
 
 
-def _follow_launcher() -> None:
-    """End some time after the launcher, which ends workers that neither stop nor save.
+def _end_with_launcher() -> None:
+    """Ask the workers to stop and end: they follow this process, and know how long they may take.
 
-    The main thread passes on the SIGTERM of that moment and waits. Stopped workers are let
-    continue, so that it reaches them.
+    Stopped ones are let continue.
     """
-    while not is_orphan():
-        time.sleep(_POLL_SECONDS)
-    for pid in children():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    time.sleep(ORPHAN_SECONDS)
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        for pid in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     os._exit(EXIT_FAILED)
 
 

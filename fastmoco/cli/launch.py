@@ -33,24 +33,23 @@ from fastmoco.errors import (
     EXIT_REFUSED,
     EXIT_STOPPED,
     LAUNCHER,
+    OWNED,
     RunError,
     say,
 )
-from fastmoco.faults.parent import PARENT, adopt_orphans, children
+from fastmoco.faults.parent import adopt_orphans
 from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS, to_handle
-from fastmoco.faults.start_up import ended_early, mark_stopped
+from fastmoco.faults.start_up import ended_early
 from fastmoco.launched import describe_launcher
-from fastmoco.run.folder import RunFolder
+from fastmoco.run.folder import MARKS, RunFolder
+from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.processes import child_environment, children, python_command
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600
 """Time of workers between a signal and SIGKILL. torchrun's default of 30 s is too short for a large
 checkpoint; torch 2.11 has no setting for it."""
 _POLL_SECONDS = 0.1
-
-
-MARKS = ("DONE", "PREEMPTED")
-"""Files in the folder of a run that record how it ended."""
 
 
 def launch_command(
@@ -61,7 +60,7 @@ def launch_command(
     The store and all connections use the loopback interface. Output of workers is not redirected to
     `logs`, which only contains the log of torchrun and the files in which workers report errors.
     """
-    agent = [sys.executable, "-m", "fastmoco.cli.agent", logs, str(processes), device]
+    agent = python_command("fastmoco.cli.agent", logs, str(processes), device)
     counts = [
         "--standalone",
         "--local-addr",
@@ -102,18 +101,20 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
         )
     if (_nodes := os.environ.get("SLURM_JOB_NUM_NODES", "1")) not in ("1", ""):
         say(f"--gpus uses this machine only; the job has {_nodes} nodes (see launch/slurm.sh)")
-    before = {name: _state(out / name) for name in MARKS}
     folder = RunFolder(out)
     folder.remember()
     with tempfile.TemporaryDirectory(prefix="fastmoco_") as logs:
         group = _Group(launch_command(processes, args, logs, device), _environment(logs))
         group.wait()
-        # Only marks of this start count: a refused one leaves those of an earlier start alone.
-        made = [name for name in MARKS if _state(out / name) not in (None, before[name])]
+        # Only marks of this start count, and only the owner of the folder changes it: another one
+        # may train into it, or have finished it.
+        made = [name for name in MARKS if Path(logs, name).exists()]
+        owned = Path(logs, OWNED).exists()
         if made:
-            (out / LOG).unlink(missing_ok=True)  # of an earlier start that failed
+            with contextlib.suppress(OSError):
+                (out / LOG).unlink()  # of an earlier start that failed
         code = _outcome(group, Path(logs), out, made)
-    if code == EXIT_REFUSED:
+    if code == EXIT_REFUSED and owned:
         # A rank that torchrun has ended meanwhile cannot put the folder back.
         with contextlib.suppress(RunError):
             folder.acquire()
@@ -132,16 +133,15 @@ def _environment(logs: str) -> dict[str, str]:
     own = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_SECONDS),
         LAUNCHER: logs,
-        PARENT: str(os.getpid()),
     }
     # torchrun would set one thread too, but with a warning. Workers divide the
     # cores by `--threads` in any case.
-    return {"OMP_NUM_THREADS": "1", **kept, **own}
+    return child_environment({"OMP_NUM_THREADS": "1", **kept, **own})
 
 
 def _outcome(group: _Group, logs: Path, out: Path, made: Sequence[str]) -> int:
     """The exit code, after at most one line: workers have printed what they know."""
-    if "DONE" in made:
+    if "DONE" in made or group.code == EXIT_FINISHED:
         return EXIT_FINISHED
     asked = group.asked
     if group.cut_short is not None:
@@ -158,7 +158,7 @@ def _outcome(group: _Group, logs: Path, out: Path, made: Sequence[str]) -> int:
         say(ended_early(signal.Signals(asked)))
         if asked == signal.SIGINT:
             return EXIT_INTERRUPTED
-        mark_stopped(out)
+        _mark_stopped(out)
         return EXIT_STOPPED
 
     # Refused: the reason is printed. A refusal of a later start means too many restarts.
@@ -167,6 +167,16 @@ def _outcome(group: _Group, logs: Path, out: Path, made: Sequence[str]) -> int:
         return EXIT_REFUSED
     say(_failed(group, logs, out))
     return EXIT_FAILED
+
+
+def _mark_stopped(out: Path) -> None:
+    """Mark a run as stopped if its folder is there and free, and it is not finished."""
+    if out.is_dir() and not (out / "DONE").exists():
+        folder = RunFolder(out)
+        with contextlib.suppress(RunError):
+            folder.acquire()
+            folder.mark("PREEMPTED")
+            folder.release()
 
 
 def _failed(group: _Group, logs: Path, out: Path) -> str:
@@ -180,16 +190,14 @@ def _failed(group: _Group, logs: Path, out: Path) -> str:
     for name in (LOG, ECHOES):
         with contextlib.suppress(OSError):
             report += (logs / name).read_text(errors="replace")
-    try:
-        descriptor = os.open(out / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(report)
-    except OSError:
-        # No folder, or a full disk: nothing is kept back.
+    if (logs / OWNED).exists():
         with contextlib.suppress(OSError):
-            sys.stderr.write(report)
-        return text
-    return f"{text}; torchrun's report is in {out / LOG}"
+            write_file(out / LOG, report.encode(), mode=0o600)
+            return f"{text}; torchrun's report is in {out / LOG}"
+    # No folder, that of another run, or a full disk: nothing is kept back.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(report)
+    return text
 
 
 class _Group:
@@ -259,22 +267,18 @@ class _Group:
                     self._agent.kill()  # its workers become children of this process
 
     def _wait_for_orphans(self, others: set[int]) -> None:
-        """Wait for workers whose agent was killed; they save and end by themselves."""
+        """Wait for workers whose agent was killed; they save and end by themselves.
+
+        Stopped ones are let continue, which also those need that have not begun to follow it.
+        """
         until = time.monotonic() + SAVE_SECONDS
         while left := set(children()) - others:
             for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
                 if self.cut_short is not None or time.monotonic() > until:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
             time.sleep(_POLL_SECONDS)
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    """A file as it is now, to see whether it is written again; None if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns

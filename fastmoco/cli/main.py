@@ -16,7 +16,9 @@ from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
+from fastmoco.faults.parent import follow_launcher
 from fastmoco.streams import shown_streams
+from fastmoco_pipelines.processes import without_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output has closed its pipe.
     """
     process_ends = argv is None
+    if process_ends:
+        follow_launcher()
     with shown_streams(for_good=process_ends):
         return _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
 
@@ -40,6 +44,7 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     try:
         prepare_streams()
         clean_environment(os.environ)
+        without_current_folder(os.environ)
         args = prepare_words(args)
     except ValueError as error:
         say(str(error))

@@ -28,11 +28,11 @@ from fastmoco.errors import (
 from fastmoco.faults import restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
-from fastmoco.faults.parent import is_orphan
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.classes import with_classes
 from fastmoco.training.start import Start, close_if_finished, find_start, give_back
+from fastmoco_pipelines.processes import is_orphan
 
 if TYPE_CHECKING:
     from fastmoco.training.trainer import Trainer

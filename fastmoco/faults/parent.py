@@ -1,61 +1,100 @@
-"""A process that ends with the process that started it.
+"""A rank ends with the launcher that started it.
 
 A launcher that is killed by SIGKILL cannot end its workers. They would train on, hold the GPUs and
-the lock of the run's folder. Each process therefore asks the kernel for a SIGTERM when its parent
-ends, and can ask whether that has happened, for a deadline.
+the lock of the run's folder. Each process therefore follows its launcher (`processes.py` of the
+pipelines): it is asked to stop then, saves if it trains, and is ended if it does not end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
+import time
 from pathlib import Path
+from typing import Protocol
 
-PARENT = "FASTMOCO_PARENT"
-"""Variable with the process that starts others. The kernel sends nothing to a process whose parent
-had ended before it asked."""
+from fastmoco.errors import EXIT_FAILED, say
+from fastmoco_pipelines.processes import (
+    PARENT,
+    ancestors,
+    end_by_signal,
+    follow_parent,
+    prctl,
+)
+
 ORPHAN_SECONDS = 5.0
-"""Time that a process without its parent has for the end of its step. A save that has begun may
+"""Time that a process without its launcher has for the end of its step. A save that has begun may
 end."""
-_PR_SET_PDEATHSIG = 1
+END_SECONDS = 8.0
+"""Time without its launcher after which a process is ended that still runs, unless it saves."""
 _PR_SET_CHILD_SUBREAPER = 36
-_parent: int | None = None
 
 
-def follow_parent() -> None:
-    """Ask for a SIGTERM when the parent of this process ends, also if it has ended already.
+class Stopping(Protocol):
+    """Stops a run whose launcher has ended by itself (`StopSignal`)."""
 
-    The kernel counts the thread that started this process as its parent: start processes from the
-    main thread. Other systems than Linux have no such request; `is_orphan` works there too.
+    @property
+    def saves(self) -> bool:
+        """Whether a save is being written, which may end."""
+
+
+_stopping: Stopping | None = None
+
+
+def follow_launcher() -> None:
+    """End with the launcher of this process, if it has one: `--gpus N` or torchrun's agent.
+
+    It is asked to stop as by SIGTERM. A task of srun is ended by SLURM.
     """
-    global _parent
-    _parent = int(os.environ.get(PARENT) or os.getppid())
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if is_orphan():
-        os.kill(os.getpid(), signal.SIGTERM)
+    if PARENT in os.environ:
+        follow_parent(at_end=_end)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        agent = _agent()
+        if not agent:
+            say(
+                "torchrun has started this process (TORCHELASTIC_RUN_ID is set), and has ended: "
+                "ended with it; to start it by hand, unset TORCHELASTIC_RUN_ID"
+            )
+        follow_parent(agent, at_end=_end)
 
 
-def is_orphan() -> bool:
-    """Whether the parent that this process follows has ended."""
-    return _parent is not None and os.getppid() != _parent
+def leave_stopping_to(stopping: Stopping | None) -> None:
+    """From now on a run stops by itself when its launcher has ended; None: by a SIGTERM again."""
+    global _stopping
+    _stopping = stopping
+
+
+def _end() -> None:
+    if _stopping is None:
+        end_by_signal()
+    time.sleep(END_SECONDS)
+    while _stopping is not None and _stopping.saves:
+        time.sleep(1.0)
+    os._exit(EXIT_FAILED)
+
+
+def _agent() -> int:
+    """torchrun's agent: the next process above this one that has loaded torch, which the shell of a
+    script between them has not; 0 if it has ended.
+
+    The process that inherits the workers of an agent that has ended is no agent.
+    """
+    if not Path("/proc/self/maps").exists():
+        return os.getppid()
+    return next(filter(_runs_torch, ancestors()), 0)
+
+
+def _runs_torch(process: int) -> bool:
+    """Whether a process has loaded torch; for one of another user whether it may have."""
+    about = Path(f"/proc/{process}")
+    try:
+        return b"libtorch" in (about / "maps").read_bytes()
+    except OSError:
+        try:
+            return b"python" in (about / "cmdline").read_bytes()
+        except OSError:
+            return False
 
 
 def adopt_orphans(adopt: bool) -> None:
     """Become the parent of all descendants whose parents end, or stop being it."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
-
-
-def children() -> list[int]:
-    """Processes whose parent is this one; none where the system has no /proc."""
-    found: list[int] = []
-    for task in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += map(int, task.read_text().split())
-    return found
-
-
-def _prctl(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))

@@ -31,7 +31,7 @@ from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World, lost_a_peer
 from fastmoco.distributed.store import connect
 from fastmoco.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, LAUNCHER, say, say_again
-from fastmoco.faults.parent import ORPHAN_SECONDS, is_orphan
+from fastmoco.faults.parent import ORPHAN_SECONDS, leave_stopping_to
 from fastmoco.faults.pulse import Pulse, Section
 from fastmoco.faults.signals import (
     INTERRUPT_PATIENCE_SECONDS,
@@ -40,6 +40,7 @@ from fastmoco.faults.signals import (
     to_handle,
 )
 from fastmoco.run.folder import RunFolder
+from fastmoco_pipelines.processes import is_orphan
 
 SILENT_SECONDS = 3.0
 """A step that ends within this time after a signal needs no line that says what it waits for; nor
@@ -85,6 +86,7 @@ class StopSignal:
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="fastmoco-signals", daemon=True)
         self._thread.start()
+        leave_stopping_to(self)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -96,6 +98,7 @@ class StopSignal:
         )
         # The peer may have ended before all ranks had recorded their signals.
         stopped = stopped and self._all_asked.wait(PATIENCE_SECONDS)
+        leave_stopping_to(None)
         self._over.set()
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup_before)
@@ -107,6 +110,11 @@ class StopSignal:
             self._mark()
             say_again(f"{self.received}: a peer has ended; {_NOTHING_LOST}")
             raise SystemExit(EXIT_STOPPED) from error
+
+    @property
+    def saves(self) -> bool:
+        """Whether a save or a rollback is under way, which may end."""
+        return self._pulse is not None and self._pulse.section in (Section.SAVE, Section.ROLLBACK)
 
     def finish(self) -> None:
         """All is saved: ignore the signals from now on, also after this context."""
@@ -135,7 +143,7 @@ class StopSignal:
             except TimeoutError:
                 received = []
             orphan = is_orphan()
-            if orphan and first is None and not received:  # a system that sends no signal then
+            if orphan and first is None and not received:
                 self.received = "the launcher has ended"
                 received = [int(signal.SIGTERM)]
 

@@ -7,7 +7,6 @@ the files of the run, has the lowest priority, and ends by itself whatever happe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import resource
@@ -21,6 +20,7 @@ from pathlib import Path
 from fastmoco.errors import RunError
 from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
+from fastmoco_pipelines.processes import child_environment, follow_parent, python_command
 
 FIRST_S = 60.0
 """Seconds of training before the first picture."""
@@ -28,24 +28,26 @@ INTERVAL_S = 300.0
 """Least time between two pictures."""
 SHARE = 0.01
 """Largest share of the time that a picture is being drawn."""
-_PR_SET_PDEATHSIG = 1
 CPU_LIMIT_S = 120
 """CPU time after which the process is ended."""
 
 
-def draw_run(folder: RunFolder, out: Path | None = None) -> Path:
+def draw_run(
+    folder: RunFolder, out: Path | None = None, *, tell: Callable[[str], None] = lambda text: None
+) -> Path:
     """Draw the curves of a run, also of one that trains or was interrupted; needs no lock.
 
     Args:
         folder: of the run.
         out: the picture; default its `curves.png`.
+        tell: called with a sentence if the metrics have damaged lines.
 
     Raises:
         RunError: if the folder has no metrics.
-        ValueError: if they contain nothing to draw.
+        ValueError: if they contain nothing to draw, or are a link or no regular file.
         ImportError: if matplotlib is not installed.
     """
-    if not folder.metrics.is_file():
+    if not os.path.lexists(folder.metrics):
         raise RunError(
             f"{folder.path} contains no {folder.metrics.name}; "
             "is it the folder given to fastmoco train --out?"
@@ -54,7 +56,8 @@ def draw_run(folder: RunFolder, out: Path | None = None) -> Path:
     config = saved.get("config")
     recipe = config.get("recipe") if isinstance(config, dict) else None
     title = str(recipe or folder.path.absolute().name)
-    return draw_curves(folder.metrics, out or folder.curves, title, Panels.of(saved))
+    panels = Panels.of(saved)
+    return draw_curves(folder.metrics, out or folder.curves, title, panels, tell=tell)
 
 
 class CurveDrawer:
@@ -91,15 +94,12 @@ class CurveDrawer:
         with contextlib.suppress(OSError):
             # A session of its own: Ctrl-C in the terminal reaches the run alone.
             self._child = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "fastmoco.run.drawing"),
-                    *(str(self._folder.path), str(os.getpid())),
-                ],
+                python_command("fastmoco.run.drawing", str(self._folder.path), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=child_environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
             )
 
     def close(self, wait_s: float = 0.0) -> None:
@@ -129,10 +129,9 @@ def main(folder: Path, parent: int) -> None:
     """Draw the curves of a run once, as the process of `CurveDrawer`, and end with the run."""
     # An interrupted picture removes its unfinished file.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone sends a signal then
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         return
+    follow_parent(parent)
     os.nice(19)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     os.umask(0o077)

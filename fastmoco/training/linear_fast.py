@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
+from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.config.labelled import labelled_batch
@@ -27,6 +28,7 @@ from fastmoco.evaluation.embed import encoder_function, eval_mode
 from fastmoco.evaluation.feature_cache import FeatureCache, embed_missing
 from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
 from fastmoco.evaluation.monitor import OpenSet
+from fastmoco.planning.free_memory import free_bytes
 from fastmoco.training import setup
 from fastmoco.training.accuracies import accuracies
 from fastmoco.training.embed_run import (
@@ -41,6 +43,7 @@ from fastmoco.training.feature_table import FeatureTable, TablePart
 from fastmoco.training.probe import official_lr, probe_sets, probe_view
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
+from fastmoco_pipelines.small_files import UnfitFileError, read_small
 from fastmoco_pipelines.text import counted
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -157,9 +160,20 @@ class _Job:
     config: Config
     threads: int
 
+    def _require_memory(self, pairs: int, classes: int) -> None:
+        """Refuse classifiers that do not fit: weights, gradients and momentum of all pairs."""
+        needed = 3 * 4 * pairs * classes * self.source.encoder.embed_dim
+        if needed > (free := free_bytes(self.world.device)):
+            raise ValueError(
+                f"{counted(pairs, 'classifier')} of {classes:,} classes, one more than the highest "
+                f"label, need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: number the "
+                "classes from 0 on, or give fewer --lr and --weight-decay"
+            )
+
     def run(self, train: OpenSet, test: OpenSet, classes: int) -> dict[str, Any]:
         """Embed, sweep, fit and score."""
         options = self.options
+        self._require_memory(len(options.pairs), classes)
         # Features: of the images as they are, and of augmented copies.
         view = probe_view(self.source.image, self.source.config, options.crop_min)
         identity = feature_key(self.source, self._precision, self.world)
@@ -337,6 +351,9 @@ class _Job:
         return state
 
 
+_HEADER_BYTES = 1 << 16
+
+
 class _SavedState:
     """Classifiers in training, in a file that an interrupted command leaves."""
 
@@ -345,12 +362,18 @@ class _SavedState:
         self._written = time.monotonic()
 
     def read(self, start: LinearState) -> LinearState:
-        """The state of the file on the device of `start`; `start` without a file."""
+        """The state of the file on the device of `start`; `start` without a file, and where the
+        file is not of the same classifiers."""
+        own = self._tensors(start)
+        size = sum(tensor.nbytes for tensor in own.values())
         try:
-            found = load_file(self._file)
-        except (OSError, SafetensorError):
+            found = load(read_small(self._file, size + _HEADER_BYTES, follow=False))
+        except (OSError, UnfitFileError, SafetensorError):
             return start
-        epoch = int(found.pop("epoch"))
+        kinds = [{name: (t.dtype, t.shape) for name, t in each.items()} for each in (own, found)]
+        if kinds[0] != kinds[1]:
+            return start
+        epoch = max(0, int(found.pop("epoch")))
         device = start.weight.device
         return LinearState(**{name: value.to(device) for name, value in found.items()}, epoch=epoch)
 
@@ -358,12 +381,15 @@ class _SavedState:
         """Write a state, at most once a minute."""
         if time.monotonic() - self._written < SAVE_SECONDS:
             return
-        tensors = {
-            name: getattr(state, name).cpu().contiguous()
-            for name in ("weight", "bias", "weight_buffer", "bias_buffer")
-        }
-        write_file(self._file, save({**tensors, "epoch": torch.tensor(state.epoch)}))
+        write_file(self._file, save(self._tensors(state)))
         self._written = time.monotonic()
+
+    @staticmethod
+    def _tensors(state: LinearState) -> dict[str, Tensor]:
+        """All of a state, as the file has it."""
+        names = ("weight", "bias", "weight_buffer", "bias_buffer")
+        tensors = {name: getattr(state, name).cpu().contiguous() for name in names}
+        return {**tensors, "epoch": torch.tensor(state.epoch)}
 
     def remove(self) -> None:
         """The classifiers are trained."""

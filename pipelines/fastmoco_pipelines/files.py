@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from fastmoco_pipelines.small_files import open_regular
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _mmap = _LIBC.mmap
 _mmap.restype = ctypes.c_void_p
@@ -35,6 +37,8 @@ _munmap = _LIBC.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process (files or memory that it may have), not of a file."""
 
 
 def try_lock(descriptor: int, how: int) -> bool:
@@ -366,7 +370,15 @@ def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> 
 
 
 def hash_file(source: Path | int) -> str:
-    """SHA-256 (hex) of a whole file: of a path, or of an open descriptor, which stays open."""
-    with open(source, "rb", closefd=not isinstance(source, int)) as file:
+    """SHA-256 (hex) of a whole file: of a path, or of an open descriptor, which stays open.
+
+    Raises:
+        UnfitFileError: if the path is no regular file.
+        OSError: if it cannot be read.
+    """
+    own = not isinstance(source, int)
+    with open(
+        source if isinstance(source, int) else open_regular(source), "rb", closefd=own
+    ) as file:
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()

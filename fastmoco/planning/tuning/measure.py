@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,10 +22,13 @@ from fastmoco.config import Config
 from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
 from fastmoco_pipelines import OPENMP_SPINS
+from fastmoco_pipelines.processes import child_environment, python_command
+from fastmoco_pipelines.small_files import UnfitFileError, read_json
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""
 LAUNCH_VARIABLES = {
+    "PYTHONSAFEPATH": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "OMP_NUM_THREADS": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
@@ -35,6 +37,7 @@ LAUNCH_VARIABLES = {
     "NCCL_DEBUG": "WARN",
 }
 """The variables of launch/settings.sh."""
+_SHOWN_BYTES = 1 << 16
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_")
 """Beginnings of names of variables that a measurement does not inherit."""
 
@@ -112,18 +115,21 @@ class FreshProcess:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="fastmoco-tune-") as folder:
             answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-            command = [*settings.prefix, sys.executable, "-m", self._module, str(answer)]
+            command = [*settings.prefix, *python_command(self._module, str(answer))]
             with log.open("wb") as output:
                 code = _run(command, environment(settings), json.dumps(request), output, limit_s)
             if code is None:
                 return Failure(f"not ended after {limit_s:.0f} s")
             if code or not answer.exists():
-                return Failure(_cause(code, log.read_text(errors="replace")))
-            found = json.loads(answer.read_text())
-        for kind in ("refused", "failed"):
-            if kind in found:
-                return Failure(str(found[kind]))
-        return _measurement(found, time.monotonic() - began)
+                return Failure(_cause(code, _end_of(log)))
+            try:
+                found = read_json(answer, follow=False)
+                for kind in ("refused", "failed"):
+                    if kind in found:
+                        return Failure(str(found[kind]))
+                return _measurement(found, time.monotonic() - began)
+            except (UnfitFileError, KeyError, TypeError, AttributeError) as error:
+                return Failure(f"its answer cannot be used: {type(error).__name__}: {error}")
 
 
 def _measurement(found: Mapping[str, Any], seconds: float) -> Measurement:
@@ -137,8 +143,7 @@ def _measurement(found: Mapping[str, Any], seconds: float) -> Measurement:
 def environment(settings: Settings) -> dict[str, str]:
     """The variables of a measured process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(REMOVED)}
-    kept.pop("FASTMOCO_PARENT", None)  # that of a launcher above this process
-    return kept | LAUNCH_VARIABLES | dict(settings.variables)
+    return child_environment({**kept, **LAUNCH_VARIABLES, **dict(settings.variables)})
 
 
 def ignored_variables() -> list[str]:
@@ -177,6 +182,13 @@ def _run(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_of(log: Path) -> str:
+    """The last lines of a file."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _SHOWN_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def _cause(code: int, log: str) -> str:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
-from fastmoco_pipelines.files import read_at, write_file, write_json
+from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
     CURE,
+    MAX_INDEX_BYTES,
     SUFFIX,
     IndexFile,
     IndexHeader,
@@ -37,10 +38,15 @@ from fastmoco_pipelines.formats.members import (
 )
 from fastmoco_pipelines.formats.paths import DAMAGED, MAX_LIST_BYTES, parse_list
 from fastmoco_pipelines.formats.tar import OUTSIDE, walk_damaged, walk_tar
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small, reason_of
 
 END_BYTES = 4096
 """At each end of a tar: what `tar_hash` is a hash of."""
-SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
+SALVAGE = "Or index what is left of it, for new runs: `fastmoco data index --salvage`."
+CHECK = (
+    "or run `fastmoco data check` on the shards, which lists what is lost, and the same command goes "
+    "on without it"
+)
 
 
 def index_path(tar: Path) -> Path:
@@ -68,7 +74,7 @@ def index_file(tar: Path) -> Path | None:
 def _fits(path: Path, tar: Path) -> bool | None:
     """Whether an index fits its tar; None if one of them cannot be read."""
     try:
-        return fits_tar(open_index(path.name, path.read_bytes()).header, tar)
+        return fits_tar(open_index(path.name, index_bytes(path)).header, tar)
     except (ShardError, OSError):
         return None
 
@@ -81,12 +87,16 @@ def index_bytes(path: Path) -> bytes:
         OSError: if that is this process's own trouble: too many open files, too little memory.
     """
     try:
-        return path.read_bytes()
+        return read_small(path, MAX_INDEX_BYTES)
+    except UnfitFileError as error:
+        if not path.is_dir():
+            raise ShardError(f"{path.name}: {reason_of(error, path)}; then {CURE}.") from error
+        how = f"cannot be read ({os.strerror(errno.EISDIR)}): move this folder away, and {CURE}"
+        raise ShardError(f"{path.name}: {how}.") from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in OWN_TROUBLE:
             raise
-        how = "move this folder away, and " if path.is_dir() else ""
-        raise ShardError(f"{path.name}: cannot be read ({error.strerror}): {how}{CURE}.") from error
+        raise ShardError(f"{path.name}: cannot be read ({error.strerror}): {CURE}.") from error
 
 
 def write_json_index(tar: Path, index: ShardIndex) -> Path:
@@ -156,7 +166,7 @@ def scan_tar(
     # Every image that could be used by its name: its header, its labels, its checksum.
     found: list[Found] = []
     left_out = content.left_out
-    with open(tar, "rb") as file:
+    with open(open_regular(tar), "rb") as file:
         for sample in content.samples:
             member = sample.image
             if member is None or sample.kind:
@@ -212,7 +222,7 @@ def _cure(tar: Path, others: list[tuple[str, str]]) -> str:
         return "Write the tar with names relative to its folder and /, or leave it out."
     unnamed = [member for member, reason in others if reason == NO_IMAGE_NAME][:20]
     places = {member.name: member for member in walk_tar(tar)} if unnamed else {}
-    with open(tar, "rb") as file:
+    with open(open_regular(tar), "rb") as file:
         for name in unnamed:
             member = places.get(name)
             if member and image_kind(os.pread(file.fileno(), 16, member.offset)):
@@ -228,7 +238,7 @@ def read_paths(tar: Path, content: TarContent) -> dict[str, str] | None:
     member = content.paths
     if member is None or member.size > MAX_LIST_BYTES:
         return None
-    with open(tar, "rb") as file:
+    with open(open_regular(tar), "rb") as file:
         return parse_list(os.pread(file.fileno(), member.size, member.offset))
 
 
@@ -264,7 +274,10 @@ def index_name(tar: Path) -> str:
 
 def stale(tar: Path, name: str) -> str:
     """What is wrong with the index of another state of a tar; `name`: of the index's file."""
-    return f"{name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+    return (
+        f"{name}: was made for another state of {tar.name} (size or content differ): copy the tar "
+        f"again from its source, {CHECK}. Only if it was changed on purpose, {CURE}, for new runs."
+    )
 
 
 def fits_tar(index: ShardIndex | IndexHeader, tar: Path) -> bool:
@@ -308,7 +321,7 @@ def open_index(name: str, data: bytes) -> IndexFile:
 
 def tar_hash(tar: Path) -> str:
     """SHA-256 (hex) over the first and the last 4 KiB."""
-    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(tar)
     try:
         return hash_ends(descriptor)
     finally:

@@ -18,6 +18,10 @@ contains the SHA-256 of every section. A section is checked when it is first use
 any size is opened in the time of its headers, and names cost nothing until one is asked for. A
 reader ignores sections that it does not know. Where paths are absent, names in the tar take their
 place.
+
+A hash shows damage, not who wrote a file. All that a reader rests on is compared with what
+`to_bytes` writes: sections follow each other, images are in the order of the tar, each behind a
+header of its own, and names come once.
 """
 
 from __future__ import annotations
@@ -43,8 +47,11 @@ from fastmoco_pipelines.formats.images import (
     MAX_PIXELS_PER_BYTE,
     MAX_SIDE,
 )
-from fastmoco_pipelines.formats.members import split_name
-from fastmoco_pipelines.formats.paths import path_bytes, path_text
+from fastmoco_pipelines.formats.labels import MAX_LABEL
+from fastmoco_pipelines.formats.members import is_skipped, name_fault, names_fault, split_name
+from fastmoco_pipelines.formats.paths import is_file_name, path_bytes, path_text
+from fastmoco_pipelines.formats.tar import BLOCK
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, reason_of
 from fastmoco_pipelines.text import escaped
 
 SUFFIX = ".index"
@@ -52,6 +59,8 @@ MAGIC = b"\x89FMIDX\r\n"
 VERSION = 2
 """Version 1 is the JSON form (index_json.py)."""
 HEAD_BYTES = 4096
+MAX_INDEX_BYTES = 1 << 30
+"""Largest file of an index, in bytes: 14 million images in one tar."""
 CURE = "run `fastmoco data index` on the shards"
 RECORD = np.dtype(
     [
@@ -72,6 +81,8 @@ COLUMNS = ("offset", "size", "crc32", "label", "height", "width")
 _PREFIX = struct.Struct("<8sII32s")
 _ALIGN = 64
 _SHA256 = re.compile("[0-9a-f]{64}")
+_COUNTS = {"samples": 2**32 - 1, "skipped": 2**32 - 1, "unlabelled": 2**32 - 1, "tar_bytes": 2**62}
+"""Numbers of the header, and the largest of each."""
 _Buffer = bytes | memoryview
 _Table = tuple[NDArray[Any], int]
 """The ends of all names, and where the first one starts in the file."""
@@ -147,12 +158,23 @@ class IndexHeader:
     sections: dict[str, Section]
     seal: bytes
 
+    @property
+    def records_hash(self) -> str:
+        """SHA-256 (hex) of the records: where each sample is, and what it is."""
+        return self.sections["records"].sha256
 
-def to_bytes(index: ShardIndex) -> bytes:
-    """The content of the file of an index."""
+
+def records_of(index: ShardIndex) -> NDArray[Any]:
+    """[n] `RECORD`: the samples of an index as its file has them."""
     records = np.empty(len(index), dtype=RECORD)
     for name in COLUMNS:
         records[name] = index.columns[name]
+    return records
+
+
+def to_bytes(index: ShardIndex) -> bytes:
+    """The content of the file of an index."""
+    records = records_of(index)
     content = {
         "records": records.tobytes(),
         "members": _to_table([index.member(row) for row in range(len(index))]),
@@ -216,6 +238,10 @@ def parse_header(name: str, head: bytes, file_bytes: int | None) -> IndexHeader:
     """
     if len(head) < _PREFIX.size or not head.startswith(MAGIC):
         raise ShardError(f"{name}: is not an index of fastmoco: {CURE}.")
+    if file_bytes is not None and file_bytes > MAX_INDEX_BYTES:
+        raise ShardError(
+            f"{name}: has {file_bytes:,} bytes, an index at most {MAX_INDEX_BYTES:,}: {CURE}."
+        )
     _, version, size, seal = _PREFIX.unpack_from(head)
     if version != VERSION:
         raise ShardError(
@@ -246,31 +272,43 @@ def parse_header(name: str, head: bytes, file_bytes: int | None) -> IndexHeader:
 
 
 def _header_problem(header: IndexHeader, first: int) -> str | None:
-    """What is wrong with a header whose hash is right; sections begin at byte `first` or later."""
-    counts = (header.samples, header.skipped, header.unlabelled)
-    if not all(type(count) is int and 0 <= count < 2**32 for count in counts):
-        return "its header is broken"
-    if type(header.tar_bytes) is not int or not 0 <= header.tar_bytes < 2**63:
-        return "its header is broken"
-    hashes = (header.tar_hash, header.content)
-    if type(header.tar) is not str or header.unlabelled > header.samples:
-        return "its header is broken"
-    if not all(type(text) is str and _SHA256.fullmatch(text) for text in hashes):
-        return "its header is broken"
+    """What is wrong with a header whose hash is right; sections begin at byte `first`."""
+    for name, most in _COUNTS.items():
+        count = getattr(header, name)
+        if type(count) is not int or not 0 <= count <= most:
+            return f"its header is broken: {name}={count!a:.40}, a whole number up to {most} is due"
+    if header.unlabelled > header.samples:
+        return f"its header is broken: unlabelled={header.unlabelled} of {header.samples} samples"
+    if not is_file_name(header.tar):
+        return f"its header is broken: tar={header.tar!a:.80} is not the name of a file"
+    for name in ("tar_hash", "content"):
+        if not _is_sha256(getattr(header, name)):
+            return f"its header is broken: {name} is not a SHA-256"
     if header.samples == 0:
         return "lists no sample"
     if not header.sections.keys() >= {"records", "members", "skipped"}:
         return "lacks a section"
-    for section in header.sections.values():
-        if not (type(section.start) is type(section.size) is int and type(section.sha256) is str):
-            return "its header is broken"
-        if section.start < first or section.start % _ALIGN or section.size < 0:
-            return "its header is broken"
+
+    # Sections as they are written: one after another, without gaps.
+    for name, section in header.sections.items():
+        numbers = type(section.start) is type(section.size) is int and section.size >= 0
+        if not numbers or not _is_sha256(section.sha256):
+            return f"its header is broken: section {name!a:.40}: two numbers and a SHA-256 are due"
+        if section.start != first:
+            return (
+                f"its header is broken: section {name!a:.40} begins at byte {section.start}, not "
+                f"at {first}, where the one before it ends"
+            )
+        first += -(-section.size // _ALIGN) * _ALIGN
     if header.sections["records"].size != header.samples * RECORD.itemsize:
         return "its records are missing or short"
     if header.sections["members"].size < (header.samples + 1) * 4:
         return "its names are missing or short"
     return None
+
+
+def _is_sha256(text: object) -> bool:
+    return type(text) is str and _SHA256.fullmatch(text) is not None
 
 
 class IndexFile:
@@ -337,8 +375,7 @@ class IndexFile:
     def member(self, row: int) -> str:
         """Name of an image inside the tar."""
         name = self._entry(self._names, row)
-        if not name.isprintable():
-            raise ShardError(f"{self.name}: its names are broken: {CURE}.")
+        self._refuse_names(name_fault(name))
         return name
 
     def path(self, row: int) -> str:
@@ -354,23 +391,31 @@ class IndexFile:
         table = self._paths
         if table is None:
             return self.members() if rows is None else [self.member(row) for row in rows]
-        return self._all(table) if rows is None else [self._entry(table, row) for row in rows]
+        paths = self._all(table) if rows is None else [self._entry(table, row) for row in rows]
+        zero = next((path for path in paths if "\0" in path), None)
+        self._refuse_names(zero and f"{escaped(zero)!s:.80}: holds a zero byte")
+        return paths
 
     def members(self) -> list[str]:
         """The names of all images, in file order."""
         names = self._all(self._names)
-        if not all(name.isprintable() for name in names):
-            raise ShardError(f"{self.name}: its names are broken: {CURE}.")
+        self._refuse_names(names_fault(names))
         return names
 
     def skipped(self) -> list[tuple[str, str]]:
         """(member, reason) of what is no sample."""
         section = self._section("skipped")
         try:
-            found = json.loads(bytes(self.data[section.start : section.start + section.size]))
-            return [(str(member), str(reason)) for member, reason in found]
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ShardError(f"{self.name}: is broken ({error}): {CURE}.") from error
+            found = json_of(bytes(self.data[section.start :][: section.size]), self.name)
+        except UnfitFileError as error:
+            what = reason_of(error, self.name)
+            raise ShardError(f"{self.name}: skipped: is broken ({what}): {CURE}.") from error
+        if not is_skipped(found) or len(found) != self.header.skipped:
+            raise ShardError(
+                f"{self.name}: skipped: is broken: {self.header.skipped} pairs of a member and a "
+                f"reason are due: {CURE}."
+            )
+        return [(member, reason) for member, reason in found]
 
     def whole(self) -> ShardIndex:
         """All of it, as lists.
@@ -404,6 +449,10 @@ class IndexFile:
         ends, start = table
         return path_text(bytes(self.data[start + int(ends[row]) : start + int(ends[row + 1])]))
 
+    def _refuse_names(self, fault: str | None) -> None:
+        if fault:
+            raise ShardError(f"{self.name}: its names are broken ({fault}): {CURE}.")
+
     def _all(self, table: _Table) -> list[str]:
         """All entries of a table."""
         ends, start = table
@@ -435,14 +484,20 @@ class IndexFile:
         """Ranges, the account of the header, and the limits on decoding that building an index
         enforces: an index made elsewhere must keep them too."""
         header = self.header
-        size = records["size"].astype(np.int64)
-        if int(records["offset"].min()) < 0 or int(size.max()) > MAX_BYTES:
+        offset, size = records["offset"].astype(np.int64), records["size"].astype(np.int64)
+        if int(offset.min()) < 0 or int(size.min()) < 1 or int(size.max()) > MAX_BYTES:
             raise ShardError(f"{self.name}: its column 'offset' or 'size' is broken: {CURE}.")
         # both are below 2**63, and a size is small
-        if (records["offset"] > header.tar_bytes - size).any():
+        if (offset > header.tar_bytes - size).any():
             raise ShardError(f"{self.name}: lists a sample after the end of its tar: {CURE}.")
-        if int(records["label"].min()) < -1:
-            raise ShardError(f"{self.name}: its column 'label' is broken: {CURE}.")
+        self._check_places(offset, size)
+        label = records["label"]
+        if int(label.min()) < -1 or int(label.max()) > MAX_LABEL:
+            first = int(((label < -1) | (label > MAX_LABEL)).argmax())
+            raise ShardError(
+                f"{self.name}: its column 'label' is broken: {self.member(first)} has "
+                f"{label[first]}, labels are from -1 (none) to {MAX_LABEL}: {CURE}."
+            )
         unlabelled = int((records["label"] < 0).sum())
         if unlabelled != header.unlabelled or content_hash(records) != header.content:
             raise ShardError(f"{self.name}: its header does not fit its records: {CURE}.")
@@ -457,4 +512,17 @@ class IndexFile:
                 f"{escaped(header.tar)}: {self.member(first)}: "
                 f"{width[first]}x{height[first]} pixels in {size[first]} bytes are outside what "
                 f"is decoded: {CURE}."
+            )
+
+    def _check_places(self, offset: NDArray[np.int64], size: NDArray[np.int64]) -> None:
+        """Each image once, in the order of the tar, at a whole block behind a header of its own."""
+        free = np.zeros_like(offset)  # first byte behind the image before
+        free[1:] = (offset + (size + (BLOCK - 1) & -BLOCK))[:-1]
+        bad = (offset & (BLOCK - 1) != 0) | (offset - BLOCK < free)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ShardError(
+                f"{self.name}: its column 'offset' is broken: {self.member(row)} is at byte "
+                f"{offset[row]}: images are listed once, in the order of the tar, each at a "
+                f"multiple of {BLOCK} behind a header of its own: {CURE}."
             )

@@ -13,24 +13,27 @@ packed. One that is not UTF-8, which JSON cannot contain, is an object, {"bytes"
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import is_sealed
 from fastmoco_pipelines.formats.images import MAX_BYTES
 from fastmoco_pipelines.formats.index_file import COLUMNS, CURE, ShardIndex
-from fastmoco_pipelines.formats.members import split_name
-from fastmoco_pipelines.formats.paths import path_bytes, path_text
+from fastmoco_pipelines.formats.labels import MAX_LABEL
+from fastmoco_pipelines.formats.members import is_skipped, names_fault, split_name
+from fastmoco_pipelines.formats.paths import is_file_name, path_bytes, path_text
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, reason_of
 
 FORMAT = "fastmoco-index"
 VERSION = 1
 JSON_SUFFIX = ".index.json"
+MAX_JSON_BYTES = 256 << 20
+"""Largest file in this form, in bytes: 2 million images in one tar."""
 _LIMITS = {
     "offset": 2**63,
     "size": MAX_BYTES + 1,
     "crc32": 2**32,
-    "label": 2**31,
+    "label": MAX_LABEL + 1,
     "height": 2**16,
     "width": 2**16,
 }
@@ -82,10 +85,15 @@ def parse_json(name: str, text: bytes) -> ShardIndex:
     Raises:
         ShardError: if it is broken.
     """
+    if len(text) > MAX_JSON_BYTES:
+        raise ShardError(
+            f"{name}: has {len(text):,} bytes, an index in JSON at most {MAX_JSON_BYTES:,}: {CURE}."
+        )
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{name}: is not valid JSON ({error}): {CURE}.") from error
+        content = json_of(text, name)
+    except UnfitFileError as error:
+        what = reason_of(error, name)
+        raise ShardError(f"{name}: is not valid JSON ({what}): {CURE}.") from error
     index = _checked(name, content)
     if "content_hash" not in content:
         raise ShardError(
@@ -105,35 +113,38 @@ def _checked(name: str, content: Any) -> ShardIndex:
         if not good:
             raise ShardError(f"{name}: {what}: {CURE}.")
 
+    def text_column(column: str) -> list[str]:
+        values = content.get(column)
+        good = isinstance(values, list) and all(type(value) is str for value in values)
+        check(good, f"its column {column!r} is missing or broken")
+        return list(values)
+
     check(
         isinstance(content, dict) and content.get("format") == FORMAT, "is not an index of fastmoco"
     )
     check(
         content.get("version") == VERSION,
-        f"has version {content.get('version')!r}, this fastmoco reads {VERSION}",
+        f"has version {content.get('version')!a:.40}, this fastmoco reads {VERSION}",
     )
-    keys = content.get("key")
-    extensions = content.get("extension")
+    keys, extensions = text_column("key"), text_column("extension")
     check(
-        isinstance(content.get("tar_bytes"), int) and isinstance(content.get("tar_hash"), str),
+        type(content.get("tar_bytes")) is int and isinstance(content.get("tar_hash"), str),
         "lacks its tar's hash",
     )
+    check(is_file_name(content.get("tar")), "its field 'tar' is not the name of a file")
     columns = {column: content.get(column) for column in COLUMNS}
     for column, values in (("key", keys), ("extension", extensions), *columns.items()):
         check(
-            isinstance(values, list) and len(values) == len(keys or ()),
+            isinstance(values, list) and len(values) == len(keys),
             f"its column {column!r} is missing or short",
-        )
-    for column, values in (("key", keys), ("extension", extensions)):
-        check(
-            all(type(value) is str and value.isprintable() for value in values),
-            f"its column {column!r} is broken",
         )
     check(len(keys) > 0, "lists no sample")
     # the key ends at the first dot: else a sample would change its name when it is converted
-    whole = ((key, extension) for key, extension in zip(keys, extensions, strict=True))
+    members = [f"{key}.{extension}" for key, extension in zip(keys, extensions, strict=True)]
+    fault = names_fault(members)
+    check(fault is None, f"its column 'key' is broken ({fault})")
     check(
-        all(split_name(f"{key}.{extension}") == (key, extension) for key, extension in whole),
+        list(map(split_name, members)) == list(zip(keys, extensions, strict=True)),
         "its column 'key' is broken",
     )
     for column, values in columns.items():
@@ -147,22 +158,19 @@ def _checked(name: str, content: Any) -> ShardIndex:
     ends = map(int.__add__, columns["offset"] or (), columns["size"] or ())
     check(max(ends) <= content["tar_bytes"], "lists a sample after the end of its tar")
     skipped = content.get("skipped")
-    check(
-        isinstance(skipped, list) and all(isinstance(s, list) and len(s) == 2 for s in skipped),
-        "is broken",
-    )
+    check(is_skipped(skipped), "its field 'skipped' is broken")
     paths = None
     if "path" in content:
         paths = _checked_paths(content["path"], len(keys))
         check(paths is not None, "its column 'path' is broken")
     return ShardIndex(
-        tar=str(content.get("tar")),
+        tar=content["tar"],
         tar_bytes=content["tar_bytes"],
         tar_hash=content["tar_hash"],
         keys=keys,
         extensions=extensions,
         columns=columns,
-        skipped=[(str(member), str(reason)) for member, reason in skipped],
+        skipped=[(member, reason) for member, reason in skipped],
         paths=paths,
     )
 

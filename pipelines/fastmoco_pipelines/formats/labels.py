@@ -48,8 +48,10 @@ Found = dict[Source, RawLabel]
 SOURCES: tuple[Source, ...] = ("cls", "json", "txt", "folder")
 MAX_NAME = 100
 """Longest class name, in characters."""
-MAX_LABEL = 10**9 - 1
-"""Largest number of a class."""
+MAX_LABEL = 2**24 - 1
+"""Largest number of a class: ImageNet-21k has 21,841 classes, the largest sets of faces and of
+products some millions. What counts classes has arrays of this length, so that a number in a file
+must not choose it."""
 _MAX_TEXT = {"cls": 4 * MAX_NAME + 2, "json": 1 << 20, "txt": 4 * MAX_NAME + 2}
 _NOTHING = frozenset(("nan", "none", "null"))
 _CAPTION = "\n"  # any text that is no class name
@@ -277,7 +279,7 @@ def _parsed(text: str) -> int | str | None:
     if not words or re.fullmatch(r"-1(\.0*)?", words):
         return None
     if number := re.fullmatch(r"\+?([0-9]+)(\.0*)?", words):
-        return int(number[1][:20])
+        return int(number[1].lstrip("0")[:20] or "0")
     name = len(words) <= MAX_NAME and words.isprintable() and "\ufffd" not in words
     return sys.intern(words) if name else _CAPTION
 

@@ -10,13 +10,14 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastmoco_pipelines.formats.images import EXTENSIONS
 from fastmoco_pipelines.formats.paths import MEMBER as PATHS_MEMBER
 from fastmoco_pipelines.formats.tar import TarMember, unsafe_name
+from fastmoco_pipelines.text import escaped
 
 KeysAt = Literal["first-dot", "last-dot"]
 """Where the key of a member ends in its file name."""
@@ -101,6 +102,36 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension
+
+
+def name_fault(name: str) -> str | None:
+    """What is wrong with the name of an image in an index: `group_members` never lists such a
+    one."""
+    reason = unsafe_name(name)
+    key, extension = split_name(name)
+    if reason is None and (not key or key.endswith("/") or not extension):
+        reason = "it has no key or no extension"
+    return None if reason is None else f"{escaped(name)!s:.80}: {reason}"
+
+
+def names_fault(names: Sequence[str]) -> str | None:
+    """What is wrong with the names of all images of a tar, each of which comes once."""
+    known = set(names)
+    if len(known) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return f"{escaped(twice)!s:.80}: comes twice"
+    return next(filter(None, map(name_fault, names)), None)
+
+
+def is_skipped(value: object) -> bool:
+    """Whether a value from JSON is a list of pairs: a member, or a file, and a reason."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(text, str) for text in pair)
+        for pair in value
+    )
 
 
 def group_members(members: Iterable[TarMember], keys: KeysAt = "first-dot") -> TarContent:

@@ -23,8 +23,18 @@ from collections.abc import Iterable
 MEMBER = ".fastmoco_paths"
 """Name of the list in a tar."""
 MAX_LIST_BYTES = 256 << 20
+MAX_FILE_NAME = 255
+"""Longest name of a file, in characters: no file system has longer ones."""
 DAMAGED = "its list of original files is damaged: the images go by their names in the tar"
 _MARK = b"fastmoco paths 1 "
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a value from a file is the name of a file in a folder: text, and no path into another
+    folder."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return len(name) <= MAX_FILE_NAME and "/" not in name and "\0" not in name
 
 
 def to_path(name: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastmoco_pipelines.errors import TarError
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 BLOCK = 512
 MAX_NAME_BYTES = 65536
@@ -54,7 +55,7 @@ def walk_tar(path: Path) -> Iterator[TarMember]:
     Raises:
         TarError: where the file is compressed, damaged, or ends before its end mark.
     """
-    with open(path, "rb", buffering=1 << 20) as file:
+    with _opened(path) as file:
         yield from _walk(path, file, 0)
 
 
@@ -70,7 +71,11 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
     members: list[TarMember] = []
     faults: list[TarError] = []
     start: int | None = 0
-    with open(path, "rb", buffering=1 << 20) as file:
+    try:
+        opened = _opened(path)
+    except TarError as fault:
+        return [], [fault]
+    with opened as file:
         while start is not None:
             try:
                 for member in _walk(path, file, start):  # what was found before a fault is kept
@@ -87,6 +92,13 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
                 if not searched:
                     fault.reason += f"; what comes after {MAX_FAULTS} faults is not searched"
     return members, faults
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(open_regular(path), "rb", buffering=1 << 20)
+    except UnfitFileError as error:
+        raise TarError(str(error)) from error
 
 
 def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:

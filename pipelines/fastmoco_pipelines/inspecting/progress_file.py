@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.files import (
-    OPEN_FLAGS,
     is_named,
     is_sealed,
     remove,
@@ -33,9 +31,13 @@ from fastmoco_pipelines.files import (
     user_state,
 )
 from fastmoco_pipelines.inspecting.report import TarResult
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular, read_small
+from fastmoco_pipelines.text import escaped, shard_name
 
 FORMAT = "fastmoco-check-progress"
 VERSION = 1
+MAX_BYTES = 256 << 20
+"""Largest progress that is taken over, in bytes: half a million tars without faults."""
 _DECODERS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 Tell = Callable[[str], None]
@@ -242,8 +244,8 @@ def _version(distribution: str) -> str:
 def _open(path: Path, how: int) -> int | None:
     """A descriptor of a file; None where that is not possible."""
     try:
-        return os.open(path, how | os.O_APPEND | OPEN_FLAGS, 0o644)
-    except OSError:
+        return open_regular(path, how | os.O_APPEND, 0o644, follow=False)
+    except (OSError, UnfitFileError):
         return None
 
 
@@ -270,12 +272,14 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def _read(path: Path) -> _Content | None:
     """What a file contains; None where there is no such file, or not of this version."""
     try:
-        content = path.read_bytes()
-    except OSError:
+        content = read_small(path, MAX_BYTES, follow=False)
+    except (OSError, UnfitFileError):
         return None
     head, *lines = content.split(b"\n")[:-1] or [b""]  # what is not ended by a newline is torn
     parsed = _parsed(head)
     if parsed is None or parsed.get("format") != FORMAT or parsed.get("version") != VERSION:
+        return None
+    if not isinstance(parsed.get("terms"), dict):
         return None
     known: dict[str, Known] = {}
     length = len(head) + 1
@@ -284,11 +288,29 @@ def _read(path: Path) -> _Content | None:
         if found is None:
             break
         try:
-            known[found["tar"]] = Known(found["state"], TarResult.from_json(found["result"]))
-        except (TypeError, KeyError):
+            known[found["tar"]] = _known_of(found)
+        except (ValueError, TypeError, KeyError):
             break
         length += len(line) + 1
     return _Content(parsed["terms"], known, content[:length])
+
+
+def _known_of(content: dict[str, Any]) -> Known:
+    """The result of a line. A seal shows damage, not who wrote it.
+
+    Raises:
+        ValueError, TypeError, KeyError: if it is none, or not about its own tar.
+    """
+    tar, state = content["tar"], content["state"]
+    if not isinstance(tar, str) or not isinstance(state, dict):
+        raise TypeError("no result of a tar")
+    result = TarResult.from_json(content["result"])
+    name = shard_name(tar) if "://" in tar else os.path.basename(tar)
+    named = {entry.shard for entry in result.entries}
+    named |= set() if result.checked is None else {result.checked.shard}
+    if not named <= {escaped(name)}:
+        raise ValueError("an entry of another tar")
+    return Known(state, result)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -296,7 +318,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     if not is_sealed(line):
         return None
     try:
-        content: Any = json.loads(line)
-    except (ValueError, RecursionError):
+        content: Any = json_of(line, FORMAT)
+    except UnfitFileError:
         return None
     return content if isinstance(content, dict) else None

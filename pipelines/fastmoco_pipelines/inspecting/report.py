@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastmoco_pipelines.files import write_json
-from fastmoco_pipelines.formats.quarantine import QuarantineEntry
+from fastmoco_pipelines.formats.quarantine import CheckedTar, QuarantineEntry, checked_of, entry_of
 from fastmoco_pipelines.text import escaped
 
 FORMAT = "fastmoco-check"
@@ -80,6 +80,7 @@ class TarResult:
         refused: loaders refuse the tar as it is; `unindexed`: it has no index.
         restarts: decoding processes that ended at work on it.
         entries: of the quarantine list.
+        checked: the tar's own line in that list, if its index is of an earlier state of it.
     """
 
     promised: int = 0
@@ -92,17 +93,42 @@ class TarResult:
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     entries: list[QuarantineEntry] = field(default_factory=list)
+    checked: CheckedTar | None = None
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """The result that `asdict` made these objects of.
 
         Raises:
-            TypeError, KeyError: if they are not those of a result.
+            ValueError, TypeError, KeyError: if they are not those of a result, or do not add up.
         """
-        faults = [Fault(**fault) for fault in content["faults"]]
-        entries = [QuarantineEntry(**entry) for entry in content["entries"]]
-        return cls(**(content | {"faults": faults, "entries": entries}))
+        faults = [_fault_of(fault) for fault in content["faults"]]
+        entries = [entry_of(entry) for entry in content["entries"]]
+        checked = content.get("checked")
+        own = None if checked is None else checked_of(checked)
+        result = cls(**(content | {"faults": faults, "entries": entries, "checked": own}))
+        counts = ("promised", "delivered", "quarantined", "left_out", "restarts")
+        if not all(type(getattr(result, name)) is int for name in counts):
+            raise TypeError("a count is no whole number")
+        if type(result.refused) is not bool or type(result.unindexed) is not bool:
+            raise TypeError("a flag is no truth value")
+        if not isinstance(result.notes, list) or not all(isinstance(t, str) for t in result.notes):
+            raise TypeError("a note is no text")
+        if min(getattr(result, name) for name in counts) < 0:
+            raise ValueError("a count is negative")
+        if result.promised != result.delivered + result.quarantined:
+            raise ValueError("promised is not the sum of delivered and quarantined")
+        return result
+
+
+def _fault_of(content: dict[str, Any]) -> Fault:
+    fault = Fault(**content)
+    texts = {name: value for name, value in content.items() if name != "offset"}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise TypeError("a fault is no text")
+    if fault.offset is not None and type(fault.offset) is not int:
+        raise TypeError("an offset is no whole number")
+    return Fault.of(**(texts | {"offset": fault.offset}))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,7 +144,8 @@ class CheckReport:
         quarantined: those that it cannot, the lost ones among them.
         left_out: further members that would be samples but that no index lists, for the reason
             given.
-        refused_shards: tars that loaders refuse as they are, because index or tar is damaged.
+        refused_shards: tars that loaders refuse as they are, because index or tar is damaged, and
+            the list, if it is written, does not make up for it.
         unindexed: tars without an index, which count as refused too; no fault.
         restarts: decoding processes that ended at work.
         faults: in the order of the shards.

@@ -27,10 +27,11 @@ from fastmoco_pipelines.formats.index import (
     tar_hash,
 )
 from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
-from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import Copy, LocalTars, RemoteTars
+from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.stores.transfer import read_range
+from fastmoco_pipelines.views.decode_pool import Item
 
 _NO_RANGES = (
     "so that a sample would cost as much as everything: check the whole set, without --sample"
@@ -48,7 +49,7 @@ class LocalCheckTars(LocalTars):
     def state(self, number: int) -> State | None:
         """The state of a tar now; None where it cannot be read."""
         path = self.paths[number]
-        with suppress(OSError):
+        with suppress(OSError, UnfitFileError):
             info = path.stat()
             return {
                 "bytes": info.st_size,
@@ -169,4 +170,7 @@ class RemoteCheckTars(RemoteTars):
 
 def _content_hash(path: Path | None) -> str | None:
     """SHA-256 (hex) of a file; None where there is none."""
-    return None if path is None else hash_file(path)
+    try:
+        return None if path is None else hash_file(path)
+    except UnfitFileError as error:  # the check of the tar reports it
+        return str(error)

@@ -19,14 +19,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import OPEN_FLAGS, folder_for, is_named, try_lock, write_json
+from fastmoco_pipelines.files import folder_for, is_named, try_lock, write_json
 from fastmoco_pipelines.making.holdout import also_in, held_out_names
 from fastmoco_pipelines.making.pack import PackReport, Progress, pack_folder
 from fastmoco_pipelines.making.sources import Source, find_sources, has_images
+from fastmoco_pipelines.small_files import open_regular, read_json
 from fastmoco_pipelines.spec import require
 
 FORMAT = "fastmoco-images"
@@ -34,6 +35,15 @@ VERSION = 1
 NAME = "source.json"
 QUALITY = 92
 _POLL_SECONDS = 0.5
+_COUNTS = ("samples", "held_out", "total_bytes")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (float, int),
+    "tuple[str, ...]": (tuple,),
+}
+"""Types of the fields of a packed folder, and those of their values in JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,21 +163,38 @@ def packed_name(state: FolderState, options: PackOptions) -> str:
 def read_packed(folder: Path) -> PackedFolder | None:
     """The packed folder of images at a place; None where none is complete there."""
     try:
-        content = json.loads((folder / NAME).read_bytes())
+        content = read_json(folder / NAME)
         if content["format"] != FORMAT or content["version"] != VERSION:
             return None
-        state = {**content["state"], "classes": tuple(content["state"]["classes"])}
-        options = {**content["options"], "classes": tuple(content["options"]["classes"])}
-        return PackedFolder(
+        packed = PackedFolder(
             folder=folder,
-            state=FolderState(**state),
-            options=PackOptions(**options),
-            samples=int(content["samples"]),
-            held_out=int(content["held_out"]),
-            total_bytes=int(content["total_bytes"]),
+            state=FolderState(**_typed(FolderState, content["state"])),
+            options=PackOptions(**_typed(PackOptions, content["options"])),
+            **_typed(PackedFolder, {name: content[name] for name in _COUNTS}),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return packed if re.fullmatch(r"[A-Za-z0-9_]+", packed.options.prefix) else None
+
+
+def _typed(kind: type, content: Any) -> dict[str, Any]:
+    """The fields of a dataclass from JSON, each of its own type.
+
+    Raises:
+        TypeError, ValueError, KeyError: for one of another type, or a negative number.
+    """
+    if not isinstance(content, dict):
+        raise TypeError("no object")
+    kinds = {one.name: _KINDS[str(one.type)] for one in fields(kind) if one.name in content}
+    typed = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    for name, value in typed.items():
+        if type(value) not in kinds[name]:
+            raise TypeError(f"{name}={value!a:.40}")
+        if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+            raise TypeError(f"{name}: not all are texts")
+        if isinstance(value, int | float) and not 0 <= value < 2**64:
+            raise ValueError(f"{name}={value!a:.40}")
+    return typed
 
 
 def pack_once(
@@ -326,7 +353,7 @@ def _locked(path: Path, wait: Callable[[], object]) -> Iterator[None]:
     """
     told = False
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o600, follow=False)
         try:
             while not try_lock(descriptor, fcntl.LOCK_EX):
                 if not told:

@@ -18,20 +18,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import OPEN_FLAGS, is_named, remove, try_lock, write_json
+from fastmoco_pipelines.files import is_named, remove, try_lock, write_json
 from fastmoco_pipelines.formats.index import index_path, json_path
 from fastmoco_pipelines.formats.manifest import (
+    HIDDEN,
     MOVING,
     NAME,
     own_sets,
     read_moving,
     write_sets,
 )
+from fastmoco_pipelines.small_files import open_regular
 from fastmoco_pipelines.text import counted, escaped
 
 LOCK = ".fastmoco-lock"
 """Name of the file in a folder of shards whose lock the process that writes there holds."""
-_HIDDEN = ".packing-"
 _POLL_SECONDS = 0.1
 _STALE_SECONDS = 60.0
 """Files that are written beside shards without the lock live for less."""
@@ -73,7 +74,7 @@ def one_writer(
 
 def hidden_folder(folder: Path, name: str) -> Path:
     """A new folder for the shards of a set; `move_in` empties it."""
-    path = folder / f"{_HIDDEN}{name}-{os.urandom(4).hex()}"
+    path = folder / f"{HIDDEN}{name}-{os.urandom(4).hex()}"
     path.mkdir()
     return path
 
@@ -140,10 +141,10 @@ def _take(folder: Path, lock: Path, task: str, tell: Tell) -> int | None:
 
 def _open(folder: Path, lock: Path) -> int:
     try:
-        return os.open(lock, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o666)
+        return open_regular(lock, os.O_RDWR | os.O_CREAT, follow=False)
     except FileNotFoundError:  # another process has removed the empty folder
         folder.mkdir(parents=True, exist_ok=True)
-        return os.open(lock, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o666)
+        return open_regular(lock, os.O_RDWR | os.O_CREAT, follow=False)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OSError(error.errno, error.strerror, str(folder)) from error
@@ -172,7 +173,7 @@ def _clear(folder: Path, tell: Tell) -> dict[str, dict[str, Any]]:
     else:
         remove(str(folder / MOVING))
 
-    left = [path for path in folder.glob(f"{_HIDDEN}*-*") if path.is_dir()]
+    left = [path for path in folder.glob(f"{HIDDEN}*-*") if path.is_dir() and not path.is_symlink()]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     halves = [*folder.glob(f".{NAME}.*.tmp"), *folder.glob(f".{MOVING}.*.tmp")]

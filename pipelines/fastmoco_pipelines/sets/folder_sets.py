@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastmoco_pipelines.formats.manifest import read_sets
+from fastmoco_pipelines.small_files import open_regular
+from fastmoco_pipelines.text import escaped
 
 _PART = re.compile(
     r"(train|training|val|valid|validation|test|testing|eval|evaluation|dev|holdout|held[-_ ]?out"
@@ -131,8 +133,33 @@ def _common(first: str, last: str) -> str:
 
 def files_of(folder: str, pattern: str) -> Iterator[str]:
     """The files of a folder whose names fit a glob; as `glob`, but a directory entry shows that it
-    is a file, so that a hundred thousand need no further look."""
-    return (path for path, is_file in _entries(folder, pattern) if is_file)
+    is a file, so that a hundred thousand need no further look.
+
+    Raises:
+        ValueError: for a named pipe, a device, a socket or a link to nothing, which would be left
+            out unnoticed.
+    """
+    for path, is_file in _entries(folder, pattern):
+        if is_file:
+            yield path
+        else:
+            refuse_odd(path)
+
+
+def refuse_odd(path: str) -> None:
+    """Refuse what has the name of a file and is neither that nor a folder.
+
+    Raises:
+        ValueError: names it and the cure.
+    """
+    if os.path.isdir(path) or not os.path.lexists(path):
+        return
+    try:
+        os.close(open_regular(path))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{escaped(path)}: is a link to nothing: remove it, or bring back the file that it names"
+        ) from None
 
 
 def folders_of(folder: str, pattern: str) -> list[str]:

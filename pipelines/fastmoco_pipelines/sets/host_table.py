@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.files import (
-    OPEN_FLAGS,
     file_state,
     is_named,
     own_folder,
@@ -33,9 +32,11 @@ from fastmoco_pipelines.files import (
     write_file,
 )
 from fastmoco_pipelines.sets.records import SHARD
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular
 
 FEWEST_SHARDS = 1024
 """Sets with fewer are opened in less time than this would save."""
+_MOST_BYTES = 256 << 20  # three million shards
 _KEPT = 8  # sets of one host
 _KEPT_SECONDS = 30 * 86400.0  # without use, also of other hosts
 _WAIT_SECONDS = 120.0
@@ -56,7 +57,7 @@ def once_a_host(
     """What `read` returns, or what it has returned for the very same files on this machine.
 
     Args:
-        files: tars and indexes that `read` looks at.
+        files: tars and indexes that `read` looks at, as many of both.
         manifests: further files, which may be absent.
         options: anything else that the result depends on.
         read: opens the set.
@@ -74,13 +75,13 @@ def once_a_host(
 
     # One process reads; the others wait for it.
     path = folder / f"{_host()}-{key}.set"
-    known = _load(path)
+    known = _load(path, len(files) // 2)
     if known is not None:
         return known
     lock_name = path.with_suffix(".lock")
     lock = _wait_for_lock(lock_name)
     try:
-        known = _load(path)
+        known = _load(path, len(files) // 2)
         if known is not None:
             return known
         found = read()
@@ -124,8 +125,8 @@ def _wait_for_lock(path: Path) -> int | None:
     until = time.monotonic() + _WAIT_SECONDS
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
-        except OSError:
+            descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o600, follow=False)
+        except (OSError, UnfitFileError):
             return None
         mine = False
         try:
@@ -142,21 +143,27 @@ def _wait_for_lock(path: Path) -> int | None:
         time.sleep(_POLL_SECONDS)
 
 
-def _load(path: Path) -> OpenedSet | None:
-    """A kept set; None if there is none, or a damaged one."""
+def _load(path: Path, count: int) -> OpenedSet | None:
+    """A kept set of `count` shards; None if there is none, or a damaged one."""
     try:
-        with open(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.geteuid():
+        with open(open_regular(path, follow=False), "rb") as file:
+            info = os.fstat(file.fileno())
+            if info.st_uid != os.geteuid() or info.st_size > _MOST_BYTES:
                 return None
             digest, _, content = file.read().partition(b"\n")
-    except OSError:
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            return None
+        head, _, rows = content.partition(b"\n")
+        classes = json_of(head, path)
+        shards = np.frombuffer(rows, dtype=SHARD)
+    except (OSError, ValueError):
         return None
-    if hashlib.sha256(content).hexdigest().encode() != digest:
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(shards) != count:
         return None
     with suppress(OSError):
         os.utime(path)  # the sets that were not used for longest are removed first
-    classes, _, rows = content.partition(b"\n")
-    return OpenedSet(np.frombuffer(rows, dtype=SHARD), tuple(json.loads(classes)))
+    return OpenedSet(shards, tuple(classes))
 
 
 def _store(path: Path, found: OpenedSet) -> None:

@@ -5,7 +5,6 @@ One thread at a time may use such an object: ShardSet ensures that, and checks t
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import OrderedDict
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import read_at
+from fastmoco_pipelines.files import OWN_TROUBLE, read_at
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
 # seconds before a local file is tried again: file systems on a network have hiccups
 _PAUSES = (0.05, 0.45)
-_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 
 T = TypeVar("T")
 Place = tuple[int, int, int]
@@ -85,10 +84,13 @@ class LocalFiles:
 
     def quarantine(self) -> tuple[Quarantine, list[str]]:
         """The lists beside the shards, as one, and what is wrong with them, in sentences."""
-        lists = [read_list(folder / NAME) for folder in self._folders]
-        return Quarantine(entry for entries, _ in lists for entry in entries), [
-            text for _, text in lists if text
-        ]
+        found = Quarantine()
+        problems = []
+        for folder in self._folders:
+            read, problem = read_list(folder / NAME)
+            found.update(read)
+            problems += [problem] if problem else []
+        return found, problems
 
     def close(self) -> None:
         """Close the files; a later `read` opens them again."""
@@ -119,7 +121,7 @@ class LocalFiles:
             os.close(self._open.popitem(last=False)[1])
         self._open[shard] = self._tried(
             shard,
-            lambda: os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC),
+            lambda: open_regular(self._paths[shard]),
             _NotOpenedError,
             "cannot be opened any more",
         )
@@ -143,7 +145,7 @@ def tried(
     """The result of the first attempt that succeeds: of three with pauses, or of one.
 
     Args:
-        attempt: raises OSError where it fails.
+        attempt: raises OSError where it fails, UnfitFileError where another try cannot help.
         problem: names the file, and what cannot be done with it.
         error_type: of the error after the last attempt.
         once: make one attempt.
@@ -151,6 +153,8 @@ def tried(
     for pause in (None,) if once else (*_PAUSES, None):
         try:
             return attempt()
+        except UnfitFileError as error:
+            raise error_type(f"{problem} ({error}).") from error
         except OSError as error:
             if pause is None:
                 raise error_type(f"{problem} ({error.strerror}).") from error
@@ -162,4 +166,4 @@ def is_own_trouble(fault: ReadFault) -> bool:
     """Whether a fault is of this machine (files or memory that a process may have), not of a
     shard."""
     cause = fault if isinstance(fault, OSError) else fault.__cause__
-    return isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE
+    return isinstance(cause, OSError) and cause.errno in OWN_TROUBLE

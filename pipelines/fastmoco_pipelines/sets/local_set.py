@@ -3,6 +3,8 @@ indexes, and their entries in the manifests."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +28,16 @@ from fastmoco_pipelines.formats.index_file import (
     IndexHeader,
     parse_header,
 )
+from fastmoco_pipelines.formats.index_json import MAX_JSON_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
+from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
+from fastmoco_pipelines.formats.quarantine import read_list
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, spells_out
 from fastmoco_pipelines.sets.records import SHARD, shard_row
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 THREADS = 16
 _TRIES = 3  # of an index that another process writes meanwhile
@@ -93,7 +99,9 @@ def open_local(pattern: str) -> LocalSet:
         return OpenedSet(shards, classes)
 
     seen = [*paths, *(path + SUFFIX for path in paths)]
-    manifests = [os.path.join(folder, MANIFEST) for folder in folders]
+    manifests = [
+        os.path.join(folder, name) for folder in folders for name in (MANIFEST, QUARANTINE)
+    ]
     opened = once_a_host(seen, manifests, str(explicit), read)
     return LocalSet(
         paths=paths,
@@ -140,6 +148,8 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
             raise ShardError(f"{os.path.basename(tar)}: is gone. {_CURE_TAR}")
         if found is not None and (found[0].tar_bytes, found[0].tar_hash) == identity:
             return shard_row(found[0]), None
+        if found is not None and _is_checked(tar, found[0], identity):
+            return shard_row(found[0]), None
 
         # An earlier version of fastmoco writes the JSON form beside a binary one, which is then
         # stale.
@@ -149,7 +159,8 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
                 continue  # `data index` has written it meanwhile
             raise ShardError(missing(Path(tar)) if found is None else stale(Path(tar), path.name))
         header = converted.header
-        if (header.tar_bytes, header.tar_hash) != identity:
+        fits = (header.tar_bytes, header.tar_hash) == identity
+        if not fits and (found is not None or not _is_checked(tar, header, identity)):
             raise ShardError(stale(Path(tar), converted.name if found is None else path.name))
 
         # A newer index is never replaced: it may have labels that the JSON form has not.
@@ -163,6 +174,20 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
         f"{path.name}: cannot be opened, or changes all the time: {CURE}, and start this command "
         "when that has ended."
     )
+
+
+def _is_checked(tar: str, header: IndexHeader, identity: tuple[int, str]) -> bool:
+    """Whether `data check` has compared this state of a tar with this index of an earlier one: the
+    list beside it has what is lost."""
+    folder, name = os.path.split(tar)
+    lists, _ = read_list(Path(folder) / QUARANTINE)
+    known = (name, *identity, header.records_hash) in lists.checked
+    if known:
+        logging.getLogger(__name__).warning(
+            f"{name}: has changed since it was indexed; by {QUARANTINE}, which `fastmoco data check` "
+            "has written since, the images that are left are used"
+        )
+    return known
 
 
 def _binary_header(path: Path) -> tuple[IndexHeader, os.stat_result] | None:
@@ -190,12 +215,17 @@ def _from_json(tar: Path, *, broken: bool) -> IndexFile | None:
     """
     path = json_path(tar)
     try:
-        text = _read(str(path), lambda file: read_at(file, os.fstat(file).st_size, 0), _CURE_INDEX)
+        text = _read(str(path), _text_of_index, _CURE_INDEX)
         return None if text is None else open_index(path.name, text)
     except ShardError:
         if broken:
             raise
         return None
+
+
+def _text_of_index(descriptor: int) -> bytes:
+    """The content of an index in the JSON form, or one byte more than it may have."""
+    return read_at(descriptor, min(os.fstat(descriptor).st_size, MAX_JSON_BYTES + 1), 0)
 
 
 def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
@@ -208,9 +238,13 @@ def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
 
     def attempt() -> T | None:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(path)
         except FileNotFoundError:
             return None
+        except UnfitFileError as error:
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from error
+            raise
         try:
             return use(descriptor)
         finally:
@@ -220,6 +254,8 @@ def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
         return tried(attempt, f"{os.path.basename(path)}: cannot be read")
     except ShardError as error:
         cause = error.__cause__
+        if isinstance(cause, UnfitFileError):
+            raise ShardError(f"{error} {cure}") from cause
         if not isinstance(cause, OSError):
             raise
         if is_own_trouble(cause):
@@ -254,7 +290,7 @@ def _folders(
             where=str(folder),
             sets=read_sets(folder),
             samples={os.path.basename(path): count for path, count in group},
-            present=lambda name, folder=folder: explicit or (folder / name).exists(),  # type: ignore[misc]
+            present=lambda name, folder=folder: explicit or (folder / name).is_file(),  # type: ignore[misc]
         )
 
 
@@ -262,7 +298,7 @@ def _mapped(tar: str) -> tuple[memoryview, tuple[int, ...]]:
     """The index file of a tar, memory-mapped, and its state, which changes with it."""
 
     def attempt() -> tuple[memoryview, tuple[int, ...]]:
-        descriptor = os.open(tar + SUFFIX, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(tar + SUFFIX)
         try:
             return map_file(descriptor), file_state(os.fstat(descriptor))
         finally:

@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Mapping
 
 from fastmoco_pipelines.errors import RemoteError
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 CLIENT = "FASTMOCO_CLIENT_CERT"
@@ -54,10 +55,11 @@ def _trust(context: ssl.SSLContext, name: str, path: str) -> None:
             if os.path.isdir(place):
                 context.load_verify_locations(capath=place)
             else:
+                os.close(open_regular(place))  # OpenSSL would wait for a pipe
                 context.load_verify_locations(cafile=place)
     except FileNotFoundError:
         raise RemoteError(f"{name}={path}: there is no such file: correct it or unset it") from None
-    except (OSError, ssl.SSLError):
+    except (OSError, UnfitFileError):  # SSLError is an OSError
         raise RemoteError(
             f"{name}={path}: cannot be read as certificates in PEM form: correct it or unset it"
         ) from None
@@ -67,9 +69,10 @@ def _load_own(context: ssl.SSLContext, path: str) -> None:
     """Certificate and key of this client; a key with a passphrase is refused instead of asked
     for."""
     try:
+        os.close(open_regular(path))
         context.load_cert_chain(path, password=lambda: "")
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror if type(error) is FileNotFoundError else "not usable"
+    except (OSError, UnfitFileError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "not usable"
         raise RemoteError(
             f"{CLIENT}={path}: must name a PEM file with a certificate and its key, without a "
             f"passphrase ({reason})"

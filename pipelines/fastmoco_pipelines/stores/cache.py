@@ -13,7 +13,6 @@ file under its final name is whole. Links are never followed, and files of other
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -41,12 +40,15 @@ from fastmoco_pipelines.files import (
     user_cache,
     write_file,
 )
+from fastmoco_pipelines.formats.index_file import MAX_INDEX_BYTES
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small
 from fastmoco_pipelines.spec import CacheSpec
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(?:(tar)|(\d{1,15})\.(part)|(from)|(doc))")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.doc\.[0-9a-f]{8}\.tmp")
 _ABANDONED_SECONDS = 24 * 3600.0
 _DOCUMENT_HEAD = 4096  # validator and hash of a small file are shorter
+_DOCUMENT_BYTES = MAX_INDEX_BYTES + _DOCUMENT_HEAD  # the largest small file is an index
 _LOCK_SECONDS = 30.0
 _SPARE_BYTES = 64 << 20  # left free on the disk
 
@@ -75,8 +77,7 @@ class Part:
         if length == 0:
             return 0, ""
         try:
-            with open(os.open(self._notes, os.O_RDONLY | OPEN_FLAGS), encoding="ascii") as file:
-                validator = file.read(1024)
+            validator = read_small(self._notes, 1024, follow=False).decode("ascii")
         except (OSError, ValueError):
             validator = ""
         return (length, validator) if validator else (0, "")
@@ -141,13 +142,14 @@ class ShardCache:
         """A descriptor of a whole shard, which holds it in the cache until it is closed; None if
         there is none."""
         try:
-            descriptor = os.open(self.folder / f"{key}.tar", os.O_RDONLY | OPEN_FLAGS)
-        except OSError as error:
-            if error.errno == errno.ELOOP:  # a link: not made by this program
-                self.discard(key)
+            descriptor = open_regular(self.folder / f"{key}.tar", follow=False)
+        except UnfitFileError:  # a link, a pipe: not made by this program
+            self.discard(key)
+            return None
+        except OSError:
             return None
         info = os.fstat(descriptor)
-        good = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and info.st_size == size
+        good = info.st_uid == os.geteuid() and info.st_size == size
         try:
             locked = good and try_lock(descriptor, fcntl.LOCK_SH)
         except OSError:  # a file system without locks: `claim` says so
@@ -185,9 +187,7 @@ class ShardCache:
         notes = str(self.folder / f"{key}.from")
         try:
             with self._making_room():
-                if os.path.islink(path):  # not made by this program
-                    remove(path)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
+                descriptor = _opened(path)
                 mine = try_lock(descriptor, fcntl.LOCK_EX) and is_named(descriptor, path)
                 if not mine or self.holds(key):
                     if mine:  # it was completed this moment, and opening has made an empty file
@@ -202,6 +202,8 @@ class ShardCache:
                     os.close(descriptor)
                     raise
                 return Part(descriptor, path, notes)
+        except UnfitFileError as error:
+            raise NoRoomError(str(error)) from error
         except OSError as error:
             raise NoRoomError(f"{self.folder}: {error.strerror}") from error
 
@@ -228,8 +230,8 @@ class ShardCache:
     def read_document(self, key: str) -> tuple[str, bytes]:
         """(validator, content) of a small file; ("", b"") if there is none."""
         try:
-            with open(os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS), "rb") as file:
-                validator, digest, content = file.read().split(b"\n", 2)
+            text = read_small(self.folder / f"{key}.doc", _DOCUMENT_BYTES, follow=False)
+            validator, digest, content = text.split(b"\n", 2)
         except (OSError, ValueError):
             return "", b""
         # A damaged copy would be used indefinitely: the server reports that the file is unchanged.
@@ -239,8 +241,8 @@ class ShardCache:
     def map_document(self, key: str) -> memoryview | None:
         """The content of a small file, memory-mapped and not checked; None if there is none."""
         try:
-            descriptor = os.open(self.folder / f"{key}.doc", os.O_RDONLY | OPEN_FLAGS)
-        except OSError:
+            descriptor = open_regular(self.folder / f"{key}.doc", follow=False)
+        except (OSError, UnfitFileError):
             return None
         try:
             content = map_file(descriptor)
@@ -329,7 +331,10 @@ class ShardCache:
     @contextmanager
     def _making_room(self) -> Iterator[None]:
         """One process at a time; a stopped process does not block the others indefinitely."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | OPEN_FLAGS, 0o600)
+        try:
+            descriptor = _opened(str(self.folder / "lock"))
+        except UnfitFileError as error:
+            raise NoRoomError(str(error)) from error
         try:
             until = time.monotonic() + _LOCK_SECONDS
             while not try_lock(descriptor, fcntl.LOCK_EX):
@@ -342,3 +347,18 @@ class ShardCache:
             yield
         finally:
             os.close(descriptor)
+
+
+def _opened(path: str) -> int:
+    """A descriptor of a file of the cache, made if absent; a link or pipe in its place, which this
+    program has not made, is removed.
+
+    Raises:
+        OSError, UnfitFileError: if that is not possible.
+    """
+    flags = os.O_RDWR | os.O_CREAT
+    try:
+        return open_regular(path, flags, 0o600, follow=False)
+    except UnfitFileError:
+        remove(path)
+        return open_regular(path, flags, 0o600, follow=False)

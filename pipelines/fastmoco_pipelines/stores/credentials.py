@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from fastmoco_pipelines.errors import RemoteError
+from fastmoco_pipelines.small_files import UnfitFileError, read_small
 from fastmoco_pipelines.stores.proxies import DEFAULT_PORTS
 
 HEADERS = "FASTMOCO_HTTP_HEADERS"
@@ -30,6 +31,7 @@ CURES = (
     f"give a header for its host in {HEADERS}, a token of Hugging Face in HF_TOKEN, or user and "
     "password in ~/.netrc (docs/data.md)"
 )
+_MAX_BYTES = 1 << 20
 _HUGGING_FACE = ("huggingface.co", "hf.co")
 _ENTRY = re.compile(
     r"(?:(?P<scheme>https?)://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/=\[\]]+)(?::(?P<port>\d{1,5}))?/?"
@@ -158,10 +160,18 @@ def _hugging_face_token(parts: SplitResult, variables: Mapping[str, str]) -> tup
     folder = Path(variables.get("HF_HOME") or cache / "huggingface")
     path = Path(variables.get("HF_TOKEN_PATH") or folder / "token").expanduser()
     try:
-        token = path.read_text(encoding="ascii").strip()
+        token = read_small(path, _MAX_BYTES).decode("ascii").strip()
+    except UnfitFileError as error:
+        _warn_once(f"{error}; it is not used as a token of Hugging Face")
+        return None
     except (OSError, ValueError):
         return None
     return (token, str(path)) if _is_token(token) else None
+
+
+@lru_cache(maxsize=16)
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def _is_token(text: str) -> bool:
@@ -193,7 +203,11 @@ def _machines(path: str, changed_ns: int, size: int) -> tuple[tuple[str, str, st
     """
     del changed_ns, size
     try:
+        read_small(path, _MAX_BYTES)
         read = netrc.netrc(path)
+    except UnfitFileError as error:
+        _warn_once(f"{error}; it is not used as a netrc file")
+        return ()
     except (OSError, ValueError, netrc.NetrcParseError) as error:
         line = f", line {error.lineno}" if isinstance(error, netrc.NetrcParseError) else ""
         logging.getLogger(__name__).warning(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import subprocess
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastmoco_pipelines.errors import DecoderBrokenError
+from fastmoco_pipelines.processes import child_environment, follow_parent, python_command
 from fastmoco_pipelines.spec import Device, EvalSpec
 from fastmoco_pipelines.views.reference import reference_eval
 
@@ -74,14 +74,15 @@ def require_working_decoder(
         DecoderBrokenError: if it crashes, hangs, or makes other pixels than Pillow.
     """
     where = [f"--device={device}", f"--device-id={device_id or 0}"]
-    child = (
-        list(command)
-        if command
-        else [sys.executable, "-P", "-m", "fastmoco_pipelines.views.self_test", *where]
-    )
+    child = list(command or python_command("fastmoco_pipelines.views.self_test", *where))
     try:
         done = subprocess.run(
-            child, capture_output=True, text=True, timeout=deadline_s, check=False
+            child,
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            check=False,
+            env=child_environment(),
         )
     except subprocess.TimeoutExpired:
         said = f"did not end within {deadline_s:.0f} s"
@@ -126,4 +127,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     main()

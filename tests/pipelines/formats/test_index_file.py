@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import (
     build_index,
     index_path,
@@ -31,6 +32,8 @@ from fastmoco_pipelines.formats.index_file import (
     parse_header,
     to_bytes,
 )
+from fastmoco_pipelines.formats.index_json import json_content
+from fastmoco_pipelines.formats.labels import MAX_LABEL
 
 WORDS = "fastmoco data index"
 
@@ -49,6 +52,15 @@ def resealed(data: bytes, edit) -> bytes:
     first = -(-(48 + size) // 64) * 64
     head = data[:12] + struct.pack("<I", len(text)) + hashlib.sha256(text).digest() + text
     return head + bytes(-len(head) % 64) + data[first:]
+
+
+def section_at(name: str, field: int, value: object):
+    """An edit of a header: start, size or SHA-256 of a section."""
+
+    def edit(header):
+        header["sections"][name][field] = value
+
+    return edit
 
 
 def edited_record(data: bytes, row: int, **values: int) -> bytes:
@@ -178,6 +190,24 @@ def test_a_flipped_bit_is_found_when_its_section_is_used(index, part):
         (lambda data: resealed(data, lambda h: h.update(tar_hash=" " * 64)), "header is broken"),
         (lambda data: resealed(data, lambda h: h.update(skipped=2**40)), "header is broken"),
         (lambda data: resealed(data, lambda h: h.update(tar_bytes=2**70)), "header is broken"),
+        (lambda data: resealed(data, lambda h: h.update(samples=True)), "broken: samples=True"),
+        (lambda data: resealed(data, lambda h: h.update(skipped=float("nan"))), "skipped=nan"),
+        (lambda data: resealed(data, lambda h: h.update(unlabelled=-1)), "unlabelled=-1"),
+        (lambda data: resealed(data, lambda h: h.update(tar_bytes=1e300)), "tar_bytes=1e.300"),
+        (lambda data: resealed(data, lambda h: h.update(tar="../../x.tar")), "not the name of"),
+        (lambda data: resealed(data, lambda h: h.update(tar="a\0b")), "not the name of"),
+        (lambda data: resealed(data, lambda h: h.update(tar=["x.tar"])), "not the name of"),
+        (lambda data: resealed(data, lambda h: h["sections"]["skipped"].pop()), "header is broken"),
+        (lambda data: resealed(data, section_at("records", 1, True)), "'records': two numbers"),
+        (lambda data: resealed(data, section_at("members", 1, 1.5)), "'members': two numbers"),
+        (lambda data: resealed(data, section_at("members", 1, -64)), "'members': two numbers"),
+        (lambda data: resealed(data, section_at("members", 2, "0" * 63)), "and a SHA-256 are due"),
+        (lambda data: resealed(data, section_at("members", 0, 0)), "'members' begins at byte"),
+        (lambda data: resealed(data, section_at("skipped", 0, 2**70)), "'skipped' begins at byte"),
+        (
+            lambda data: resealed(data, lambda h: h["sections"].update(more=[0, 64, "0" * 64])),
+            "'more' begins at byte",
+        ),
         (lambda data: resealed(data, lambda h: h["sections"].pop("members")), "lacks a section"),
         (lambda data: resealed(data, lambda h: h.update(sections=[])), "broken|lacks"),
         (
@@ -202,6 +232,9 @@ def test_broken_headers_are_refused(index, make, words):
         ({"offset": 2**62}, "after the end of its tar"),
         ({"size": 2**31}, "'offset' or 'size'"),
         ({"label": -2}, "'label'"),
+        ({"label": MAX_LABEL + 1}, "'label'.*has 16777216, labels are from -1"),
+        ({"size": 0}, "'offset' or 'size'"),
+        ({"offset": 0}, "each at a multiple of 512 behind a header"),
         ({"label": -1}, "header does not fit"),
         ({"height": 0}, "outside what is decoded"),
         ({"height": 30_000, "width": 30_000}, "30000x30000 pixels"),
@@ -211,6 +244,111 @@ def test_records_out_of_range_are_refused(index, values, words):
     file = IndexFile("x.index", edited_record(to_bytes(index), 3, **values))
     with pytest.raises(ShardError, match=rf"{words}.*{WORDS}"):
         file.records  # noqa: B018
+
+
+FORMS = {
+    "binary": lambda index: IndexFile("x.index", to_bytes(index)).check(),
+    "JSON": lambda index: open_index("x.index", sealed_json(json_content(index))),
+}
+
+
+def swapped(column: list[int]) -> list[int]:
+    return [column[1], column[0], *column[2:]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "places",
+    [
+        lambda offset, size: ([offset[0]] * len(offset), size),
+        lambda offset, size: ([*offset[:-1], offset[0]], size),
+        lambda offset, size: (swapped(offset), swapped(size)),
+        lambda offset, size: (offset, [offset[1] - offset[0] - 511, *size[1:]]),
+        lambda offset, size: ([*offset[:3], offset[2] + 512, *offset[4:]], size),
+        lambda offset, size: ([at + 1 for at in offset], size),
+        lambda offset, size: ([0, *offset[1:]], size),
+    ],
+    ids=[
+        "all one",
+        "twice",
+        "another order",
+        "over a header",
+        "overlap",
+        "shifted",
+        "first header",
+    ],
+)
+def test_each_image_is_listed_once_at_a_place_of_its_own(index, places, form):
+    offset, size = places(index.columns["offset"], index.columns["size"])
+    forged = replace(index, columns=index.columns | {"offset": offset, "size": size})
+    with pytest.raises(ShardError, match=rf"x\.index: its column 'offset' is broken.*{WORDS}"):
+        FORMS[form](forged)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_image_many_times_is_refused(index, form):
+    count = 1437
+    forged = replace(
+        index,
+        keys=[f"{number:06d}" for number in range(count)],
+        extensions=["jpg"] * count,
+        columns={name: column[:1] * count for name, column in index.columns.items()},
+        paths=None,
+    )
+    with pytest.raises(ShardError, match="images are listed once"):
+        FORMS[form](forged)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("", "no key"),
+        ("a/", "no key"),
+        ("../../etc/passwd", "outside the archive"),
+        ("/etc/passwd", "outside the archive"),
+        ("a\\b", "outside the archive"),
+        ("a\0b", "unprintable"),
+        ("\x1b[2J", "unprintable"),
+        (1, "comes twice"),
+    ],
+)
+def test_names_that_no_tar_gives_are_refused(index, key, words, form):
+    key = index.keys[key] if isinstance(key, int) else key
+    forged = replace(
+        index, keys=[key, *index.keys[1:]], extensions=[index.extensions[1]] * len(index)
+    )
+    with pytest.raises(ShardError, match=rf"x\.index: .*{words}.*{WORDS}"):
+        FORMS[form](forged).members()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "skipped", [[(1, "x")], [("x",)], [("a", "b", "c")], ["ab"], [("x", [[]] * 3)]]
+)
+def test_what_is_skipped_is_pairs_of_texts(index, skipped, form):
+    with pytest.raises(ShardError, match=rf"x\.index: .*skipped.* is broken.*{WORDS}"):
+        FORMS[form](replace(index, skipped=skipped)).skipped()
+
+
+def test_what_is_skipped_is_counted_in_the_header(index):
+    data = resealed(to_bytes(index), lambda header: header.update(skipped=5))
+    with pytest.raises(ShardError, match="skipped: is broken: 5 pairs"):
+        IndexFile("x.index", data).skipped()
+
+
+def test_paths_have_no_zeros(index):
+    paths = ["a\0b", *index.paths[1:]]
+    with pytest.raises(ShardError, match="holds a zero byte"):
+        IndexFile("x.index", to_bytes(replace(index, paths=paths))).paths()
+
+
+def test_an_index_has_a_largest_size(index, monkeypatch):
+    monkeypatch.setattr("fastmoco_pipelines.formats.index_file.MAX_INDEX_BYTES", 100)
+    monkeypatch.setattr("fastmoco_pipelines.formats.index_json.MAX_JSON_BYTES", 100)
+    for open_form in FORMS.values():
+        with pytest.raises(ShardError, match=r"x\.index: has .* bytes, an index .*at most 100"):
+            open_form(index)
 
 
 def test_an_identity_that_is_not_that_of_the_records_is_refused(index):

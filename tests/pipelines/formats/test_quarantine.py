@@ -10,7 +10,13 @@ import sys
 
 import pytest
 
-from fastmoco_pipelines.formats.quarantine import Quarantine, append_entry, quarantine_path
+from fastmoco_pipelines.formats.quarantine import (
+    Quarantine,
+    append_entry,
+    quarantine_path,
+    read_list,
+)
+from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.text import escaped
 
 
@@ -24,6 +30,11 @@ def entry(i: int, **changes: object) -> dict[str, object]:
         "crc32": 7,
     }
     return {**fields, "reason": "truncated", **changes}
+
+
+def checked_tar(**changes: object) -> dict[str, object]:
+    fields = {"shard": "a.tar", "tar_bytes": 1, "tar_hash": "0" * 64, "records": "1" * 64}
+    return {**fields, "when": "", **changes}
 
 
 def test_a_line_applies_only_to_the_very_bytes(tmp_path):
@@ -79,8 +90,23 @@ def test_a_missing_file_is_an_empty_list(tmp_path):
         json.dumps(entry(0) | {"size": True, "when": ""}).encode(),
         json.dumps(entry(0) | {"crc32": 2**70, "when": ""}).encode(),
         json.dumps(entry(0) | {"reason": None, "when": ""}).encode(),
+        json.dumps(entry(0) | {"offset": 1e300, "when": ""}).encode(),
+        json.dumps(entry(0) | {"offset": float("nan"), "when": ""}).encode(),
+        json.dumps(entry(0) | {"size": 2**32, "when": ""}).encode(),
+        json.dumps(entry(0) | {"offset": 2**63, "when": ""}).encode(),
+        json.dumps(entry(0) | {"shard": "../../etc/passwd", "when": ""}).encode(),
+        json.dumps(entry(0) | {"shard": "/a.tar", "when": ""}).encode(),
+        json.dumps(entry(0) | {"shard": "a\0.tar", "when": ""}).encode(),
+        json.dumps(entry(0) | {"file": [[[[[0]]]]], "when": ""}).encode(),
+        b'{"shard": ' + b"9" * 5000 + b"}",
+        json.dumps(checked_tar(tar_bytes=1e300)).encode(),
+        json.dumps(checked_tar(tar_hash="x")).encode(),
+        json.dumps(checked_tar(records=None)).encode(),
+        json.dumps(checked_tar(shard="../a.tar")).encode(),
     ],
-    ids=["torn", "no text", "a list", "deep", "negative", "truth value", "huge", "no reason"],
+    ids=["torn", "no text", "a list", "deep", "negative", "truth value", "huge", "no reason"]
+    + ["1e300", "NaN", "size", "offset", "a path", "absolute", "a zero", "a deep file", "digits"]
+    + ["bytes of a tar", "hash of a tar", "its records", "its path"],
 )
 def test_broken_lines_are_counted_and_the_rest_is_read(tmp_path, line):
     path = quarantine_path(tmp_path)
@@ -90,6 +116,19 @@ def test_broken_lines_are_counted_and_the_rest_is_read(tmp_path, line):
     path.write_bytes(line + b"\n" + path.read_bytes())
     read = Quarantine.read(path)
     assert (len(read), read.broken) == (1, 1)
+
+
+def test_a_list_has_a_largest_size_and_is_no_link_when_it_is_written(tmp_path, monkeypatch):
+    path = quarantine_path(tmp_path)
+    (tmp_path / "precious").write_text("all of it")
+    path.symlink_to("precious")
+    with pytest.raises(UnfitFileError, match="is a symbolic link"):
+        append_entry(path, Quarantine().add(**entry(1)))
+    assert (tmp_path / "precious").read_text() == "all of it"
+    monkeypatch.setattr("fastmoco_pipelines.formats.quarantine.MAX_LIST_BYTES", 5)
+    read, problem = read_list(path)
+    assert len(read) == 0
+    assert "has 9 bytes, a file of this kind at most 5" in problem
 
 
 def test_a_line_torn_by_a_crash_does_not_swallow_the_next(tmp_path):

@@ -47,6 +47,12 @@ FAULTS = {
     "offset beyond its end": lambda own, other: sealed_json(
         edited(unsealed(own), "offset", 2, own["tar_bytes"] - 10)
     ),
+    "an offset of another image": lambda own, other: sealed_json(
+        edited(unsealed(own), "offset", 1, own["offset"][2])
+    ),
+    "a shifted offset": lambda own, other: sealed_json(
+        edited(unsealed(own), "offset", 1, own["offset"][1] + 1)
+    ),
     "negative size": lambda own, other: sealed_json(edited(unsealed(own), "size", 1, -5)),
     "size beyond its end": lambda own, other: sealed_json(
         edited(unsealed(own), "size", 5, 60 << 20)
@@ -61,8 +67,6 @@ FAULTS = {
 }
 # Faults of one row, which only its bytes give away: name of the reading that must not happen.
 ROWS = {
-    "an offset of another image": lambda own: edited(unsealed(own), "offset", 1, own["offset"][2]),
-    "a shifted offset": lambda own: edited(unsealed(own), "offset", 1, own["offset"][1] + 1),
     "a wrong size": lambda own: edited(unsealed(own), "size", 1, own["size"][1] - 1),
     "a wrong checksum": lambda own: edited(unsealed(own), "crc32", 1, own["crc32"][1] ^ 1),
     "a wrong height": lambda own: edited(unsealed(own), "height", 1, 41),

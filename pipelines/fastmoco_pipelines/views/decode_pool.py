@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-MODULE = "fastmoco_pipelines.inspecting.decode_child"
+from fastmoco_pipelines.processes import child_environment, python_command
+from fastmoco_pipelines.spec import SECONDS_PER_IMAGE
+
+MODULE = "fastmoco_pipelines.views.decode_child"
 _BATCH = 16
 _START_SECONDS = 120.0
 
@@ -33,7 +35,7 @@ class ChildLimits:
     """
 
     memory_bytes: int = 2 << 30
-    seconds: float = 30.0
+    seconds: float = SECONDS_PER_IMAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +205,12 @@ class _Child:
         self._limits = limits
         self._rest = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
+            python_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=child_environment(OMP_NUM_THREADS="1"),
         )
         self.alive = True
 

@@ -8,7 +8,7 @@ The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in
 `{"ready": true}` out; then lists of [path, offset, size, crc32 or null] in, and one object for
 each of them out.
 
-Started as `python -P -m fastmoco_pipelines.inspecting.decode_child`.
+Started as `python -P -m fastmoco_pipelines.views.decode_child`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ImageRefusedError
 from fastmoco_pipelines.formats.images import MAX_BYTES, decodable, read_header, refusal_kind
+from fastmoco_pipelines.processes import follow_parent
 from fastmoco_pipelines.views.decoding import decode_image
 from fastmoco_pipelines.views.graph import decode
 from fastmoco_pipelines.views.runtime import build_pipeline, cause_of, has_dali
@@ -52,7 +53,7 @@ class Decoder:
             StructureError: if the file must not go to a decoder.
             RuntimeError: DALI's, of several types, if it gives up; without DALI, DecodeError.
         """
-        plain = decodable(data)
+        plain, _ = decodable(data)
         if not has_dali():
             return decode_image(plain)
         if self._pipeline is None:
@@ -183,4 +184,5 @@ def limit_time(seconds: int) -> None:
 
 
 if __name__ == "__main__":
+    follow_parent()
     sys.exit(main())
