@@ -20,13 +20,22 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 
-CURE = (
-    "pip install '.[dali-cu13]' in fastmoco's source folder installs it (dali-cu12 for CUDA 12 "
-    "drivers)"
+_WITHOUT_DOCSTRINGS = sys.flags.optimize > 1
+WHY, CURE = (
+    (
+        "cannot be imported by python -OO (PYTHONOPTIMIZE=2)",
+        "python -O leaves in the docstrings that DALI extends",
+    )
+    if _WITHOUT_DOCSTRINGS
+    else (
+        "is not installed",
+        "pip install '.[dali-cu13]' in fastmoco's source folder installs it (dali-cu12 for CUDA 12 "
+        "drivers)",
+    )
 )
+"""Why DALI is not used where it is not, and what to do."""
 WITHOUT_DALI = (
-    "NVIDIA DALI is not installed: Pillow decodes the images, to the same views; a GPU needs DALI: "
-    f"{CURE}"
+    f"NVIDIA DALI {WHY}: Pillow decodes the images, to the same views; a GPU needs DALI: {CURE}"
 )
 """What a user of the CPU is told once. On few cores Pillow decodes as fast: both use libjpeg-turbo."""
 
@@ -36,7 +45,9 @@ DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 @functools.cache
 def has_dali() -> bool:
-    """Whether DALI is installed."""
+    """Whether DALI is installed, and can be imported."""
+    if _WITHOUT_DOCSTRINGS:
+        return False
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # there is no `nvidia` either
@@ -54,7 +65,7 @@ def require_dali(name: str, value: object, otherwise: str) -> None:
     Raises:
         ValueError: naming both cures.
     """
-    rule = f"needs NVIDIA DALI, which is not installed: {CURE}; or {otherwise}"
+    rule = f"needs NVIDIA DALI, which {WHY}: {CURE}; or {otherwise}"
     require(has_dali(), name, value, rule)
 
 
