@@ -32,7 +32,7 @@ from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.index import build_index
 from fastmoco_pipelines.formats.index_file import to_bytes
 from fastmoco_pipelines.formats.index_json import json_content
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
+from fastmoco_pipelines.views.decode_pool import ChildLimits, DecodePool, Item
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"image": 0.8, "tar": 0.15, "index": 0.05}

@@ -1,7 +1,7 @@
 """The child of `benchmarks.fuzz`: one mutated input at a time, decoded by this
 project and by another library.
 
-Uses the protocol of `fastmoco_pipelines.inspecting.decode_child`. The `path` of an item is
+Uses the protocol of `fastmoco_pipelines.views.decode_child`. The `path` of an item is
 `TARGET:FILE`; its crc32 is the number of the seed that the input was made from, the file
 `TARGET-NUMBER` in the same folder. `kind` is the outcome, `reason` its detail.
 """
@@ -33,8 +33,8 @@ from fastmoco_pipelines.formats.index import (
     write_index,
 )
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
-from fastmoco_pipelines.inspecting.decode_child import Decoder, limit_memory, limit_time
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.views.decode_child import Decoder, limit_memory, limit_time
 
 Outcome = tuple[str, str]
 ALIKE_LEVELS = 1.0

@@ -22,7 +22,7 @@ from fastmoco.errors import (
     say,
     show,
 )
-from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.spec import SECONDS_PER_IMAGE, CacheSpec
 from fastmoco_pipelines.text import counted, escaped
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check(
     quarantine_out: Path | None = None,
     workers: int | None = None,
     shown: Annotated[int, tyro.conf.arg(name="show")] = 20,
-    seconds_per_image: float = 30.0,
+    seconds_per_image: float = SECONDS_PER_IMAGE,
     sample: int | None = None,
     seed: int = 0,
     resume: Annotated[bool, tyro.conf.arg(name="continue")] = False,
@@ -70,9 +70,9 @@ def check(
         cache: Where shards of a server are kept.
     """
     from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards
-    from fastmoco_pipelines.inspecting.decode_pool import ChildLimits
     from fastmoco_pipelines.inspecting.sample_check import check_sample
     from fastmoco_pipelines.sets.patterns import sets_of
+    from fastmoco_pipelines.views.decode_pool import ChildLimits
 
     code = EXIT_FINISHED
     with one_line(EXIT_REFUSED, ValueError, OSError):
@@ -110,7 +110,7 @@ def check(
                         "--workers": workers,
                         "--show": shown if shown != 20 else None,
                         "--seconds-per-image": (
-                            seconds_per_image if seconds_per_image != 30 else None
+                            seconds_per_image if seconds_per_image != SECONDS_PER_IMAGE else None
                         ),
                         "--cache-dir": cache.cache_dir or None,
                         "--cache-size-gb": (

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from fastmoco_pipelines.processes import without_current_folder
-
 FORBIDDEN = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 DROPPED = ("GOPEN_REWRITE", "GOPEN_VERBOSE", "GOPEN_BUFFER", "WDS_")
 """Variables (or prefixes) of other readers that may be installed; the first
@@ -15,8 +13,8 @@ turns a path into a shell command."""
 
 
 def clean_environment(environment: MutableMapping[str, str]) -> None:
-    """Refuse the variable that lets torch unpickle any file; remove those of readers that fastmoco
-    does not use, and the current folder from where programs and modules are looked for.
+    """Refuse the variable that lets torch unpickle any file; remove those of
+    readers that fastmoco does not use.
 
     Raises:
         ValueError: if that variable is set.
@@ -30,4 +28,3 @@ def clean_environment(environment: MutableMapping[str, str]) -> None:
         )
     for name in [name for name in environment if name.startswith(DROPPED)]:
         del environment[name]
-    without_current_folder(environment)

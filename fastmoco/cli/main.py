@@ -17,6 +17,7 @@ from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
 from fastmoco.faults.parent import follow_launcher
 from fastmoco.streams import shown_streams
+from fastmoco_pipelines.processes import without_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     try:
         prepare_streams()
         clean_environment(os.environ)
+        without_current_folder(os.environ)
         args = prepare_words(args)
     except ValueError as error:
         say(str(error))

@@ -20,6 +20,11 @@ from typing import Any
 
 import fastmoco  # noqa: F401 (before torch: it sets how long OpenMP's threads spin)
 
+from fastmoco_pipelines.processes import follow_parent  # isort: skip
+
+if __name__ == "__main__":
+    follow_parent()  # before torch, which takes seconds
+
 import torch  # isort: skip
 from torch import Tensor
 
@@ -31,7 +36,6 @@ from fastmoco.training.setup import versions
 from fastmoco.training.short_run import peak_bytes, settle, short_run
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import BadImageError, ShardError
-from fastmoco_pipelines.processes import follow_parent
 
 COMPARED = 4
 """First steps whose losses and gradient norms are reported."""
@@ -171,11 +175,10 @@ def answer(request: Mapping[str, Any], *, within: Path | None = None) -> dict[st
 
 
 def main(path: Path) -> None:
-    """Answer the request on standard input; a process whose parent has ended ends too.
+    """Answer the request on standard input.
 
     The run is stored beside the result: the caller removes both if this process is killed.
     """
-    follow_parent()
     result = answer(json.load(sys.stdin), within=path.parent)
     path.write_text(json.dumps(result))
 

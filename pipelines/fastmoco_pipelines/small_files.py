@@ -8,8 +8,10 @@ ever, a link to /dev/zero fill the memory, deep nesting end the interpreter's st
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,8 +104,17 @@ def read_small(path: Path | str, limit: int = SMALL_BYTES, *, follow: bool = Tru
         UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be read.
     """
-    with open(open_regular(path, follow=follow, limit=limit), "rb") as file:
-        content = file.read(limit + 1)  # in /proc a file may say 0 and go on
+    descriptor = open_regular(path, follow=follow, limit=limit)
+    content = b""
+    try:
+        size = os.fstat(descriptor).st_size  # in /proc a file may say 0 and go on
+        while len(content) <= limit:
+            part = os.read(descriptor, min(limit + 1 - len(content), max(size + 1, 1 << 16)))
+            if not part:
+                break
+            content += part
+    finally:
+        os.close(descriptor)
     if len(content) > limit:
         raise UnfitFileError(_too_large(path, len(content), limit))
     return content
@@ -129,20 +140,26 @@ def text_of(content: bytes, name: Path | str) -> str:
         ) from None
 
 
-def json_of(content: bytes, name: Path | str, *, depth: int = JSON_DEPTH) -> Any:
+def json_of(
+    content: bytes, name: Path | str, *, depth: int = JSON_DEPTH, strict: bool = False
+) -> Any:
     """Content of a file of JSON, or of one line of it.
 
     Args:
         content: UTF-8.
         name: of the file, for messages; `FILE: line 7` for a line.
         depth: deepest nesting of lists and objects.
+        strict: also refuse what fastmoco never writes: NaN, infinities, and two values of one name,
+            of which another reader would take the other.
 
     Raises:
         UnfitFileError: if it is not UTF-8 or JSON, or nested deeper; names the place.
     """
     text = text_of(content, name)
     try:
-        found = json.loads(text)
+        found = json.loads(text, **(_STRICT if strict else {}))
+    except UnfitFileError as error:
+        raise UnfitFileError(f"{escaped(str(name))}: {error}") from None
     except json.JSONDecodeError as error:
         raise UnfitFileError(
             f"{escaped(str(name))}: line {error.lineno}, column {error.colno}: not JSON: "
@@ -164,6 +181,7 @@ def read_json(
     *,
     depth: int = JSON_DEPTH,
     follow: bool = True,
+    strict: bool = False,
 ) -> Any:
     """Content of a small file of JSON; `read_small` and `json_of` in one.
 
@@ -171,7 +189,7 @@ def read_json(
         UnfitFileError: if it is no regular file, too large, not UTF-8, not JSON or too deep.
         OSError: if it cannot be read.
     """
-    return json_of(read_small(path, limit, follow=follow), path, depth=depth)
+    return json_of(read_small(path, limit, follow=follow), path, depth=depth, strict=strict)
 
 
 def lines_of(
@@ -218,6 +236,29 @@ def linked_to(folder: Path) -> str:
         what = "leads to no folder" if link else "is a file where a folder is due"
         raise UnfitFileError(f"{name}: {what}; move it away")
     return os.path.realpath(folder) if link else ""
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twin = max(counts, key=counts.__getitem__)
+        raise UnfitFileError(f"{escaped(twin[:200])} has two values")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise UnfitFileError(f"{text[:40]} is no finite number")
+    return number
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _without_twins,
+    "parse_constant": _finite,
+    "parse_float": _finite,
+}
 
 
 def _is_deeper(content: Any, depth: int) -> bool:

@@ -26,6 +26,17 @@ MOST_VIEWS = 255
 GPU_SUB_BATCH = 128
 """Images of one run of DALI on a GPU: enough for all of its JPEG engines, little enough for the
 memory (memory.py)."""
+DECODE_GB: dict[Device, float] = {"cpu": 2.0, "gpu": 0.4}
+"""Size in 10^9 bytes of the images that are decoded in one run at most: 3,300 of ImageNet's, or 13
+of the largest that are let in; on a GPU, where runs are small and windows count too, a fifth."""
+SECONDS_PER_IMAGE = 30.0
+"""Time that one image may take to decode: the largest that is let in takes a few seconds."""
+MOST_SECONDS = 1_000_000
+"""Longest time that can be asked for: eleven days."""
+
+MOST_TRANSFERS = 256
+MAX_TRANSFERS = 32
+"""Shards of a server that a process fetches ahead at once, at most."""
 
 
 class Resume(Enum):
@@ -401,6 +412,12 @@ class LoaderOptions(CacheSpec):
     sub_batch: Annotated[int, Resume.FREE] = 0
     """Images that DALI decodes and augments in one run, which bounds its buffers. 0: the whole
     batch on a CPU, 128 on a GPU."""
+    decode_gb: Annotated[float, Resume.FREE] = 0
+    """Size in 10^9 bytes of the images that are decoded in one run: a batch above it is decoded in
+    several, an image above it alone, and no bit changes. 0: 2 on a CPU, 0.4 on a GPU."""
+    seconds_per_image: Annotated[float, Resume.FREE] = SECONDS_PER_IMAGE
+    """Seconds that one image may take to decode; one that takes longer, in a process of its own
+    too, is left out as a damaged one is."""
     shuffle_window: int | None = None
     """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64, or as many as
     fit into half of the cache."""
@@ -409,6 +426,9 @@ class LoaderOptions(CacheSpec):
     none. Those in the list beside the shards (`fastmoco data check`) do not count."""
     timeout_s: Annotated[float, Resume.FREE] = 600
     """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
+    max_transfers: Annotated[int, Resume.FREE] = MAX_TRANSFERS
+    """Shards of a server that one process fetches ahead at once, at most: as many of them as pay,
+    by measurement."""
 
     def __post_init__(self) -> None:
         CacheSpec.__post_init__(self)
@@ -424,6 +444,18 @@ class LoaderOptions(CacheSpec):
             self.sub_batch,
             "counts images; 0 leaves it to the device",
         )
+        require(
+            0 <= self.decode_gb < 1e9,
+            "decode_gb",
+            self.decode_gb,
+            "a size in GB; 0 leaves it to the device",
+        )
+        require(
+            0 < self.seconds_per_image <= MOST_SECONDS,
+            "seconds_per_image",
+            self.seconds_per_image,
+            f"needs a time above 0 and at most {MOST_SECONDS} seconds",
+        )
         window = self.shuffle_window
         require(
             window is None or window >= 0,
@@ -438,6 +470,12 @@ class LoaderOptions(CacheSpec):
             "a share lies in [0, 1]",
         )
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+        require(
+            1 <= self.max_transfers <= MOST_TRANSFERS,
+            "max_transfers",
+            self.max_transfers,
+            f"counts shards that are fetched at once, from 1 to {MOST_TRANSFERS}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -501,6 +539,11 @@ class LoaderSpec(LoaderOptions):
     def batches_ahead(self) -> int:
         """`prefetch`, resolved."""
         return self.prefetch or (1 if self.device == "gpu" else 2)
+
+    @property
+    def decode_bytes(self) -> int:
+        """`decode_gb`, resolved, in bytes."""
+        return int(1e9 * (self.decode_gb or DECODE_GB[self.device]))
 
     def images_per_run(self, local_batch_size: int) -> int:
         """`sub_batch`, resolved: images of one run of DALI, given the images of each batch on this

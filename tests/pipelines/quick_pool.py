@@ -7,8 +7,8 @@ import os
 import numpy as np
 
 from fastmoco_pipelines.formats.headers import image_size
-from fastmoco_pipelines.inspecting.decode_child import _examine
-from fastmoco_pipelines.inspecting.decode_pool import Decoded
+from fastmoco_pipelines.views.decode_child import _examine
+from fastmoco_pipelines.views.decode_pool import Decoded
 
 
 class QuickPool:

@@ -41,8 +41,14 @@ _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # one with a segment, o
 _JPEG_END = 0xD9
 _PROGRESSIVE = 0xC2
 _MAX_SCANS = 100
+_MAX_PARTS = 100_000
+"""Segments of a JPEG's header, or chunks of a PNG or WebP: to walk over so many takes 0.1 s, and a
+PNG of the largest size that has one for each row has a sixth."""
 _WEBP_ANIMATION = 0x02  # bits of the flags in VP8X
 _WEBP_ALPHA = 0x10
+_WEBP_PIXEL_BYTES = 7  # decoded to four channels first
+SLOW_SCANS = "which take long to decode: save it again as an ordinary JPEG"
+"""The end of a sentence about a JPEG with many scans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,27 @@ class Structure:
         animated: it contains further pictures that are shown one after another.
         parts: what a decoder needs for the first picture, in order: ranges of bytes of the file, or
             bytes.
+        pixel_bytes: what a decoder takes for each pixel of the picture: three of the result, and
+            those of the whole picture in another form where it needs that before.
+        scans: times that a decoder goes over the pixels.
     """
 
     height: int
     width: int
     animated: bool
     parts: tuple[tuple[int, int] | bytes, ...]
+    pixel_bytes: int = 3
+    scans: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """Height * width."""
+        return self.height * self.width
+
+    @property
+    def decoder_bytes(self) -> int:
+        """What a decoder takes for the picture, in bytes."""
+        return self.pixels * self.pixel_bytes
 
 
 def structure(data: bytes) -> Structure:
@@ -172,7 +193,7 @@ def _png(data: bytes) -> Structure:
     pixels = ended = False
     frames = 1
     more_frames = False
-    while True:
+    for _ in range(_MAX_PARTS):
         length, kind = unpack_from(">I4s", data, position)
         start = position
         position += 12 + length
@@ -206,6 +227,8 @@ def _png(data: bytes) -> Structure:
                 f"PNG with a chunk that no decoder knows ({kind.decode()}): save it again as an "
                 "ordinary PNG"
             )
+    else:
+        raise _too_many("PNG", "chunks")
     if not pixels:
         raise StructureError("PNG without pixels (chunk IDAT)")
     if color == _PNG_PALETTE and not palette:
@@ -214,7 +237,16 @@ def _png(data: bytes) -> Structure:
         _add(parts, start, position)
     else:
         parts.append(_PNG_END)
-    return Structure(height, width, more_frames and frames > 1, tuple(parts))
+    # Pixels of 16 bits and those of several passes are there as a whole before they are bytes of RGB.
+    whole = _PNG_CHANNELS[color] * depth // 8 if interlace or depth == 16 else 0
+    animated = more_frames and frames > 1
+    return Structure(height, width, animated, tuple(parts), 3 + whole)
+
+
+def _too_many(kind: str, parts: str) -> StructureError:
+    return StructureError(
+        f"{kind} of more than {_MAX_PARTS} {parts}: save it again as an ordinary {kind}"
+    )
 
 
 def _sums_up(data: bytes, start: int, length: int) -> bool:
@@ -240,7 +272,7 @@ def _jpeg(data: bytes) -> Structure:
     progressive = False
     inks = False
     marked = False
-    while True:
+    for _ in range(_MAX_PARTS):
         # Cameras leave zeros, and the format allows 0xFF, between two segments.
         start = position
         padding = _JPEG_PADDING.match(data, position)
@@ -258,13 +290,14 @@ def _jpeg(data: bytes) -> Structure:
                     "JPEG of four inks without Adobe's mark, which decoders read differently: save "
                     "it again as RGB"
                 )
-            if (progressive or data[position + 3] < channels) and _has_many_scans(data, start):
-                raise StructureError(
-                    f"JPEG of more than {_MAX_SCANS} scans, which takes long to decode: save it again "
-                    "as an ordinary JPEG"
-                )
             _add(parts, start, len(data))
-            return Structure(*size, False, tuple(parts))
+            if not progressive and data[position + 3] >= channels:
+                return Structure(*size, False, tuple(parts))
+            scans = _count_scans(data, start)
+            if scans > _MAX_SCANS:
+                raise StructureError(f"JPEG of more than {_MAX_SCANS} scans, {SLOW_SCANS}")
+            # All coefficients, of two bytes, are there before the first pixel is.
+            return Structure(*size, False, tuple(parts), 3 + 2 * channels, scans)
         (length,) = unpack_from(">H", data, position + 1)
         if marker in _JPEG_FRAMES:
             depth, height, width, channels = unpack_from(">BHHB", data, position + 3)
@@ -298,24 +331,26 @@ def _jpeg(data: bytes) -> Structure:
         jfif = marker == 0xE0 and data[start + 4 : start + 9] == b"JFIF\0"
         if adobe or jfif or not (0xE0 <= marker <= 0xEF or marker == _JPEG_COMMENT):
             _add(parts, start, position)
+    raise _too_many("JPEG", "segments before its pixels")
 
 
-def _has_many_scans(data: bytes, position: int) -> bool:
-    """Whether a decoder goes over all pixels more often than any photograph needs: a scan of a few
-    bytes costs as much as one of megabytes. `position`: of the first scan."""
+def _count_scans(data: bytes, position: int) -> int:
+    """How often a decoder goes over the pixels; more than `_MAX_SCANS` where it is more often than
+    any photograph needs: a scan of a few bytes costs as much as one of megabytes. `position`: of
+    the first scan."""
     scans = 0
     for _ in range(10 * _MAX_SCANS):
         found = _JPEG_MARKER.search(data, position)
         if found is None:
-            return False
+            return scans
         marker = data[found.end() - 1]
         if marker == _JPEG_END:
-            return False
+            return scans
         scans += marker == _JPEG_START_OF_SCAN
         if scans > _MAX_SCANS:
-            return True
+            return scans
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return True
+    return _MAX_SCANS + 1
 
 
 def _webp(data: bytes) -> Structure:
@@ -335,7 +370,9 @@ def _webp(data: bytes) -> Structure:
     control: tuple[int, int] | None = None
     frames: list[tuple[int, int]] = []
     position = 20 + length + (length & 1)
-    while position + 8 <= end:
+    for _ in range(_MAX_PARTS):
+        if position + 8 > end:
+            break
         kind, length = unpack_from("<4sI", data, position)
         part = (position, position + 8 + length + (length & 1))
         if kind in (b"VP8 ", b"VP8L") and not frames:
@@ -351,12 +388,14 @@ def _webp(data: bytes) -> Structure:
         elif part[1] <= end and kind == b"ANMF":
             frames.append(part)
         position = part[1]
+    else:
+        raise _too_many("WebP", "chunks")
     if not frames or control is None:
         raise StructureError("WebP without pixels")
     flags = data[20] & _WEBP_ALPHA | _WEBP_ANIMATION
     content = b"".join(data[a:b] for a, b in (control, frames[0]))
     parts = (_webp_head(len(content), flags, height, width), content)
-    return Structure(height, width, len(frames) > 1, parts)
+    return Structure(height, width, len(frames) > 1, parts, _WEBP_PIXEL_BYTES)
 
 
 def _webp_picture(data: bytes, position: int, end: int) -> tuple[int, int]:
@@ -385,14 +424,14 @@ def _webp_still(
     stop = position + 8 + length
     padded = stop + (length & 1)
     if position == 12 and padded == end == len(data):
-        return Structure(height, width, False, ((0, end),))
+        return Structure(height, width, False, ((0, end),), _WEBP_PIXEL_BYTES)
     pixels = data[position:stop] + b"\0" * (length & 1)
     if alpha is None:
         head = b"RIFF" + pack("<I", 4 + len(pixels)) + b"WEBP"
     else:
         pixels = data[alpha[0] : alpha[1]] + pixels
         head = _webp_head(len(pixels), _WEBP_ALPHA, height, width)
-    return Structure(height, width, False, (head, pixels))
+    return Structure(height, width, False, (head, pixels), _WEBP_PIXEL_BYTES)
 
 
 def _webp_head(content: int, flags: int, height: int, width: int) -> bytes:

@@ -21,7 +21,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from fastmoco_pipelines.errors import ImageRefusedError, StructureError
-from fastmoco_pipelines.formats.headers import pixel_fault, plain_image, structure
+from fastmoco_pipelines.formats.headers import (
+    SLOW_SCANS,
+    Structure,
+    pixel_fault,
+    plain_image,
+    structure,
+)
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "jps")
 """File name extensions of images, in lower case; the last two are of JPEGs with a second picture,
@@ -37,10 +43,15 @@ MAX_PIXELS_PER_BYTE = 2000
 bomb."""
 BOMB_PIXELS = 1 << 24
 """Smaller images cost little, however few bytes they have."""
+MAX_SCANNED_PIXELS = 1 << 30
+"""Largest height * width * scans of a JPEG in a shard: two CPU-seconds. Encoders write up to a
+dozen scans of each pixel; this allows 21 of the largest image, 100 of one of ten million pixels."""
 MAX_SOURCE_BYTES = 1 << 30
 """Largest file that is shrunk."""
 MAX_SOURCE_PIXELS = 178_956_970
 """Largest height * width that is shrunk: where Pillow sees a bomb."""
+MAX_SOURCE_SCANNED_PIXELS = 4 * MAX_SCANNED_PIXELS
+"""Largest height * width * scans of a JPEG that is shrunk."""
 _SHRINKS = "`fastmoco data pack --max-side` writes it smaller"
 
 _FOREIGN = (
@@ -108,7 +119,7 @@ def refusal_kind(data: bytes) -> str:
         found = structure(data)
     except StructureError:
         return "damaged image"
-    if size_problem(height=found.height, width=found.width, size=len(data)):
+    if _limit_problem(found, len(data)):
         return "too large or a bomb"
     return "animation" if found.animated else "damaged image"
 
@@ -145,32 +156,64 @@ def size_problem(*, height: int, width: int, size: int, shrunk: bool = False) ->
     return None
 
 
+def _limit_problem(found: Structure, size: int, *, shrunk: bool = False) -> str | None:
+    """Why an image of `size` bytes is refused by what its header declares, or None."""
+    problem = size_problem(height=found.height, width=found.width, size=size, shrunk=shrunk)
+    limit = MAX_SOURCE_SCANNED_PIXELS if shrunk else MAX_SCANNED_PIXELS
+    if problem is None and found.scans > 1 and found.scans * found.pixels > limit:
+        what = f"JPEG of {found.width}x{found.height} pixels in {found.scans} scans"
+        problem = f"{what}, {SLOW_SCANS}"
+    return problem
+
+
 def is_bomb(pixels: int, size: int) -> bool:
     """Whether `pixels` in `size` bytes are too many for any photograph."""
     return pixels > BOMB_PIXELS and pixels > MAX_PIXELS_PER_BYTE * size
 
 
+def admitted(data: bytes, *, shrunk: bool = False) -> Structure:
+    """The structure of an image that is let in: the one rule of packing, indexing, checking and
+    training. Only the header is looked at.
+
+    Args:
+        data: the file.
+        shrunk: the image is to be written smaller, so that higher limits apply.
+
+    Raises:
+        StructureError: if the file must not go to a decoder: it is of another format, its structure
+            is broken, it is an animation, or its header goes beyond the limits.
+    """
+    # A bomb of a PNG is reported as one even if its structure is broken.
+    problem = bytes_problem(len(data), shrunk=shrunk) or _png_size_problem(data, shrunk)
+    if problem is not None:
+        raise StructureError(problem)
+    found = structure(data)
+    problem = _limit_problem(found, len(data), shrunk=shrunk)
+    if problem is not None:
+        raise StructureError(problem)
+    if found.animated:
+        raise StructureError("it is an animation: save the frames that you want as images")
+    return found
+
+
 def structure_fault(data: bytes) -> str | None:
-    """Why a file must not go to a decoder, or None: its structure is broken, or its header goes
-    beyond the limits."""
+    """Why a file must not go to a decoder, or None (`admitted`)."""
     try:
-        decodable(data)
+        admitted(data)
     except StructureError as fault:
         return str(fault)
     return None
 
 
-def decodable(data: bytes) -> bytes:
-    """What a decoder gets for a file: its first picture, without what is no pixel.
+def decodable(data: bytes) -> tuple[bytes, Structure]:
+    """What a decoder gets for a file, its first picture without what is no pixel; and the structure
+    of the file.
 
     Raises:
-        StructureError: if the file must not go to a decoder: its structure is broken, or its header
-            goes beyond the limits.
+        StructureError: as `admitted`.
     """
-    found = structure(data)
-    if problem := size_problem(height=found.height, width=found.width, size=len(data)):
-        raise StructureError(problem)
-    return plain_image(data, found)
+    found = admitted(data)
+    return plain_image(data, found), found
 
 
 def read_header(data: bytes, *, shrunk: bool = False) -> ImageHeader:
@@ -248,19 +291,11 @@ def _opened(data: bytes, shrunk: bool) -> tuple[ImageHeader, Image.Image]:
         raise ImageRefusedError(what + cure if data else "it is empty")
     # Checked before Pillow opens it, so that a bomb costs nothing. Pillow also reads files that
     # DALI does not, e.g. of arithmetic coding.
-    problem = bytes_problem(len(data), shrunk=shrunk) or _png_size_problem(data, shrunk)
-    if problem is not None:
-        raise ImageRefusedError(problem)
     try:
-        found = structure(data)
+        found = admitted(data, shrunk=shrunk)
     except StructureError as fault:
         raise ImageRefusedError(str(fault)) from None
     height, width = found.height, found.width
-    problem = size_problem(height=height, width=width, size=len(data), shrunk=shrunk)
-    if problem is not None:
-        raise ImageRefusedError(problem)
-    if found.animated:
-        raise ImageRefusedError("it is an animation: save the frames that you want as images")
 
     # Hostile bytes make a decoder raise nearly anything; whatever it is, the image is not used.
     try:
@@ -284,7 +319,7 @@ def _decode(data: bytes, image: Image.Image) -> None:
 
 
 def _png_size_problem(data: bytes, shrunk: bool = False) -> str | None:
-    """The limits by the header alone: a bomb is reported as one even if its structure is broken."""
+    """The limits by the first chunk of a PNG alone."""
     if image_kind(data) != "png" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
-from fastmoco_pipelines.files import read_at, write_file, write_json
+from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
@@ -42,7 +42,11 @@ from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_sm
 
 END_BYTES = 4096
 """At each end of a tar: what `tar_hash` is a hash of."""
-SALVAGE = "Or index what is left of it: `fastmoco data index --salvage`."
+SALVAGE = "Or index what is left of it, for new runs: `fastmoco data index --salvage`."
+CHECK = (
+    "or run `fastmoco data check` on the shards, which lists what is lost, and the same command goes "
+    "on without it"
+)
 
 
 def index_path(tar: Path) -> Path:
@@ -90,7 +94,7 @@ def index_bytes(path: Path) -> bytes:
         how = f"cannot be read ({os.strerror(errno.EISDIR)}): move this folder away, and {CURE}"
         raise ShardError(f"{path.name}: {how}.") from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in OWN_TROUBLE:
             raise
         raise ShardError(f"{path.name}: cannot be read ({error.strerror}): {CURE}.") from error
 
@@ -270,7 +274,10 @@ def index_name(tar: Path) -> str:
 
 def stale(tar: Path, name: str) -> str:
     """What is wrong with the index of another state of a tar; `name`: of the index's file."""
-    return f"{name}: was made for another state of {tar.name} (size or content differ): {CURE}."
+    return (
+        f"{name}: was made for another state of {tar.name} (size or content differ): copy the tar "
+        f"again from its source, {CHECK}. Only if it was changed on purpose, {CURE}, for new runs."
+    )
 
 
 def fits_tar(index: ShardIndex | IndexHeader, tar: Path) -> bool:

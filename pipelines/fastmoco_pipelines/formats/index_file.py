@@ -158,12 +158,23 @@ class IndexHeader:
     sections: dict[str, Section]
     seal: bytes
 
+    @property
+    def records_hash(self) -> str:
+        """SHA-256 (hex) of the records: where each sample is, and what it is."""
+        return self.sections["records"].sha256
 
-def to_bytes(index: ShardIndex) -> bytes:
-    """The content of the file of an index."""
+
+def records_of(index: ShardIndex) -> NDArray[Any]:
+    """[n] `RECORD`: the samples of an index as its file has them."""
     records = np.empty(len(index), dtype=RECORD)
     for name in COLUMNS:
         records[name] = index.columns[name]
+    return records
+
+
+def to_bytes(index: ShardIndex) -> bytes:
+    """The content of the file of an index."""
+    records = records_of(index)
     content = {
         "records": records.tobytes(),
         "members": _to_table([index.member(row) for row in range(len(index))]),

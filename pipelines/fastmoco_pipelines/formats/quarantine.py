@@ -7,7 +7,13 @@ keeps a list of its own in its run folder. One JSON object a line:
 {"shard": "train-000000.tar", "key": "000000012", "extension": "jpg", "offset": 512, "size": 9001,
 "crc32": 1, "reason": "...", "when": "2026-11-22T01:55:00Z", "file": "cat/IMG_1.jpg"}
 
-`file` is absent where the original file is not known.
+`file` is absent where the original file is not known. A tar that is no longer as it was indexed has
+a line of its own once it has been checked:
+
+{"shard": "train-000000.tar", "tar_bytes": 40960, "tar_hash": "...", "records": "...", "when": "..."}
+
+By it loaders know that the images of the older index that are whole are not listed, and take the
+index for this state of the tar, and no other one.
 
 A line is about bytes, not names: it applies only if shard, offset, size and crc32 are those of the
 index. After a tar was fixed or packed again its old lines are stale: they match nothing, and
@@ -20,6 +26,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +46,7 @@ MAX_REASON = 500
 """Longest reason that is kept, in characters."""
 MAX_LIST_BYTES = 64 << 20
 """Largest list, in bytes: about 200,000 lines; a set with more should be packed again."""
+CURE = ": `fastmoco data check` on the shards writes the list again"
 _MAX_LINE = 1 << 16
 _NUMBERS = {"offset": 2**62, "size": 2**32 - 1, "crc32": 2**32 - 1}
 """Numbers of a line, and the largest of each."""
@@ -74,15 +82,47 @@ class QuarantineEntry:
         return self.shard, self.offset, self.size, self.crc32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedTar:
+    """A tar that was checked against the index of an earlier state of it: the list beside it has
+    all that is lost since.
+
+    Attributes:
+        shard: file name of the tar, without its folder.
+        tar_bytes, tar_hash: its size and the hash of its ends, when it was checked.
+        records: SHA-256 (hex) of the records of the index.
+        when: moment of the check, UTC, ISO 8601.
+    """
+
+    shard: str
+    tar_bytes: int
+    tar_hash: str
+    records: str
+    when: str
+
+    @property
+    def identity(self) -> tuple[str, int, str, str]:
+        """What tar and index must agree with."""
+        return self.shard, self.tar_bytes, self.tar_hash, self.records
+
+
 class Quarantine:
     """Samples that are not delivered, each once.
 
     Attributes:
         broken: lines of the file that could not be understood and were left out.
+        checked: tars that are no longer as they were indexed, as they were checked, by identity.
     """
 
-    def __init__(self, entries: Iterable[QuarantineEntry] = (), *, broken: int = 0) -> None:
+    def __init__(
+        self,
+        entries: Iterable[QuarantineEntry] = (),
+        *,
+        broken: int = 0,
+        checked: Iterable[CheckedTar] = (),
+    ) -> None:
         self.broken = broken
+        self.checked = {tar.identity: tar for tar in checked}
         self._entries: dict[tuple[str, int, int, int], QuarantineEntry] = {}
         for entry in entries:
             self._entries.setdefault(entry.identity, entry)
@@ -105,14 +145,17 @@ class Quarantine:
     def load(cls, file: BinaryIO) -> Self:
         """The list in an open file."""
         entries = []
+        checked = []
         broken = 0
         while line := file.readline(_MAX_LINE):
             entry = _parse(line)
-            if entry is not None:
+            if isinstance(entry, CheckedTar):
+                checked.append(entry)
+            elif entry is not None:
                 entries.append(entry)
             elif line.strip():
                 broken += 1
-        return cls(entries, broken=broken)
+        return cls(entries, broken=broken, checked=checked)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -146,7 +189,7 @@ class Quarantine:
             size=int(size),
             crc32=int(crc32),
             reason=escaped(reason)[:MAX_REASON],
-            when=when or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            when=when or now(),
             file=escaped(file),
         )
         if entry.identity in self._entries:
@@ -157,6 +200,8 @@ class Quarantine:
     def update(self, other: Iterable[QuarantineEntry]) -> None:
         """Take over the entries of another list; of a sample that both hold, the first entry
         stays."""
+        if isinstance(other, Quarantine):
+            self.checked |= other.checked
         for entry in other:
             self._entries.setdefault(entry.identity, entry)
 
@@ -187,7 +232,7 @@ class Quarantine:
     def write(self, path: Path) -> Path:
         """Write the whole list in place of an older file: a reader sees the old one or the new one,
         never half of it."""
-        return write_file(path, b"".join(map(_line, self)))
+        return write_file(path, b"".join(map(_line, (*self, *self.checked.values()))))
 
 
 def append_entry(path: Path, entry: QuarantineEntry) -> None:
@@ -225,11 +270,16 @@ def read_list(path: Path) -> tuple[Quarantine, str | None]:
             f"{path}: cannot be read ({error.strerror}); bad images will be found again",
         )
     broken = (
-        f"{path}: {read.broken} lines are not entries of a list and were skipped"
+        f"{path}: {read.broken} lines are not entries of a list and were skipped{CURE}"
         if read.broken
         else None
     )
     return read, broken
+
+
+def now() -> str:
+    """This moment, UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def quarantine_path(folder: Path) -> Path:
@@ -237,16 +287,18 @@ def quarantine_path(folder: Path) -> Path:
     return folder / NAME
 
 
-def _line(entry: QuarantineEntry) -> bytes:
+def _line(entry: QuarantineEntry | CheckedTar) -> bytes:
     content = asdict(entry)
-    if not entry.file:
+    if isinstance(entry, QuarantineEntry) and not entry.file:
         del content["file"]
     return json.dumps(content).encode("ascii") + b"\n"
 
 
-def _parse(line: bytes) -> QuarantineEntry | None:
+def _parse(line: bytes) -> QuarantineEntry | CheckedTar | None:
     try:
-        return entry_of(json_of(line, NAME, depth=_DEPTH))
+        content = json_of(line, NAME, depth=_DEPTH)
+        checked = isinstance(content, dict) and "tar_bytes" in content
+        return checked_of(content) if checked else entry_of(content)
     except ValueError:
         return None
 
@@ -272,3 +324,26 @@ def entry_of(content: Any) -> QuarantineEntry:
         raise ValueError(f"shard={texts['shard']!a:.80}: the name of a file is due")
     fields = {name: escaped(text) for name, text in texts.items()} | numbers
     return QuarantineEntry(**fields)
+
+
+def checked_of(content: Any) -> CheckedTar:
+    """The state of a checked tar from an object of JSON.
+
+    Raises:
+        ValueError: names the field that no such line has so.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    size, when = content.get("tar_bytes"), content.get("when")
+    if type(size) is not int or not 0 <= size <= 2**62:
+        raise ValueError(f"tar_bytes={size!a:.40}: a whole number to 2**62 is due")
+    if not is_file_name(content.get("shard")):
+        raise ValueError(f"shard={content.get('shard')!a:.80}: the name of a file is due")
+    hashes: dict[str, Any] = {name: content.get(name) for name in ("tar_hash", "records")}
+    for name, value in hashes.items():
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+            raise ValueError(f"{name}={value!a:.80}: a SHA-256 is due")
+    if not isinstance(when, str):
+        raise ValueError(f"when={when!a:.40}: text is due")
+    shard = escaped(content["shard"])
+    return CheckedTar(shard=shard, tar_bytes=size, when=escaped(when), **hashes)

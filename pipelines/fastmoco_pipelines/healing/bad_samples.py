@@ -41,6 +41,16 @@ from fastmoco_pipelines.text import counted, escaped
 UNREADABLE = "unreadable: "
 """Prefix of the reasons that are about this machine and not about the sample's bytes."""
 ALWAYS_ALLOWED = 10
+_CURE_UNREADABLE = (
+    "Copy the shards that cannot be read again from their source, and the same command continues. "
+    "Of one that is there and has changed, `fastmoco data check` lists what is lost, and the same "
+    "command then continues without it."
+)
+_CURE_BAD = (
+    "Run `fastmoco data check` on the shards: it names every fault, and lists beside them what is "
+    "lost; the same command then continues without it. A tar that it calls another one must be "
+    "copied again from its source."
+)
 _SHOWN = 5
 
 
@@ -161,14 +171,14 @@ class BadSamples:
             shown = list(
                 dict.fromkeys(f"{where} ({reason})" for where, reason in self._found.values())
             )
+            lost = sum(reason.startswith(UNREADABLE) for _, reason in self._found.values())
+            cures = [_CURE_UNREADABLE] * bool(lost) + [_CURE_BAD] * (lost < len(self._found))
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(_SHOWN))
         more = f"; and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise TooManyBadSamplesError(
             f"{len(self._found)} of {len(self._shards)} images cannot be used, {self.allowed} are "
             f"allowed (data.max_bad_share, {ALWAYS_ALLOWED} at least unless it is 0): {counts}. "
-            f"{'; '.join(shown[:_SHOWN])}{more}. Run `fastmoco data check` on the shards: it names "
-            "every fault and lists them beside the shards, and the same command then continues "
-            "without them; or raise --data.max-bad-share."
+            f"{'; '.join(shown[:_SHOWN])}{more}. {' '.join(cures)} Or raise --data.max-bad-share."
         )
 
     def read_run_list(self) -> None:

@@ -176,7 +176,8 @@ def to_good_candidate(plan: Plan, places: Places, row: int, is_bad: Callable[[in
         if places.attempts[row] >= MAX_ATTEMPTS:
             raise ShardError(
                 f"step {places.step}: of {MAX_ATTEMPTS} images drawn to stand in for a bad "
-                "one, none is good: run `fastmoco data check` on the shards"
+                "one, none is good: run `fastmoco data check` on the shards, and copy those that "
+                "are damaged again from their source"
             )
         plan.advance(places, row)
 

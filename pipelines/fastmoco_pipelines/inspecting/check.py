@@ -20,13 +20,13 @@ from typing import Any
 
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool
 from fastmoco_pipelines.inspecting.progress_file import ProgressFile, Tell, places_for, versions
 from fastmoco_pipelines.inspecting.report import CheckReport, TarResult
 from fastmoco_pipelines.inspecting.tar_check import TarCheck
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.views.decode_pool import ChildLimits, DecodePool
 
 
 class CheckInterruptedError(KeyboardInterrupt):
@@ -90,6 +90,8 @@ def check_shards(
             if quarantine:
                 whole = {(path.parent, path.name) for path in checked.tars.paths}
                 checked.write_lists(found, lambda folder, entry: (folder, entry.shard) in whole)
+            else:
+                report.refused_shards += sum(len(entries.checked) for entries in found.values())
         except KeyboardInterrupt as stop:
             raise CheckInterruptedError(record.recorded, report.shards) from stop
         except BaseException:
@@ -144,7 +146,10 @@ def _check(
                 result = _check_tar(checked, number, pool, meter, record)
                 meter.set(before + size)
             report.take(result)
-            found[tars.paths[number].parent].update(result.entries)
+            entries = found[tars.paths[number].parent]
+            entries.update(result.entries)
+            if result.checked is not None:
+                entries.checked[result.checked.identity] = result.checked
             before += size
         Meter(progress, before, report.total_bytes).set(before)
     checked.find_missing(count_samples=True)

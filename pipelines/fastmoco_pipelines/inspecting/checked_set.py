@@ -11,26 +11,31 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import read_sets
 from fastmoco_pipelines.formats.quarantine import (
     NAME,
+    CheckedTar,
     Quarantine,
     QuarantineEntry,
     quarantine_path,
 )
-from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.inspecting.report import CheckReport, Fault
 from fastmoco_pipelines.inspecting.tars import LocalCheckTars, RemoteCheckTars
 from fastmoco_pipelines.sets.patterns import is_remote, without_scheme
 from fastmoco_pipelines.sets.remote_set import fetch_lists
 from fastmoco_pipelines.sets.whole_tars import whole_names
+from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
+from fastmoco_pipelines.views.decode_pool import Item
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); for a sample with images."""
+LookedAt = Callable[[Path, QuarantineEntry | CheckedTar], bool]
+"""Whether an older line of the list of a folder is about what was checked."""
 
 
 class CheckedSet:
@@ -64,7 +69,15 @@ class CheckedSet:
         that a failure comes now and not after hours."""
         remote = isinstance(self.tars, RemoteCheckTars)
         for folder in () if remote else self.folders:
-            Quarantine.read(quarantine_path(folder))
+            try:
+                Quarantine.read(quarantine_path(folder))
+            except UnfitFileError as error:
+                raise ShardError(f"{error}; then this check writes a new one") from error
+            except OSError as error:
+                raise ShardError(
+                    f"{quarantine_path(folder)}: cannot be read ({error.strerror}): make it "
+                    "readable, or move it away; then this check writes a new one"
+                ) from error
         if isinstance(self.tars, RemoteCheckTars):
             for folder, place in self.tars.urls.items():
                 self._theirs[folder], problems = fetch_lists([place], transfers)
@@ -126,7 +139,7 @@ class CheckedSet:
     def write_lists(
         self,
         found: Mapping[Path, Quarantine],
-        looked_at: Callable[[Path, QuarantineEntry], bool],
+        looked_at: LookedAt,
     ) -> None:
         """Write the list of each folder.
 
@@ -143,7 +156,7 @@ class CheckedSet:
                 continue
             path = quarantine_path(folder)
             merged = _merged(Quarantine.read(path), entries, folder, looked_at)
-            if len(merged) or path.exists():
+            if len(merged) or merged.checked or path.exists():
                 self.report.quarantine_files.append(merged.write(path))
 
     def _write_remote_list(
@@ -152,15 +165,16 @@ class CheckedSet:
         found: Quarantine,
         theirs: Quarantine,
         folder: Path,
-        looked_at: Callable[[Path, QuarantineEntry], bool],
+        looked_at: LookedAt,
     ) -> None:
         """The list of one place on a server; not under the name that loaders look for, as other
         shards may be in the same folder."""
         path = self._out / f"quarantine-{_place_name(place)}.jsonl"
-        known = Quarantine(theirs)
+        known = Quarantine()
+        known.update(theirs)
         known.update(Quarantine.read(path))
         entries = _merged(known, found, folder, looked_at)
-        if {entry.identity for entry in entries} != {entry.identity for entry in theirs}:
+        if _identities(entries) != _identities(theirs):
             self._out.mkdir(parents=True, exist_ok=True)
             self.report.quarantine_files.append(entries.write(path))
             self.report.uploads.append(f"{redact(place)}{NAME}")
@@ -241,11 +255,21 @@ def _merged(
     old: Quarantine,
     found: Quarantine,
     folder: Path,
-    looked_at: Callable[[Path, QuarantineEntry], bool],
+    looked_at: LookedAt,
 ) -> Quarantine:
     """A list after a check: the entries of what was not checked stay, and known samples keep their
     date."""
     when = {entry.identity: entry for entry in old}
-    entries = Quarantine(entry for entry in old if not looked_at(folder, entry))
+    entries = Quarantine(
+        (entry for entry in old if not looked_at(folder, entry)),
+        checked=[
+            *(tar for tar in old.checked.values() if not looked_at(folder, tar)),
+            *found.checked.values(),
+        ],
+    )
     entries.update(when.get(entry.identity, entry) for entry in found)
     return entries
+
+
+def _identities(entries: Quarantine) -> set[tuple[str | int, ...]]:
+    return {*(entry.identity for entry in entries), *entries.checked}

@@ -306,7 +306,9 @@ def _known_of(content: dict[str, Any]) -> Known:
         raise TypeError("no result of a tar")
     result = TarResult.from_json(content["result"])
     name = shard_name(tar) if "://" in tar else os.path.basename(tar)
-    if not {entry.shard for entry in result.entries} <= {escaped(name)}:
+    named = {entry.shard for entry in result.entries}
+    named |= set() if result.checked is None else {result.checked.shard}
+    if not named <= {escaped(name)}:
         raise ValueError("an entry of another tar")
     return Known(state, result)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastmoco_pipelines.files import write_json
-from fastmoco_pipelines.formats.quarantine import QuarantineEntry, entry_of
+from fastmoco_pipelines.formats.quarantine import CheckedTar, QuarantineEntry, checked_of, entry_of
 from fastmoco_pipelines.text import escaped
 
 FORMAT = "fastmoco-check"
@@ -80,6 +80,7 @@ class TarResult:
         refused: loaders refuse the tar as it is; `unindexed`: it has no index.
         restarts: decoding processes that ended at work on it.
         entries: of the quarantine list.
+        checked: the tar's own line in that list, if its index is of an earlier state of it.
     """
 
     promised: int = 0
@@ -92,6 +93,7 @@ class TarResult:
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     entries: list[QuarantineEntry] = field(default_factory=list)
+    checked: CheckedTar | None = None
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
@@ -102,7 +104,9 @@ class TarResult:
         """
         faults = [_fault_of(fault) for fault in content["faults"]]
         entries = [entry_of(entry) for entry in content["entries"]]
-        result = cls(**(content | {"faults": faults, "entries": entries}))
+        checked = content.get("checked")
+        own = None if checked is None else checked_of(checked)
+        result = cls(**(content | {"faults": faults, "entries": entries, "checked": own}))
         counts = ("promised", "delivered", "quarantined", "left_out", "restarts")
         if not all(type(getattr(result, name)) is int for name in counts):
             raise TypeError("a count is no whole number")
@@ -140,7 +144,8 @@ class CheckReport:
         quarantined: those that it cannot, the lost ones among them.
         left_out: further members that would be samples but that no index lists, for the reason
             given.
-        refused_shards: tars that loaders refuse as they are, because index or tar is damaged.
+        refused_shards: tars that loaders refuse as they are, because index or tar is damaged, and
+            the list, if it is written, does not make up for it.
         unindexed: tars without an index, which count as refused too; no fault.
         restarts: decoding processes that ended at work.
         faults: in the order of the shards.

@@ -24,13 +24,13 @@ from fastmoco_pipelines.formats.index_file import CURE
 from fastmoco_pipelines.formats.members import split_name
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.inspecting.checked_set import CheckedSet, Meter, Progress, open_checked
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, DecodePool, Item
 from fastmoco_pipelines.inspecting.draw import draw_sample, share_bound
 from fastmoco_pipelines.inspecting.report import CheckReport
 from fastmoco_pipelines.inspecting.tar_check import Candidate, TarCheck
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.views.decode_pool import ChildLimits, DecodePool, Item
 
 _GROUP_IMAGES = 512
 _GROUP_BYTES = 128 << 20

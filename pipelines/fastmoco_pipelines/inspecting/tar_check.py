@@ -3,6 +3,8 @@ decoded in a child process."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +18,16 @@ from fastmoco_pipelines.formats.index import (
     lost_entry,
     read_any_index,
     read_paths,
+    tar_hash,
 )
-from fastmoco_pipelines.formats.index_file import ShardIndex
+from fastmoco_pipelines.formats.index_file import CURE, ShardIndex, records_of
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.members import TarContent, group_members, split_name
-from fastmoco_pipelines.formats.quarantine import Quarantine
+from fastmoco_pipelines.formats.quarantine import NAME as LIST
+from fastmoco_pipelines.formats.quarantine import CheckedTar, Quarantine, now
 from fastmoco_pipelines.formats.tar import walk_damaged
-from fastmoco_pipelines.inspecting.decode_pool import Decoded, DecodePool, Item
 from fastmoco_pipelines.inspecting.report import Fault, TarResult
+from fastmoco_pipelines.views.decode_pool import Decoded, DecodePool, Item
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class TarCheck:
         self._look_at_damages(damages)
         if not (content.samples or damages):
             self.fault("", "empty tar", "it holds no sample")
-            self.result.refused = True
+            self.result.refused |= self.index is None
         self._keep_promise()
         self.result.restarts = pool.restarts - restarts
         return self.result
@@ -136,7 +140,6 @@ class TarCheck:
         if self.fits:
             self.index = index
             return
-        self.result.refused = True
 
         # A stale index: of an earlier state if it lists half of the images at their places.
         places = set(zip(index.columns["offset"], index.columns["size"], index.keys, strict=True))
@@ -149,20 +152,27 @@ class TarCheck:
         # Without images there is nothing to compare: the name decides.
         if index.tar == self.path.name and 2 * known >= len(tried):
             self.index = index
+            self.result.checked = CheckedTar(
+                shard=self.path.name,
+                tar_bytes=os.path.getsize(self.path),
+                tar_hash=tar_hash(self.path),
+                records=hashlib.sha256(records_of(index).tobytes()).hexdigest(),
+                when=now(),
+            )
             what = (
                 "was made for an earlier state of this tar; it still lists the samples that are "
-                "lost"
+                f"lost, and by {LIST} beside it training goes on without them: copy the tar again "
+                "from its source to get them back. Only if the tar is to stay as it is, "
+                f"{CURE}, for new runs"
             )
         else:
+            self.result.refused = True
             what = (
                 f"was made for another tar ({index.tar}) or a state that this one has nothing to "
-                "do with; it is ignored"
+                "do with; it is ignored: copy the tar again from its source, with its index. Only "
+                f"if the tar is to stay as it is, {CURE}, for new runs"
             )
-        self.fault(
-            "",
-            "stale index",
-            f"{index_name(self.path)} {what}: run `fastmoco data index` on the shards",
-        )
+        self.fault("", "stale index", f"{index_name(self.path)} {what}")
 
     def _candidates(self, content: TarContent) -> list[Candidate]:
         path = str(self.path)
@@ -197,10 +207,7 @@ class TarCheck:
             reason = f"its header declares another size than the index, {width}x{height} pixels"
         if candidate.row is None and self.fits and not kind:
             kind = "not indexed"
-            reason = (
-                "is a good image that the index does not list: run `fastmoco data index` on the "
-                "shards"
-            )
+            reason = f"is a good image that the index does not list: {CURE}"
 
         # The account: an image counts if an index lists it, or would list it.
         counted = candidate.row is not None or (not self.fits and decoded.listed)

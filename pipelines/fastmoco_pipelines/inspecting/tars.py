@@ -27,11 +27,11 @@ from fastmoco_pipelines.formats.index import (
     tar_hash,
 )
 from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
-from fastmoco_pipelines.inspecting.decode_pool import Item
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import Copy, LocalTars, RemoteTars
 from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.stores.transfer import read_range
+from fastmoco_pipelines.views.decode_pool import Item
 
 _NO_RANGES = (
     "so that a sample would cost as much as everything: check the whole set, without --sample"

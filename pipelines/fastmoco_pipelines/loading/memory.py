@@ -74,9 +74,12 @@ def loader_bytes(spec: LoaderSpec, world_size: int = 1) -> LoaderBytes:
     if on_gpu:
         dali = run * (ENCODED_BYTES + IMAGE_BYTES) + sum(_cut_bytes(view, run) for view in views)
         color = max(_color_bytes(view, run) for view in views)
-        scratch = int(MARGIN * dali) + color + parts + spec.threads * DECODER_BYTES
+        # Large images fill the budget, whatever the usual ones take.
+        scratch = max(int(MARGIN * dali), spec.decode_bytes)
+        scratch += color + parts + spec.threads * DECODER_BYTES
     else:
-        scratch = int(MARGIN * run * (ENCODED_BYTES + IMAGE_BYTES)) + parts
+        images = min(run * IMAGE_BYTES, spec.decode_bytes)
+        scratch = int(MARGIN * (run * ENCODED_BYTES + images)) + parts
     return LoaderBytes(batch_bytes=batch, ready_bytes=ahead * batch, scratch_bytes=scratch)
 
 

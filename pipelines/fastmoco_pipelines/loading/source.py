@@ -93,6 +93,9 @@ class Source:
 
         places = prepared.places
         step = places.step
+        if self.healer.bad.contains(places.ids).any():  # found since they were read
+            with self.clock.stage(HEAL, step):
+                prepared = self._drawn(places, self.healer.fill(self.plan, places))
         trial = Trial(self.healer)
         while True:
             try:

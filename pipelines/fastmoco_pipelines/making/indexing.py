@@ -250,7 +250,7 @@ def _index(
             write_json_index(path, read_any_index(path))
     sizes = dict(zip(tars.paths, tars.sizes, strict=True))
     _write_manifests(list(found), numbered, sizes, hashes)
-    _correct_packed(damaged, sizes, hashes)
+    _correct_packed(list(found), damaged, sizes, hashes)
 
     # A damaged tar is reported after the others have been indexed.
     if failures:
@@ -417,12 +417,24 @@ def _write_manifests(
         write_sets(folder, sets)
 
 
-def _correct_packed(tars: Sequence[Path], sizes: dict[Path, int], hashes: dict[Path, str]) -> None:
-    """The entries of salvaged tars in the manifests of packed sets: what is left of each, so that a
-    loader takes it for the shard that is listed."""
+def _correct_packed(
+    tars: Sequence[Path], damaged: Sequence[Path], sizes: dict[Path, int], hashes: dict[Path, str]
+) -> None:
+    """The entries of tars in the manifests of packed sets, where a tar was salvaged or is another
+    than the one that is listed: what it holds now, so that a loader takes it for that shard."""
     for folder, group in groupby(sorted(tars), key=lambda path: path.parent):
-        salvaged = {path.name: path for path in group}
         sets = read_sets(folder)
+        listed = {
+            shard["name"]: (shard.get("samples"), shard.get("bytes"))
+            for entry in sets.values()
+            for shard in entry["shards"]
+        }
+        salvaged = {
+            path.name: path
+            for path in group
+            if path.name in listed
+            and (path in damaged or listed[path.name] != (len(read_any_index(path)), sizes[path]))
+        }
         packed = [entry for entry in sets.values() if not _is_from_here(entry)]
         packed = [e for e in packed if salvaged.keys() & {shard["name"] for shard in e["shards"]}]
         for entry in packed:

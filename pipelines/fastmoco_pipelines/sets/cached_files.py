@@ -50,7 +50,7 @@ class CachedFiles:
         self._stop = stop  # of transfers of indexes
         self._fetcher = fetcher
         self._count = count
-        self.quarantine = lists
+        self._lists = lists
         self._open: OrderedDict[int, int] = OrderedDict()
         self.reading = (0, 0)
         self._planned: set[int] | None = None
@@ -84,6 +84,18 @@ class CachedFiles:
                     raise
                 found |= dict.fromkeys(members, error)
         return [found[i] for i in range(len(places))]
+
+    def quarantine(self) -> tuple[Quarantine, list[str]]:
+        """The lists beside the shards, as one, and what is wrong with them, in sentences. A shard
+        that has changed on the server, and was checked since, is read in its new state from now
+        on."""
+        from fastmoco_pipelines.sets.remote_set import as_checked
+
+        found, problems = self._lists()
+        if found.checked:
+            limits = self._fetcher.limits
+            self._fetcher.change(lambda shard: as_checked(shard, found.checked.values(), limits))
+        return found, problems
 
     def will_need(self, places: Sequence[Place]) -> None:
         """As for local files, for open copies only: this never waits for a server."""

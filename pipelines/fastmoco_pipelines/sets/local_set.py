@@ -4,6 +4,7 @@ indexes, and their entries in the manifests."""
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,8 @@ from fastmoco_pipelines.formats.index_file import (
 from fastmoco_pipelines.formats.index_json import MAX_JSON_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, read_sets
+from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
+from fastmoco_pipelines.formats.quarantine import read_list
 from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, spells_out
@@ -96,7 +99,9 @@ def open_local(pattern: str) -> LocalSet:
         return OpenedSet(shards, classes)
 
     seen = [*paths, *(path + SUFFIX for path in paths)]
-    manifests = [os.path.join(folder, MANIFEST) for folder in folders]
+    manifests = [
+        os.path.join(folder, name) for folder in folders for name in (MANIFEST, QUARANTINE)
+    ]
     opened = once_a_host(seen, manifests, str(explicit), read)
     return LocalSet(
         paths=paths,
@@ -143,6 +148,8 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
             raise ShardError(f"{os.path.basename(tar)}: is gone. {_CURE_TAR}")
         if found is not None and (found[0].tar_bytes, found[0].tar_hash) == identity:
             return shard_row(found[0]), None
+        if found is not None and _is_checked(tar, found[0], identity):
+            return shard_row(found[0]), None
 
         # An earlier version of fastmoco writes the JSON form beside a binary one, which is then
         # stale.
@@ -152,7 +159,8 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
                 continue  # `data index` has written it meanwhile
             raise ShardError(missing(Path(tar)) if found is None else stale(Path(tar), path.name))
         header = converted.header
-        if (header.tar_bytes, header.tar_hash) != identity:
+        fits = (header.tar_bytes, header.tar_hash) == identity
+        if not fits and (found is not None or not _is_checked(tar, header, identity)):
             raise ShardError(stale(Path(tar), converted.name if found is None else path.name))
 
         # A newer index is never replaced: it may have labels that the JSON form has not.
@@ -166,6 +174,20 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
         f"{path.name}: cannot be opened, or changes all the time: {CURE}, and start this command "
         "when that has ended."
     )
+
+
+def _is_checked(tar: str, header: IndexHeader, identity: tuple[int, str]) -> bool:
+    """Whether `data check` has compared this state of a tar with this index of an earlier one: the
+    list beside it has what is lost."""
+    folder, name = os.path.split(tar)
+    lists, _ = read_list(Path(folder) / QUARANTINE)
+    known = (name, *identity, header.records_hash) in lists.checked
+    if known:
+        logging.getLogger(__name__).warning(
+            f"{name}: has changed since it was indexed; by {QUARANTINE}, which `fastmoco data check` "
+            "has written since, the images that are left are used"
+        )
+    return known
 
 
 def _binary_header(path: Path) -> tuple[IndexHeader, os.stat_result] | None:

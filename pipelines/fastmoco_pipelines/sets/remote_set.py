@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import AbsentError, AccessError, ShardError
-from fastmoco_pipelines.formats.index import open_index
+from fastmoco_pipelines.formats.index import END_BYTES, open_index
 from fastmoco_pipelines.formats.index_file import (
     CURE,
     MAX_INDEX_BYTES,
@@ -35,14 +35,20 @@ from fastmoco_pipelines.formats.index_json import JSON_SUFFIX, MAX_JSON_BYTES
 from fastmoco_pipelines.formats.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import FolderOfShards, check_folders, parse_sets
-from fastmoco_pipelines.formats.quarantine import MAX_LIST_BYTES, Quarantine
+from fastmoco_pipelines.formats.quarantine import CURE as CURE_LIST
+from fastmoco_pipelines.formats.quarantine import MAX_LIST_BYTES, CheckedTar, Quarantine
 from fastmoco_pipelines.formats.quarantine import NAME as QUARANTINE
 from fastmoco_pipelines.sets.patterns import expand_braces
 from fastmoco_pipelines.sets.records import SHARD, shard_row
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.retries import Limits, retried
 from fastmoco_pipelines.stores.table import store_of
-from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document
+from fastmoco_pipelines.stores.transfer import (
+    RemoteShard,
+    fetch_document,
+    file_head,
+    read_range,
+)
 from fastmoco_pipelines.text import STORES, redact, shard_name, split_url, without_user
 
 THREADS = 16
@@ -53,6 +59,7 @@ _LOGIN = (
     "For a private or gated set give a header in FASTMOCO_HTTP_HEADERS or a token in HF_TOKEN "
     "(docs/data.md)"
 )
+_NO_RANGES = "so that it is not known which state of the shard it has: copy it there again"
 T = TypeVar("T")
 
 
@@ -178,8 +185,37 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
         if read.broken:
             problems.append(
                 f"{redact(url)}: {read.broken} lines are not entries of a list and were skipped"
+                f"{CURE_LIST}"
             )
     return found, problems
+
+
+def as_checked(shard: RemoteShard, checked: Iterable[CheckedTar], limits: Limits) -> RemoteShard:
+    """A shard as it was last checked, if the server has that state of it, and not the indexed one.
+
+    Args:
+        shard: as its index describes it.
+        checked: the tars of the lists beside the shards.
+        limits: times and tries.
+
+    Raises:
+        RemoteError: if the server fails.
+    """
+    ours = {
+        (tar.tar_bytes, tar.tar_hash)
+        for tar in checked
+        if (tar.shard, tar.records) == (shard.name, shard.records)
+    }
+    if not ours:
+        return shard
+    size = file_head(shard.url, limits).size
+    ends = [(0, min(size, END_BYTES)), (max(0, size - END_BYTES), min(size, END_BYTES))]
+    read = (
+        read_range(shard.url, *end, limits, threading.Event(), cure=_NO_RANGES) if size else b""
+        for end in ends
+    )
+    state = (size, hashlib.sha256(b"".join(read)).hexdigest())
+    return shard.changed_to(*state) if state in ours else shard
 
 
 class SmallFiles:

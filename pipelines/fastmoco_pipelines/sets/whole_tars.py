@@ -16,15 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from time import monotonic
 
-from fastmoco_pipelines.errors import (
-    AbsentError,
-    RemoteError,
-    ShardError,
-    StoppedError,
-    WrongContentError,
-)
+from fastmoco_pipelines.errors import AbsentError, RemoteError, ShardError, StoppedError
 from fastmoco_pipelines.formats.index import open_index
 from fastmoco_pipelines.formats.index_file import MAX_INDEX_BYTES, SUFFIX
 from fastmoco_pipelines.formats.index_json import JSON_SUFFIX, MAX_JSON_BYTES
@@ -35,10 +28,8 @@ from fastmoco_pipelines.sets.remote_set import THREADS, SmallFiles, beside, find
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.fetcher import ShardFetcher
-from fastmoco_pipelines.stores.retries import Limits, retried
-from fastmoco_pipelines.stores.store import Request
-from fastmoco_pipelines.stores.table import open_url
-from fastmoco_pipelines.stores.transfer import RemoteShard, fetch_document, verify
+from fastmoco_pipelines.stores.retries import Limits
+from fastmoco_pipelines.stores.transfer import Head, RemoteShard, fetch_document, file_head, verify
 from fastmoco_pipelines.text import redact, shard_name
 
 
@@ -73,15 +64,6 @@ class LocalTars:
 
     def close(self) -> None:
         """Nothing to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What a server reports of a file: its size in bytes, and its validator, which changes with
-    it."""
-
-    size: int
-    validator: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +116,7 @@ class RemoteTars:
         ) as pool:
             answers = list(pool.map(self._head, urls))
         self._heads = {
-            url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, _Head)
+            url: head for url, head in zip(urls, answers, strict=True) if isinstance(head, Head)
         }
         self._urls = list(self._heads)
 
@@ -208,7 +190,7 @@ class RemoteTars:
 
     def exists(self, path: Path) -> bool:
         """Whether a further tar is on the server, in the place of a folder of this machine."""
-        return isinstance(self._head(beside(self.urls[path.parent], path.name)), _Head)
+        return isinstance(self._head(beside(self.urls[path.parent], path.name)), Head)
 
     def close(self) -> None:
         """End the transfers."""
@@ -275,28 +257,10 @@ class RemoteTars:
                 return suffix, fetch_document(place, self._limits, Event(), most=most)[1]
         return "", None
 
-    def _head(self, url: str) -> _Head | AbsentError:
+    def _head(self, url: str) -> Head | AbsentError:
         """What the server reports of a tar."""
-        deadline = monotonic() + self._limits.deadline_seconds
-
-        def ask(stop: int | None) -> _Head:
-            request = Request(url=url, stop=stop, limits=self._limits, deadline=deadline)
-            with open_url(request) as body:
-                if body.total is None:
-                    raise RemoteError(
-                        f"{redact(url)}: the server does not report its size: have it send "
-                        "Content-Length"
-                    )
-                return _Head(body.total, body.validator)
-
-        def attempt() -> _Head:
-            try:
-                return ask(1)
-            except WrongContentError:  # an empty file has no first byte
-                return ask(None)
-
         try:
-            return retried(url, self._limits, deadline, Event(), attempt)
+            return file_head(url, self._limits)
         except AbsentError as error:
             return error
 

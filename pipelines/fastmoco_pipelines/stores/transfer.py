@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
@@ -54,6 +54,8 @@ class RemoteShard:
     """Name of its copy in a cache: a hash of its URL (without user, password and query, which
     change while the file does not) and its content. Shards of one file name in two folders, or two
     states of a shard, have different keys."""
+    records: str = ""
+    """SHA-256 (hex) of the records of its index; empty where there is none."""
 
     @classmethod
     def from_header(
@@ -64,21 +66,67 @@ class RemoteShard:
         rows: Callable[[], Iterable[tuple[int, int, int]]],
     ) -> Self:
         """The shard that an index was made for."""
-        records = header.sections["records"].sha256
-        identity = repr((redact(url), header.tar_bytes, header.tar_hash, sha256, records))
+        records = header.records_hash
         return cls(
             url=url,
             size=header.tar_bytes,
             tar_hash=header.tar_hash,
             sha256=sha256,
             rows=rows,
-            key=hashlib.sha256(identity.encode()).hexdigest(),
+            key=_key(url, header.tar_bytes, header.tar_hash, sha256, records),
+            records=records,
         )
+
+    def changed_to(self, size: int, tar_hash: str) -> Self:
+        """The same shard in a later state, of which `data check` has listed what is lost."""
+        key = _key(self.url, size, tar_hash, None, self.records)
+        return replace(self, size=size, tar_hash=tar_hash, sha256=None, key=key)
 
     @property
     def name(self) -> str:
         """Its file name."""
         return shard_name(self.url)
+
+
+def _key(url: str, size: int, tar_hash: str, sha256: str | None, records: str) -> str:
+    identity = repr((redact(url), size, tar_hash, sha256, records))
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a server reports of a file: its size in bytes, and its validator, which changes with
+    it."""
+
+    size: int
+    validator: str
+
+
+def file_head(url: str, limits: Limits) -> Head:
+    """Ask for the size of a file, whose content is not read.
+
+    Raises:
+        AbsentError, RemoteError: naming the URL and the cause.
+    """
+    deadline = time.monotonic() + limits.deadline_seconds
+
+    def ask(stop: int | None) -> Head:
+        request = Request(url=url, stop=stop, limits=limits, deadline=deadline)
+        with open_url(request) as body:
+            if body.total is None:
+                raise RemoteError(
+                    f"{redact(url)}: the server does not report its size: have it send "
+                    "Content-Length"
+                )
+            return Head(body.total, body.validator)
+
+    def attempt() -> Head:
+        try:
+            return ask(1)
+        except WrongContentError:  # an empty file has no first byte
+            return ask(None)
+
+    return retried(url, limits, deadline, threading.Event(), attempt)
 
 
 def fetch_document(
@@ -168,7 +216,23 @@ def read_range(
     return retried(url, limits, deadline, stop, attempt)
 
 
-def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
+class Watcher(Protocol):
+    """Follows a transfer."""
+
+    def arrived(self, size: int) -> object:
+        """Some bytes have come."""
+
+    def failed(self, error: PassingError) -> None:
+        """One try has failed."""
+
+
+def download(
+    shard: RemoteShard,
+    part: PartFile,
+    limits: Limits,
+    stop: threading.Event,
+    watcher: Watcher,
+) -> None:
     """Fill `part` with a shard; when this returns, its bytes are checked.
 
     If its size and ends are right and two downloads bring the very same wrong bytes in between,
@@ -192,7 +256,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
             )
             try:
                 with open_url(request) as body:
-                    _take(shard, part, body, start, stop, deadline)
+                    _take(shard, part, body, start, stop, deadline, watcher)
             except WrongContentError:
                 part.restart("")
                 raise
@@ -211,7 +275,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     def arrived() -> int:
         return os.fstat(part.descriptor).st_size
 
-    retried(shard.url, limits, deadline, stop, attempt, arrived)
+    retried(shard.url, limits, deadline, stop, attempt, arrived, watcher.failed)
 
 
 def verify(shard: RemoteShard, descriptor: int) -> str | None:
@@ -247,6 +311,7 @@ def _take(
     start: int,
     stop: threading.Event,
     deadline: float,
+    watcher: Watcher,
 ) -> None:
     """Write one answer into the part."""
     where = redact(shard.url)
@@ -267,6 +332,7 @@ def _take(
                 f"{where}: has more than the {shard.size} bytes of its index ({body.kind})"
             )
         _write(part.descriptor, chunk, length - len(chunk))
+        watcher.arrived(len(chunk))
     if length < shard.size:
         raise PassingError(f"{where}: ended after {length} of {shard.size} bytes")
 

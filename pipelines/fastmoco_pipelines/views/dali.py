@@ -27,7 +27,15 @@ from torch.utils.dlpack import from_dlpack
 
 from fastmoco_kernels.cut_views.native import native_library
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.spec import Device, EvalSpec, ViewSpec, each_view, require, require_views
+from fastmoco_pipelines.spec import (
+    SECONDS_PER_IMAGE,
+    Device,
+    EvalSpec,
+    ViewSpec,
+    each_view,
+    require,
+    require_views,
+)
 from fastmoco_pipelines.views.arguments import named_inputs
 from fastmoco_pipelines.views.draws import ViewDraws
 from fastmoco_pipelines.views.engine import Engine
@@ -53,6 +61,10 @@ class ViewPipeline:
         device: where to decode and augment.
         device_id: ordinal of the GPU (0 if not given); ignored on the CPU.
         view_dtype: "float32", normalised, or "uint8": the levels, without the normalisation.
+        decode_bytes: largest size of the decoded images, and of the windows that DALI cuts from
+            them, of one run that is of more than one image; 0: as usual on the device. It changes
+            no bit.
+        seconds_per_image: longest time to decode one.
 
     Raises:
         ValueError: if a size is out of its range, there is no view, or the device or a view's color
@@ -69,6 +81,8 @@ class ViewPipeline:
         device: Device = "cpu",
         device_id: int | None = None,
         view_dtype: Literal["float32", "uint8"] = "float32",
+        decode_bytes: int = 0,
+        seconds_per_image: float = SECONDS_PER_IMAGE,
     ) -> None:
         require(
             view_dtype in ("float32", "uint8"), "view_dtype", view_dtype, 'is "float32" or "uint8"'
@@ -91,12 +105,19 @@ class ViewPipeline:
         # Without DALI, on a CPU: Pillow decodes, and all views are cut here.
         self._engine: Engine
         _require_device(device)
+        limits: dict[str, Any] = {
+            "batch_size": batch_size,
+            "sub_batch": sub_batch,
+            "threads": threads,
+            "decode_bytes": decode_bytes,
+            "seconds_per_image": seconds_per_image,
+        }
         if not has_dali():
             for number, view in enumerate(self.views, start=1):
                 otherwise = f"cut the view from decoded images: --data.view{number}.color exact"
                 if not self._cut_here(view):
                     require_dali(f"view{number}.color", view.color, otherwise)
-            self._engine = PillowEngine(batch_size=batch_size, sub_batch=sub_batch, threads=threads)
+            self._engine = PillowEngine(**limits)
             return
 
         def graph() -> Any:
@@ -111,14 +132,7 @@ class ViewPipeline:
             ]
             return tuple([images, *cut] if self._decoded else cut)
 
-        self._engine = Engine(
-            graph,
-            batch_size=batch_size,
-            sub_batch=sub_batch,
-            threads=threads,
-            device=device,
-            device_id=device_id,
-        )
+        self._engine = Engine(graph, device=device, device_id=device_id, **limits)
 
     @property
     def augment_seconds(self) -> float:
@@ -182,7 +196,11 @@ class ViewPipeline:
                 for view, some in drawn
             ]
 
-        return tuple(self._engine.run(encoded, inputs, finish, before_output, finishing))
+        beside = np.zeros(len(encoded), np.int64)
+        for view, some in drawn:
+            if not self._cut_here(view):  # DALI cuts the window into memory of its own
+                beside += 3 * np.prod(some.crop[:, 2:], axis=1, dtype=np.int64)
+        return tuple(self._engine.run(encoded, inputs, finish, before_output, beside, finishing))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
         """One output of DALI's graph that is a view, or a view before its color operations."""

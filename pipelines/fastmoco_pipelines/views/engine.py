@@ -1,8 +1,8 @@
 """One DALI pipeline at work: built when needed, run on parts of a batch, its outputs taken over.
 
-DALI's buffers are as large as what it works on at once. So a batch goes through in parts of bounded
-size, and each part is written into its rows of the batch. A row depends on its own image and draws,
-so the parts change nothing.
+DALI's buffers are as large as what it works on at once. So a batch goes through in parts of a
+bounded number of images and a bounded size of these when they are decoded, and each part is written
+into its rows of the batch. A row depends on its own image and draws, so the parts change nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError, StructureError
 from fastmoco_pipelines.formats.images import decodable
-from fastmoco_pipelines.spec import Device, require
+from fastmoco_pipelines.spec import DECODE_GB, SECONDS_PER_IMAGE, Device, require
 from fastmoco_pipelines.views.runtime import build_pipeline
+from fastmoco_pipelines.views.watch import StuckError, watched
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -44,6 +46,9 @@ class Engine:
         threads: DALI worker threads.
         device: where it works.
         device_id: ordinal of the GPU (0 if not given); ignored on the CPU.
+        decode_bytes: largest size of the decoded images of one run, where it is more than one; 0:
+            as usual on the device.
+        seconds_per_image: longest time to decode one.
 
     Attributes:
         finish_seconds: of the last batch, spent on the outputs of DALI.
@@ -58,6 +63,8 @@ class Engine:
         threads: int,
         device: Device,
         device_id: int | None,
+        decode_bytes: int = 0,
+        seconds_per_image: float = SECONDS_PER_IMAGE,
     ) -> None:
         require(batch_size >= 1, "batch_size", batch_size, "needs at least one image")
         require(
@@ -71,6 +78,8 @@ class Engine:
         self.finish_seconds = 0.0
         self._batch_size = batch_size
         self._sub_batch = min(sub_batch or batch_size, batch_size)
+        self._decode_bytes = decode_bytes or int(1e9 * DECODE_GB[device])
+        self._seconds = seconds_per_image
         self._graph = graph
         self._on_gpu = device == "gpu"
         self._device_id = device_id or 0
@@ -91,6 +100,7 @@ class Engine:
         inputs: Inputs,
         finish: Finish,
         before_output: Callable[[], None] | None = None,
+        beside: NDArray[np.int64] | None = None,
         finishing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> list[Tensor]:
         """Run one batch, and its outputs through `finish`; every tensor returned owns its memory.
@@ -100,10 +110,12 @@ class Engine:
             inputs: called for each part of the rows.
             finish: called with the outputs of each part; a part's first dimension is its rows.
             before_output: called once, before memory is taken for the batch.
+            beside: [B] bytes that DALI takes for each image beside the decoded one; None: nothing.
             finishing: makes the contexts of the work on DALI's outputs.
 
         Raises:
-            DecodeError: if an image's structure is broken, with rows of the batch, or DALI fails.
+            DecodeError: if an image's structure is broken or its decoding does not end, with rows
+                of the batch, or DALI fails.
         """
         count = len(encoded)
         require(
@@ -117,31 +129,38 @@ class Engine:
         # images alone, without the metadata over which it stumbles or prints.
         faults: list[tuple[int, str]] = []
         plain = []
+        sizes = []
+        pixels = []
         for row, image in enumerate(encoded):
             try:
-                plain.append(np.frombuffer(decodable(image.tobytes()), np.uint8))
+                data, found = decodable(image.tobytes())
+                plain.append(np.frombuffer(data, np.uint8))
+                sizes.append(found.decoder_bytes + (0 if beside is None else int(beside[row])))
+                pixels.append(found.pixels)
             except StructureError as error:
                 faults.append((row, str(error)))
         if faults:
-            row, fault = faults[0]
-            raise DecodeError(
-                f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}",
-                tuple(faults),
-            )
+            raise _refusal(faults, count)
         whole: list[Tensor] = []
         self.finish_seconds = 0.0
-        for first in range(0, count, self._sub_batch):
-            rows = slice(first, min(first + self._sub_batch, count))
-            outputs = self._outputs(plain[rows], inputs(rows), rows, count)
+        for rows in parts_of(sizes, self._sub_batch, self._decode_bytes):
+            decode = partial(self._outputs, plain[rows], inputs(rows), rows, count)
+            try:
+                outputs = watched(decode, plain[rows], sum(pixels[rows]), seconds=self._seconds)
+            except StuckError as stuck:
+                if stuck.at_work:
+                    self._leave_behind()
+                faults = [(rows.start + row, why) for row, why in stuck.reasons.items()]
+                raise _refusal(faults, count) from None
             start = time.perf_counter()
             try:
-                if before_output is not None and not first:
+                if before_output is not None and not rows.start:
                     before_output()
                 with finishing(), self._own_stream():
                     whole = _gathered(whole, finish(outputs, rows), rows, count)
             finally:
                 self.finish_seconds += time.perf_counter() - start
-            del outputs  # or DALI could not use their memory in its next run
+            del outputs, decode  # or DALI could not use their memory in its next run
         if self._on_gpu:
             for tensor in whole:
                 # This memory belongs to the side stream: when the trainer drops it, it may be given
@@ -169,11 +188,16 @@ class Engine:
             return outputs
         # DALI raises several types; whichever it was, its pipeline is void now
         except Exception as error:
-            self._pipeline = None
+            if self._pipeline is pipeline:  # and not one that was built since
+                self._pipeline = None
             part = f" (images {rows.start} to {rows.stop - 1})" if len(encoded) < count else ""
             raise DecodeError(
                 f"DALI could not make the views of a batch of {count}{part}: {error}"
             ) from error
+
+    def _leave_behind(self) -> None:
+        """Take another decoder from now on: the thread that waits for this one keeps it."""
+        self._pipeline = None
 
     @contextlib.contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -193,6 +217,31 @@ class Engine:
                 yield
         finally:
             self._stream.synchronize()
+
+
+def parts_of(sizes: Sequence[int], most: int, budget: int) -> Iterator[slice]:
+    """The rows of a batch in parts, in order.
+
+    Args:
+        sizes: bytes of each row; at least one row.
+        most: rows of a part at most.
+        budget: bytes of a part at most, unless it is one row.
+    """
+    first = 0
+    held = 0
+    for row, size in enumerate(sizes):
+        if row > first and (row - first == most or held + size > budget):
+            yield slice(first, row)
+            first, held = row, 0
+        held += size
+    yield slice(first, len(sizes))
+
+
+def _refusal(faults: Sequence[tuple[int, str]], count: int) -> DecodeError:
+    """The error of a batch of `count` images, with the rows that are at fault and why."""
+    row, fault = faults[0]
+    what = f"{len(faults)} of {count} images cannot be decoded; image {row}: {fault}"
+    return DecodeError(what, tuple(faults))
 
 
 def _gathered(whole: list[Tensor], parts: list[Tensor], rows: slice, count: int) -> list[Tensor]:

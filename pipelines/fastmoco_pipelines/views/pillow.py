@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.spec import EvalSpec, ViewSpec
+from fastmoco_pipelines.spec import SECONDS_PER_IMAGE, EvalSpec, ViewSpec
 from fastmoco_pipelines.views.decoding import decode_image
 from fastmoco_pipelines.views.engine import Engine
 from fastmoco_pipelines.views.levels import normalise
@@ -32,9 +32,18 @@ class PillowEngine(Engine):
         batch_size: largest number of images of one batch.
         sub_batch: largest number of images that are decoded at once; None: one batch.
         threads: that decode.
+        decode_bytes, seconds_per_image: as of `Engine`.
     """
 
-    def __init__(self, *, batch_size: int, sub_batch: int | None = None, threads: int) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        sub_batch: int | None = None,
+        threads: int,
+        decode_bytes: int = 0,
+        seconds_per_image: float = SECONDS_PER_IMAGE,
+    ) -> None:
         def no_graph() -> Any:
             raise AssertionError("Pillow needs no graph")
 
@@ -45,6 +54,8 @@ class PillowEngine(Engine):
             threads=threads,
             device="cpu",
             device_id=None,
+            decode_bytes=decode_bytes,
+            seconds_per_image=seconds_per_image,
         )
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
@@ -75,6 +86,9 @@ class PillowEngine(Engine):
                 f"{len(faults)} of {count} images cannot be decoded; image {row}: {reason}", faults
             )
         return [decoded]
+
+    def _leave_behind(self) -> None:
+        self._pool = None
 
 
 def _decoded_or_reason(data: NDArray[np.uint8]) -> NDArray[np.uint8] | str:

@@ -32,6 +32,11 @@ def entry(i: int, **changes: object) -> dict[str, object]:
     return {**fields, "reason": "truncated", **changes}
 
 
+def checked_tar(**changes: object) -> dict[str, object]:
+    fields = {"shard": "a.tar", "tar_bytes": 1, "tar_hash": "0" * 64, "records": "1" * 64}
+    return {**fields, "when": "", **changes}
+
+
 def test_a_line_applies_only_to_the_very_bytes(tmp_path):
     quarantine = Quarantine()
     quarantine.add(**entry(3))
@@ -94,9 +99,14 @@ def test_a_missing_file_is_an_empty_list(tmp_path):
         json.dumps(entry(0) | {"shard": "a\0.tar", "when": ""}).encode(),
         json.dumps(entry(0) | {"file": [[[[[0]]]]], "when": ""}).encode(),
         b'{"shard": ' + b"9" * 5000 + b"}",
+        json.dumps(checked_tar(tar_bytes=1e300)).encode(),
+        json.dumps(checked_tar(tar_hash="x")).encode(),
+        json.dumps(checked_tar(records=None)).encode(),
+        json.dumps(checked_tar(shard="../a.tar")).encode(),
     ],
     ids=["torn", "no text", "a list", "deep", "negative", "truth value", "huge", "no reason"]
-    + ["1e300", "NaN", "size", "offset", "a path", "absolute", "a zero", "a deep file", "digits"],
+    + ["1e300", "NaN", "size", "offset", "a path", "absolute", "a zero", "a deep file", "digits"]
+    + ["bytes of a tar", "hash of a tar", "its records", "its path"],
 )
 def test_broken_lines_are_counted_and_the_rest_is_read(tmp_path, line):
     path = quarantine_path(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.formats.index import build_index, write_index
+from fastmoco_pipelines.formats.index import build_index, index_path, write_index
 from fastmoco_pipelines.formats.manifest import write_sets
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting.check import check_shards
@@ -78,23 +78,27 @@ def test_without_an_index_what_can_be_found_is_counted(damaged, reports):
     assert len(report.notes) == len(DAMAGES)  # each lacks its index
 
 
-def test_the_quarantine_and_the_loaders_view_of_it_agree(damaged, reports):
-    """A tar whose size and ends are right is opened: quarantined samples fail to read, all others
-    are delivered."""
+def test_the_quarantine_and_the_loaders_view_of_it_agree(damaged, reports, tmp_path):
+    """A tar whose size and ends are right is opened, and one that the list describes as it is now:
+    quarantined samples fail to read, all others are delivered."""
     (indexed, _), names = damaged
     quarantine = Quarantine.read(quarantine_path(indexed))
     assert len(quarantine) == reports[0].quarantined
     for tar, name in names.items():
-        if "stale index" in DAMAGES[name].kinds:
-            with pytest.raises(ShardError, match=tar):
-                ShardSet.open(str(indexed / tar))
-            continue
         shards = ShardSet.open(str(indexed / tar))
+        fault = "its bytes differ"
+        if "stale index" in DAMAGES[name].kinds:
+            fault = f"({fault}|the tar ends inside it)"
+            alone = tmp_path / tar
+            alone.write_bytes((indexed / tar).read_bytes())
+            index_path(alone).write_bytes(index_path(indexed / tar).read_bytes())
+            with pytest.raises(ShardError, match=tar):
+                ShardSet.open(str(alone))
         index = json_of(indexed / tar)
         bad = quarantine.rows(tar, index["offset"], index["size"], index["crc32"])
         for i in range(len(shards)):
             if i in bad:
-                with pytest.raises(ShardError, match=rf"{tar}: 0\d\d\.jpg: its bytes differ"):
+                with pytest.raises(ShardError, match=rf"{tar}: 0\d\d\.jpg: {fault}"):
                     shards.read(np.array([i]))
             else:
                 shards.read(np.array([i]))

@@ -15,7 +15,7 @@ from fastmoco_pipelines.formats.index import index_path, read_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import check_shards
-from fastmoco_pipelines.inspecting.decode_pool import ChildLimits, Decoded, DecodePool, Item
+from fastmoco_pipelines.views.decode_pool import ChildLimits, Decoded, DecodePool, Item
 from tests.pipelines.damage import listed
 
 # A child that does what an item's size asks for. It speaks the protocol of the real one, with each

@@ -15,7 +15,7 @@ import pytest
 
 from fastmoco_pipelines.errors import RemoteError, ShardError
 from fastmoco_pipelines.formats.index import build_index, index_path, read_index, write_index
-from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.formats.quarantine import CURE, Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import check_shards
@@ -142,6 +142,7 @@ def test_lines_about_other_tars_stay_and_the_default_name_tells_the_place(
         ]
         assert report.notes == [
             f"{server.url}/set/quarantine.jsonl: 1 lines are not entries of a list and were skipped"
+            f"{CURE}"
         ]
         path.unlink()
         assert not check_shards(f"{server.url}/set/", quarantine=False, **options).clean

@@ -19,6 +19,7 @@ from fastmoco_pipelines import LoaderSpec, build_loader, loader_bytes, moco_v3_v
 from fastmoco_pipelines.loading import loader as loader_module
 from fastmoco_pipelines.loading.memory import DECODER_BYTES
 from fastmoco_pipelines.loading.threads import BatchPlaces
+from fastmoco_pipelines.spec import DECODE_GB
 from fastmoco_pipelines.views.graph import GPU_DECODER
 from tests.pipelines.loading.test_loader import wait_until
 
@@ -66,6 +67,11 @@ def test_bytes_follow_the_spec() -> None:
     on_cpu = loader_bytes(replace(LARGE, device="cpu"))
     assert on_cpu.ready_bytes == 3 * on_cpu.batch_bytes  # two finished, one in the making
     assert on_cpu.scratch_bytes > 4096 * 600_000
+    # Large images fill the budget: on a GPU that is kept free, on a CPU no more is held.
+    most = replace(LARGE, decode_gb=3)
+    assert loader_bytes(most).scratch_bytes > 3e9 > plain.scratch_bytes > 1e9 * DECODE_GB["gpu"]
+    least = replace(LARGE, device="cpu", decode_gb=0.1)
+    assert loader_bytes(least).scratch_bytes < 4096 * 600_000
     with pytest.raises(
         ValueError, match="global_batch_size=4096: must be a multiple of world_size=3"
     ):

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
+from fastmoco_pipelines.formats.headers import structure
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import GPU_SUB_BATCH
 from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
-from fastmoco_pipelines.views.engine import Engine
+from fastmoco_pipelines.views.engine import Engine, parts_of
 from fastmoco_pipelines.views.graph import GPU_DECODER
 from tests.pipelines.dali_cases import draw, photographs
 from tests.pipelines.damage import damaged_copy
@@ -54,6 +56,49 @@ def test_parts_change_no_bit(sub_batch: int, view_dtype, encoded, draws) -> None
         encoded[:3], [each.rows(slice(3)) for each in draws]
     )  # a smaller batch than before
     assert all(torch.equal(made, wanted[:3]) for made, wanted in zip(some, whole, strict=True))
+
+
+def decoded_bytes(encoded, draws) -> list[int]:
+    """Of each image, with the window that DALI cuts for the second view."""
+    height, width = draws[1].crop[:, 2:].astype(int).T
+    sizes = [structure(image.tobytes()).decoder_bytes for image in encoded]
+    return [size + 3 * int(h * w) for size, h, w in zip(sizes, height, width, strict=True)]
+
+
+# Single ones, some of which are above it; two to three; all in one.
+@pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("view_dtype", ["float32", "uint8"])
+def test_a_budget_of_decoded_bytes_changes_no_bit(
+    share, view_dtype, encoded, draws, monkeypatch
+) -> None:
+    whole = pipeline(None, view_dtype=view_dtype).run(encoded, draws)
+    sizes = decoded_bytes(encoded, draws)
+    budget = int(share * sum(sizes))
+    ran: list[slice] = []
+    outputs = Engine._outputs
+
+    def seen(self, some, named, rows, count):
+        ran.append(rows)
+        return outputs(self, some, named, rows, count)
+
+    monkeypatch.setattr(Engine, "_outputs", seen)
+    made = pipeline(5, view_dtype=view_dtype, decode_bytes=budget).run(encoded, draws)
+    for got, wanted in zip(made, whole, strict=True):
+        assert torch.equal(got, wanted)
+    assert ran == list(parts_of(sizes, 5, budget))
+    assert all(rows.stop - rows.start == 1 or sum(sizes[rows]) <= budget for rows in ran)
+    assert (len(ran) == 11) == (share == 0.02)
+
+
+def test_parts_are_as_large_as_they_may_be() -> None:
+    def parts(sizes: list[int], most: int, budget: int) -> list[list[int]]:
+        return [sizes[rows] for rows in parts_of(sizes, most, budget)]
+
+    assert parts([4, 4, 4, 4, 4], 9, 8) == [[4, 4], [4, 4], [4]]
+    assert parts([9, 1, 9, 8, 1], 9, 8) == [[9], [1], [9], [8], [1]]
+    assert parts([1, 1, 1, 1, 9], 3, 8) == [[1, 1, 1], [1], [9]]
+    assert parts([9], 3, 8) == [[9]]
+    assert parts([0, 0, 0], 9, 1) == [[0, 0, 0]]
 
 
 def test_dali_never_sees_more_than_a_part(encoded, draws, monkeypatch) -> None:
@@ -106,8 +151,8 @@ def spec_of(folder: Path, **changes) -> LoaderSpec:
     return LoaderSpec(shards=str(folder), **options | changes)
 
 
-def take(spec: LoaderSpec) -> list[Batch]:
-    with build_loader(spec) as loader:
+def take(spec: LoaderSpec, start: int = 0) -> list[Batch]:
+    with build_loader(spec, start_step=start) as loader:
         return [loader.next() for _ in range(3)]
 
 
@@ -180,3 +225,15 @@ def test_parts_change_no_bit_on_a_gpu(encoded, draws) -> None:
         for made, wanted in zip(parts.run(encoded, draws), whole, strict=True):
             assert made.is_cuda
             assert torch.equal(made, wanted)
+
+
+def test_batches_under_a_budget_are_the_same_from_any_step(packed) -> None:
+    """With small crops too, and any number of images at once."""
+    small = replace(moco_v3_views(8)[0], crop_scale=(0.05, 0.4), copies=2)
+    spec = spec_of(packed, views=(*moco_v3_views(16), small))
+    wanted = take(spec)
+    for changes, start in (({}, 0), ({}, 2), ({"sub_batch": 3}, 1)):
+        tight = replace(spec, decode_gb=3e-6, **changes)  # two images of the set, or one
+        for got, want in zip(take(tight, start), wanted[start:], strict=False):
+            assert np.array_equal(got.sample_ids, want.sample_ids)
+            assert all(torch.equal(a, b) for a, b in zip(got.views, want.views, strict=True))

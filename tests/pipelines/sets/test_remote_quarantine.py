@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
+from fastmoco_pipelines.formats.quarantine import CURE, Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.sets import remote_set
 from fastmoco_pipelines.sets.shard_set import ShardSet
@@ -96,7 +96,8 @@ def test_lines_that_match_nothing_and_lines_that_are_none_are_counted(folder, sp
         bad, news, count = known(f"{server.url}/", spec)
         local, local_news, local_count = known(str(folder), spec)
         assert (bad, count) == (local, local_count) == ([1, 40], 1)
-        assert news[0] == f"{server.url}/{NAME}: 3 lines are not entries of a list and were skipped"
+        skipped = f"3 lines are not entries of a list and were skipped{CURE}"
+        assert news[0] == f"{server.url}/{NAME}: {skipped}"
         assert news[1:] == local_news[1:]
         assert "1 of its lines match no sample any more" in news[1]
         server.always[NAME] = html()

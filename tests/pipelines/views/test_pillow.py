@@ -60,7 +60,7 @@ def without_dali(monkeypatch):
 def dali_levels():
     """Every image of the corpus, decoded by DALI."""
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     decoder = Decoder()
     return {name: np.array(decoder.decode(data)) for name, data in (GOOD | ODD).items()}
@@ -81,7 +81,7 @@ def test_jpegs_of_every_subsampling_and_odd_size_have_the_levels_of_dali(dali_le
 
 def test_every_level_of_a_grey_png_of_16_bits_is_that_of_dali() -> None:
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     levels = np.arange(65536, dtype=">u2").reshape(256, 256)
     rows = b"".join(b"\0" + row.tobytes() for row in levels)
@@ -99,15 +99,17 @@ def test_damaged_pixels_are_an_error_that_names_the_row(without_dali) -> None:
     assert len(pipeline.run(files[:20])) == 20  # usable again
 
 
-@pytest.mark.parametrize("sub_batch", [None, 3])
-def test_views_are_equal_to_the_bit(sub_batch, without_dali, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "parts", [{}, {"sub_batch": 3}, {"decode_bytes": 60_000}, {"decode_bytes": 1}]
+)
+def test_views_are_equal_to_the_bit(parts, without_dali, monkeypatch) -> None:
     files = [np.frombuffer(GOOD[name], np.uint8) for name in sorted(GOOD) if name not in ROUNDED]
     sizes = np.array([decode_image(data.tobytes()).shape[:2] for data in files], dtype=np.int32)
     views = moco_v3_views(16)
     draws = draw_batch(
         views, seed=3, epoch=1, sample_ids=np.arange(len(files), dtype=np.int64), sizes=sizes
     )
-    made = ViewPipeline(views, batch_size=len(files), sub_batch=sub_batch).run(files, draws)
+    made = ViewPipeline(views, batch_size=len(files), **parts).run(files, draws)
     monkeypatch.undo()
     runtime.has_dali.cache_clear()
     if not runtime.has_dali():
@@ -192,6 +194,6 @@ def test_the_first_of_several_pictures_is_decoded() -> None:
 def test_what_dali_only_warns_of_is_decoded_alike(name) -> None:
     """`data check` reports these with DALI alone (docs/data.md)."""
     pytest.importorskip("nvidia.dali")
-    from fastmoco_pipelines.inspecting.decode_child import Decoder
+    from fastmoco_pipelines.views.decode_child import Decoder
 
     assert np.array_equal(decode_image(GARBLED[name]), Decoder().decode(GARBLED[name]))

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fastmoco_pipelines.processes import child_environment, python_command
+from fastmoco_pipelines.spec import SECONDS_PER_IMAGE
 
-MODULE = "fastmoco_pipelines.inspecting.decode_child"
+MODULE = "fastmoco_pipelines.views.decode_child"
 _BATCH = 16
 _START_SECONDS = 120.0
 
@@ -34,7 +35,7 @@ class ChildLimits:
     """
 
     memory_bytes: int = 2 << 30
-    seconds: float = 30.0
+    seconds: float = SECONDS_PER_IMAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ The protocol is JSON lines: first `{"memory_bytes": ..., "cpu_seconds": ...}` in
 `{"ready": true}` out; then lists of [path, offset, size, crc32 or null] in, and one object for
 each of them out.
 
-Started as `python -P -m fastmoco_pipelines.inspecting.decode_child`.
+Started as `python -P -m fastmoco_pipelines.views.decode_child`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Decoder:
             StructureError: if the file must not go to a decoder.
             RuntimeError: DALI's, of several types, if it gives up; without DALI, DecodeError.
         """
-        plain = decodable(data)
+        plain, _ = decodable(data)
         if not has_dali():
             return decode_image(plain)
         if self._pipeline is None:
