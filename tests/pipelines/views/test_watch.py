@@ -162,14 +162,11 @@ def test_an_engine_names_the_row_and_works_again(sub_batch, blamed, gate, monkey
     assert torch.equal(pipeline.run([files[row] for row in others]), wanted[others])
 
 
-FIRST = epoch_order(7, 0, 45)
-
-
 def take(folder: Path, run_list: Path | None = None, **changes) -> list[Batch]:
-    options = {"views": moco_v3_views(16), "global_batch_size": 12, "seed": 7, "threads": 1}
+    options = {"views": moco_v3_views(16), "global_batch_size": 40, "seed": 7, "threads": 1}
     spec = LoaderSpec(shards=str(folder), **options | changes)
     with build_loader(spec, quarantine_list=run_list) as loader:
-        return [loader.next() for _ in range(5)]
+        return [loader.next() for _ in range(4)]
 
 
 def test_training_goes_on_without_it_as_without_any_bad_image(
@@ -177,7 +174,8 @@ def test_training_goes_on_without_it_as_without_any_bad_image(
 ) -> None:
     """The same batches as with a file that is damaged, also when it is known from the start; and
     the decoder is left behind once, though the image was read for a later step by then."""
-    sample = int(FIRST[3])
+    # Of a step of each of the first epochs, which have one step each.
+    sample = min(set.intersection(*(set(epoch_order(7, e, 45)[:40].tolist()) for e in range(5))))
     wanted = take(damaged_copy(packed, tmp_path / "damaged", {sample: "garbage"}))
     with ShardSet.open(str(packed)) as shards:
         endless = shards.read(np.array([sample]))[0].tobytes()
