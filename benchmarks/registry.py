@@ -27,6 +27,7 @@ from benchmarks.cases import (
     time_to_accuracy,
     train_step,
     train_vs_synthetic,
+    transfers,
     view_color,
 )
 
@@ -56,6 +57,7 @@ CASES = {
         time_to_accuracy,
         train_step,
         train_vs_synthetic,
+        transfers,
         view_color,
     )
 }

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 from fastmoco_pipelines.text import escaped, shown, shown_lines, variable_hint
 
 EXIT_FINISHED = 0
@@ -116,7 +117,13 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
     """
     from fastmoco_pipelines import BadImageError, ShardError
 
-    known: tuple[type[Exception], ...] = (RunError, ShardError, BadImageError, *fixable)
+    known: tuple[type[Exception], ...] = (
+        RunError,
+        ShardError,
+        BadImageError,
+        UnfitFileError,
+        *fixable,
+    )
     try:
         yield
     except ModuleNotFoundError as error:
@@ -165,8 +172,11 @@ def say_again(text: str) -> None:
     if not folder:
         say(text)
         return
-    with contextlib.suppress(OSError), open(Path(folder) / ECHOES, "a") as file:
-        file.write(f"rank {os.environ.get('RANK', '?')}: {shown(text)}\n")
+    line = f"rank {os.environ.get('RANK', '?')}: {shown(text)}\n"
+    with contextlib.suppress(OSError, UnfitFileError):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with open(open_regular(Path(folder) / ECHOES, flags, follow=False), "a") as file:
+            file.write(line)
 
 
 def tell_launcher(name: str, holds: bool = True) -> None:

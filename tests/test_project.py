@@ -91,7 +91,7 @@ def test_the_map_of_the_benchmarks_names_every_file_and_folder():
 
 
 FORBIDDEN = {
-    "an unpickler": r"\bpickle\.|\bimport pickle|\bfrom pickle|weights_only\s*=\s*False|torch\.load\(",
+    "an unpickler": r"\bpickle\.|\bimport pickle|\bfrom pickle|weights_only|torch\.load\(|\bnp\.load\(",
     "a shell": r"shell\s*=\s*True|os\.system|os\.popen",
     "an evaluator": r"(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(",
     "webdataset's reader": r"webdataset\.WebDataset|wds\.WebDataset|\bgopen\b|xdecode",
@@ -111,15 +111,6 @@ def test_data_never_reaches(what):
         for path in sources
         if re.search(FORBIDDEN[what], path.read_text())
     ]
-    if (
-        what == "an unpickler"
-    ):  # restricted ones; the attacks: tests/fastmoco/checkpoint/test_metadata.py, models/weights
-        hits.remove("fastmoco/checkpoint/dcp_metadata.py")
-        reading = "fastmoco/models/weights/reading.py"
-        hits.remove(reading)
-        calls = re.findall(r"torch\.load\([^)]*", (ROOT / reading).read_text())
-        assert len(calls) == 1
-        assert "weights_only=True" in calls[0]
     assert not hits, f"{what} in {hits}"
 
 

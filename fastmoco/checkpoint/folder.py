@@ -17,18 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco.checkpoint.state_form import is_count, require_state
 from fastmoco_pipelines.files import hash_file, write_file
+from fastmoco_pipelines.small_files import UnfitFileError, json_of, read_json, read_small
+from fastmoco_pipelines.text import escaped
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"
 FORMAT = "fastmoco-checkpoint-3"
 _ENTRIES = {"format", "step", "world_size", "saved_at", "run_id", "files", "sha256"}
-_UNRELEASED_FORMATS = {"fastmoco-checkpoint-1", "fastmoco-checkpoint-2"}
+_UNRELEASED_FORMATS = ("fastmoco-checkpoint-1", "fastmoco-checkpoint-2")
 """Formats of commits before 0.1.0, which are recognized but not read."""
 MARKER_LIMIT = 64 * 2**20
 """Bytes. An entry takes about a hundred, and each rank writes one file."""
-_KNOWN = re.compile(r"tensors\.safetensors|\.metadata|state\.json|__\d+_\d+\.distcp")
-_FOLDER = re.compile(r"step_(\d{8,})")
-_HIDDEN = re.compile(r"\.(?:writing|replaced)-step_\d{8,}-[0-9a-f]{8}")
+_KNOWN = re.compile(
+    r"tensors\.safetensors|\.metadata|state\.json|__([0-9]{1,9})_[0-9]{1,9}\.distcp"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FOLDER = re.compile(r"step_([0-9]{8,})")
+_HIDDEN = re.compile(r"\.(?:writing|replaced)-step_[0-9]{8,}-[0-9a-f]{8}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -102,9 +108,13 @@ def flush(path: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a plain file."""
+    return {"bytes": _size(path), "sha256": hash_file(path)}
+
+
+def _size(path: Path) -> int:
     if path.is_symlink() or not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing or not a plain file")
-    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    return path.stat().st_size
 
 
 def marker_text(
@@ -146,40 +156,62 @@ def read_marker(path: Path) -> dict[str, Any]:
         ValueError: if there is none, if it has another format, or if a bit of it has changed.
     """
     match = _FOLDER.fullmatch(path.name)
-    marker = path / MARKER
-    if (
-        match is None
-        or marker.is_symlink()
-        or not marker.is_file()
-        or marker.stat().st_size > MARKER_LIMIT
-    ):
+    if match is None or not (path / MARKER).is_file():
         raise ValueError(f"it has no usable {MARKER} marker")
-    raw = marker.read_bytes()
-    damaged = ValueError(f"the {MARKER} marker is damaged")
     try:
-        promised = json.loads(raw)
-        other_format = promised["format"] if promised["format"] in _UNRELEASED_FORMATS else ""
-        whole = (
-            promised["format"] == FORMAT
-            and promised.keys() == _ENTRIES
-            and json.dumps(promised, indent=1).encode() == raw
-            and promised["step"] == int(match[1])
-            and all(_KNOWN.fullmatch(name) for name in promised["files"])
-            and STATE in promised["files"]
-            and (TENSORS in promised["files"]) != (METADATA in promised["files"])
-        )
-        if whole and promised.pop("sha256") != _digest(promised):
-            whole = False
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged from error
-    if other_format:
+        raw = read_small(path / MARKER, MARKER_LIMIT, follow=False)
+        promised = json_of(raw, path / MARKER, strict=True)
+    except UnfitFileError as error:
+        raise ValueError(f"the {MARKER} marker is damaged: {error}") from error
+    found = promised.get("format") if isinstance(promised, dict) else None
+    if found in _UNRELEASED_FORMATS:
         raise ValueError(
-            f"the {MARKER} marker has the format {other_format} of an unreleased version; "
+            f"the {MARKER} marker has the format {found} of an unreleased version; "
             f"this version reads {FORMAT} alone, so only the version that wrote it can load it"
         )
-    if not whole:
-        raise damaged
-    return dict(promised)
+    wrong = _fault(promised, raw, int(match[1]))
+    if wrong:
+        raise ValueError(f"the {MARKER} marker is damaged: {wrong}")
+    return {name: value for name, value in promised.items() if name != "sha256"}
+
+
+def _fault(promised: Any, raw: bytes, step: int) -> str:
+    """What is wrong with the content of a marker; "" if nothing is."""
+    if not isinstance(promised, dict) or promised.keys() != _ENTRIES:
+        return f"it has other entries than {', '.join(sorted(_ENTRIES))}"
+    body = {name: value for name, value in promised.items() if name != "sha256"}
+    if promised["format"] != FORMAT:
+        return f"its format is not {FORMAT}"
+    if json.dumps(promised, indent=1).encode() != raw or promised["sha256"] != _digest(body):
+        return "its own SHA-256 is another"
+    if not is_count(promised["step"]) or promised["step"] != step:
+        return "step is not that of the folder's name"
+    ranks = promised["world_size"]
+    if not is_count(ranks, 1):
+        return "world_size is no number of ranks"
+    texts = promised["saved_at"], promised["run_id"]
+    if not all(isinstance(text, str) and text.isprintable() and len(text) < 200 for text in texts):
+        return "saved_at or run_id is no plain text"
+
+    # The files: those of one format, each once, with size and hash, written by ranks that there are.
+    files = promised["files"]
+    if not isinstance(files, dict) or STATE not in files:
+        return f"files does not list {STATE}"
+    if (TENSORS in files) == (METADATA in files) or (TENSORS in files and len(files) > 2):
+        return f"files lists neither {TENSORS} alone nor {METADATA} with its parts"
+    for name, file in files.items():
+        known = _KNOWN.fullmatch(name)
+        if known is None or (known[1] is not None and int(known[1]) >= ranks):
+            return f"files lists {escaped(name[:200])!r}, which is no file of its {ranks} rank(s)"
+        if not (
+            isinstance(file, dict)
+            and file.keys() == {"bytes", "sha256"}
+            and is_count(file["bytes"])
+            and isinstance(file["sha256"], str)
+            and _SHA256.fullmatch(file["sha256"])
+        ):
+            return f"files has no size and SHA-256 of {name}"
+    return ""
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -196,7 +228,11 @@ def verify(path: Path) -> dict[str, Any]:
         ValueError: if any byte has changed since the save; the message names the files.
     """
     promised = read_marker(path)
-    changed = [name for name, file in promised["files"].items() if fingerprint(path / name) != file]
+    changed = [
+        name
+        for name, file in promised["files"].items()
+        if _size(path / name) != file["bytes"] or fingerprint(path / name) != file
+    ]
     if changed:
         raise ValueError(
             f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} lists"
@@ -214,16 +250,34 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, changed or no JSON object.
     """
     try:
-        promised = read_marker(path)["files"][STATE]
-        if fingerprint(path / STATE) != promised:
+        marker = read_marker(path)
+        if fingerprint(path / STATE) != marker["files"][STATE]:
             raise ValueError(f"{STATE} differs in size or SHA-256 from what {MARKER} lists")
-        state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state, dict):
-            raise ValueError(f"{STATE} holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return state_of(path, marker["run_id"])
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {error}. Restore {path.name} from a copy, or remove it."
         ) from error
+
+
+def state_of(path: Path, run_id: str) -> dict[str, Any]:
+    """The JSON part of a folder whose files have been verified.
+
+    Args:
+        path: the folder.
+        run_id: of its marker.
+
+    Raises:
+        ValueError: naming the file, and what no run can have written there.
+        OSError: if it cannot be read.
+    """
+    state = read_json(path / STATE, follow=False, strict=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} holds no JSON object")
+    try:
+        require_state(state, run_id)
+    except ValueError as error:
+        raise ValueError(f"{STATE}: {error}") from error
     return state
 
 

@@ -80,7 +80,7 @@ def _inspect(folder: Path) -> Inspection:
     digits = folder.name.partition("step_")[2].partition("-")[0]
     return Inspection(
         path=folder,
-        step=int(digits) if digits.isdigit() else -1,
+        step=int(digits) if digits.isdecimal() and digits.isascii() else -1,
         size=sum(file.lstat().st_size for file in folder.iterdir()),
         saved_at=str(marker.get("saved_at", "")),
         world_size=int(str(marker.get("world_size", 0))),

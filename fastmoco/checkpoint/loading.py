@@ -6,7 +6,6 @@ import of torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmoco.checkpoint.errors import CheckpointError, storage_errors
-from fastmoco.checkpoint.folder import METADATA, STATE, TENSORS, list_checkpoints, step_of, verify
+from fastmoco.checkpoint.folder import (
+    METADATA,
+    TENSORS,
+    list_checkpoints,
+    state_of,
+    step_of,
+    verify,
+)
 from fastmoco.checkpoint.whole_file import read_whole_into, whole_entries
 
 if TYPE_CHECKING:
@@ -80,11 +85,12 @@ class Checkpoint:
                 f"{self.path} has no {missing[:5]}; was the model changed since the save?"
             )
         for name, target in targets.items():
-            if target.shape != self.entries[name].shape:
+            entry = self.entries[name]
+            if (entry.shape, entry.dtype) != (target.shape, target.dtype):
                 raise CheckpointError(
-                    f"{self.path}: {name} has shape {tuple(self.entries[name].shape)}, the model "
-                    "has "
-                    f"{tuple(target.shape)}; was the model changed since the save?"
+                    f"{self.path}: {name} is {entry.dtype} of shape {tuple(entry.shape)}, the model "
+                    f"has {target.dtype} of shape {tuple(target.shape)}; was the model changed "
+                    "since the save?"
                 )
         plain = {name: target.detach() for name, target in targets.items()}
         try:
@@ -161,9 +167,7 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
     run_id = promised["run_id"]
     admit(path, run_id)
     try:
-        state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state, dict):
-            raise ValueError(f"{STATE} holds a JSON {type(state).__name__}, not an object")
+        state = state_of(path, run_id)
         metadata = None
         if METADATA in promised["files"]:
             from fastmoco.checkpoint.dcp_metadata import read_metadata
@@ -173,7 +177,11 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
             entries = shard_entries(metadata)
         else:
             entries = whole_entries(path / TENSORS)
-    except (OSError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path}: its files need more memory than there is. {cure}"
+        ) from error
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
     return Checkpoint(
         step=promised["step"],

@@ -62,7 +62,8 @@ def restore_optimizer(
             to the device of each parameter.
 
     Raises:
-        CheckpointError: naming state without a parameter, or the two shapes that differ.
+        CheckpointError: naming state without a parameter, the two shapes that differ, or a state of
+            another dtype.
     """
     saved: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in tensors.items():
@@ -92,6 +93,13 @@ def restore_optimizer(
                     f"{tuple(parameter.shape)}; "
                     "was the model changed since the save?"
                 )
+            if key == "step":
+                _require_count(f"optimizer.{name}.{key}", tensor)
+            elif not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"optimizer.{name}.{key} is {tensor.dtype}, which no state of an optimizer is; "
+                    "take an earlier checkpoint"
+                )
             group = held[id(parameter)]
             if key == "step" and "step" in group:
                 group["step"] = int(tensor)
@@ -102,6 +110,15 @@ def restore_optimizer(
             state[key] = tensor.to("cpu" if on_host else parameter.device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(restored)
+
+
+def _require_count(name: str, tensor: Tensor) -> None:
+    """Refuse a number of steps that no run has done."""
+    value = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else -1.0
+    if not (0 <= value < 2**53 and value == int(value)):
+        raise CheckpointError(
+            f"{name} of shape {tuple(tensor.shape)} is no number of steps; take an earlier checkpoint"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Tensor]]:

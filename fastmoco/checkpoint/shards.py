@@ -4,19 +4,28 @@ shards, any number of ranks reads them.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
+
+from fastmoco.checkpoint.torch_file import torch_content
+from fastmoco_pipelines.files import read_at
+from fastmoco_pipelines.small_files import open_regular
 
 
 class _Writer(FileSystemWriter):
@@ -29,16 +38,51 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Uses metadata that `dcp_metadata.read_metadata` has checked, and never
-    opens the file itself.
+    """Uses metadata that `dcp_metadata.read_metadata` has checked, and reads each piece, which is a
+    file of `torch.save`, by `torch_file`.
     """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
+        self._folder = folder
         self._checked = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._checked
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        pieces = self._checked.storage_data
+        with ExitStack() as stack:
+            files: dict[str, int] = {}
+            for item in plan.items:
+                place = pieces[item.storage_index]
+                if place.relative_path not in files:
+                    name = self._folder / place.relative_path
+                    descriptor = open_regular(name, follow=False)
+                    stack.callback(os.close, descriptor)
+                    files[place.relative_path] = descriptor
+                piece = read_at(files[place.relative_path], place.length, place.offset)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(self._part(item, piece))
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _part(self, item: ReadItem, piece: bytes) -> Tensor:
+        """The part of a piece that is asked for, if it is the tensor of the metadata."""
+        index = item.storage_index
+        try:
+            tensor = torch_content(bytearray(piece))
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"the bytes of {index.fqn} are refused: {error}") from error
+        entry = self._checked.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        chunk = next(c for c in entry.chunks if c.offsets == index.offset)
+        kind = entry.properties.dtype, chunk.sizes
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != kind:
+            raise ValueError(f"the bytes of {index.fqn} are no {kind[0]} of {tuple(kind[1])}")
+        return narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
 
 
 def write_shards(

@@ -30,9 +30,11 @@ from fastmoco.checkpoint.folder import (
     sweep,
     write_text,
 )
+from fastmoco.checkpoint.pickle_machine import MOST_BYTES
 from fastmoco.checkpoint.ranks import on_every_rank, on_first_rank, rank_in, size_of
 from fastmoco.checkpoint.whole_file import write_whole
 from fastmoco_kernels.tensors import is_dtensor
+from fastmoco_pipelines.small_files import SMALL_BYTES
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -152,6 +154,9 @@ def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str
         mine += [METADATA, STATE] if sharded else [TENSORS, STATE]
     for name in mine:
         (writing / name).chmod(0o600)
+        most = {METADATA: MOST_BYTES, STATE: SMALL_BYTES}.get(name)
+        if most is not None and (writing / name).stat().st_size > most:
+            raise CheckpointError(f"{name} is larger than the {most} bytes that a load reads")
     return {name: fingerprint(writing / name) for name in mine}
 
 

@@ -8,15 +8,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import flush
+from fastmoco.checkpoint.safetensors_file import opened, read_header
 from fastmoco_kernels.tensors import is_dtensor
-from fastmoco_pipelines.files import utf8_name
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,24 +68,22 @@ def write_whole(
 
 
 def whole_entries(path: Path) -> dict[str, Tensor]:
-    """Shapes and dtypes by name, as tensors on the meta device; no data is read."""
-    with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
-        pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {
-            name: torch.empty(
-                piece.get_shape(),
-                dtype=(piece[:0] if piece.get_shape() else file.get_tensor(name)).dtype,
-                device="meta",
-            )
-            for name, piece in pieces.items()
-        }
+    """Shapes and dtypes by name, as tensors on the meta device; no data is read.
+
+    Raises:
+        ValueError: if the header of the file is damaged or forged.
+        OSError: if the file cannot be read.
+    """
+    return read_header(path, follow=False).entries
 
 
 def read_whole_into(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill tensors in place; of a sharded tensor only this rank's part."""
-    with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
+    with opened(path) as file:
         for name, target in targets.items():
             tensor = file.get_tensor(name)
+            if tensor.shape != target.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
             if is_dtensor(target):
                 from torch.distributed.tensor import distribute_tensor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, show
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
 
 def curves(run: Positional[Path], *, out: Path | None = None) -> int:
@@ -20,5 +20,5 @@ def curves(run: Positional[Path], *, out: Path | None = None) -> int:
     from fastmoco.run.folder import RunFolder
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
-        show(str(draw_run(RunFolder(run), out)))
+        show(str(draw_run(RunFolder(run), out, tell=say)))
     return EXIT_FINISHED

@@ -111,7 +111,8 @@ def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "aut
         made = [name for name in MARKS if Path(logs, name).exists()]
         owned = Path(logs, OWNED).exists()
         if made:
-            (out / LOG).unlink(missing_ok=True)  # of an earlier start that failed
+            with contextlib.suppress(OSError):
+                (out / LOG).unlink()  # of an earlier start that failed
         code = _outcome(group, Path(logs), out, made)
     if code == EXIT_REFUSED and owned:
         # A rank that torchrun has ended meanwhile cannot put the folder back.

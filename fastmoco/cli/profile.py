@@ -12,6 +12,7 @@ import tyro
 
 from fastmoco.config import Config
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line, show
+from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.spec import require
 
 TRACE, TABLE, FIGURES, LOG = "trace.json.gz", "table.txt", "profile.json", "run.log"
@@ -72,8 +73,8 @@ def profile(options: ProfileArguments) -> int:
             found = profile_steps(config, world, steps=options.steps, trace=trace)
         text = table(found)
         figures = found.to_json()
-        (options.out / TABLE).write_text(f"{text}\n")
-        (options.out / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
+        write_file(options.out / TABLE, f"{text}\n".encode())
+        write_file(options.out / FIGURES, f"{json.dumps(figures, indent=1)}\n".encode())
     print(json.dumps(figures, indent=1) if options.json else text)
     if not options.json:
         show(

@@ -81,7 +81,7 @@ def _spikes(run: Path, as_json: bool) -> int:
         raise RunError(
             f"{run} contains no metrics.jsonl; is it the folder given to fastmoco train --out?"
         )
-    spikes = read_spikes(metrics)
+    spikes = read_spikes(metrics, tell=say)
     if as_json:
         steps = [{"step": step, "gradient_norms": norms} for step, norms in spikes.items()]
         print(json_module.dumps({"run": str(run), "spikes": steps}, indent=1))

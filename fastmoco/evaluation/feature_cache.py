@@ -31,8 +31,9 @@ from fastmoco.errors import RunError
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
-from fastmoco_pipelines.files import lock_path, write_file, write_json
+from fastmoco_pipelines.files import lock_path, remove, write_file, write_json
 from fastmoco_pipelines.loading.batch import EvalBatch
+from fastmoco_pipelines.small_files import linked_to, open_regular, read_small
 
 BATCH = EVAL_BATCH
 """Images of a batch; a part has whole batches, but for the last one of a set."""
@@ -97,6 +98,7 @@ class FeatureCache:
         batches = -(-len(sample_ids) // BATCH)
         room = max(1, PART_BYTES // max(1, BATCH * row_bytes))
         self._part_images = BATCH * min(max(1, batches // FEW_PARTS), MOST_BATCHES, room)
+        self._most_bytes = 2 * max(PART_BYTES, BATCH * (row_bytes + 16))
         self._sample_ids = sample_ids
         asked = hashlib.sha256(np.ascontiguousarray(sample_ids).data).hexdigest()
         self._key = {**key, "sample_ids": asked, "part_images": self._part_images}
@@ -115,18 +117,21 @@ class FeatureCache:
 
         Raises:
             RunError: if another command holds it.
+            UnfitFileError: if its folder or its lock is a link that leads elsewhere, or no file.
             OSError: if the folder cannot be written.
         """
+        for folder in (self.path.parent, self.path):
+            linked_to(folder)  # refuses a link of another user
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / "lock"
-        lock.touch()
+        os.close(open_regular(lock, os.O_RDWR | os.O_CREAT, follow=False))
         self._lock = lock_path(str(lock))
         if self._lock is None:
             raise RunError(
                 f"{self.path}: another command computes these features now; wait for it, or end it"
             )
         for left in self.path.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+            remove(str(left))
         write_json(self.path / "key.json", self._key)
 
     def release(self) -> None:
@@ -148,11 +153,11 @@ class FeatureCache:
         found = []
         for number in range(self.parts) if numbers is None else numbers:
             try:
-                self._content(number)
+                self._part(number)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):
-                self._file(number).unlink(missing_ok=True)
+                self._file(number).unlink(missing_ok=True)  # a folder remains, and is an error
             else:
                 found.append(number)
         return found
@@ -178,13 +183,12 @@ class FeatureCache:
             RunError: if it is not there, or damaged.
         """
         try:
-            found = load(self._content(number))
-        except (OSError, ValueError, SafetensorError) as error:
+            return self._part(number)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{self._file(number)}: features cannot be read ({error}); repeat the command. "
                 "Processes on several machines need a folder that all of them see"
             ) from error
-        return FeaturePart(found["features"], found["labels"], found["samples"])
 
     def read_all(self, numbers: Iterable[int] | None = None) -> Iterator[FeaturePart]:
         """Those parts (default: all) that have images, in order, one in memory at a time."""
@@ -238,17 +242,37 @@ class FeatureCache:
     def _file(self, number: int) -> Path:
         return self.path / f"part-{number:06d}.features"
 
-    def _content(self, number: int) -> bytes:
-        """The safetensors of a part, which its hash precedes in the file.
+    def _part(self, number: int) -> FeaturePart:
+        """A part. Its safetensors follow their hash in the file.
 
         Raises:
             OSError: if there is no such file, or it cannot be read.
-            ValueError: if it is damaged.
+            ValueError: if it is damaged, or no regular file of such a size.
         """
-        content = self._file(number).read_bytes()
+        content = read_small(self._file(number), self._most_bytes, follow=False)
         if hashlib.sha256(memoryview(content)[_HASH_BYTES:]).digest() != content[:_HASH_BYTES]:
             raise ValueError("damaged")
-        return content[_HASH_BYTES:]
+        try:
+            found = load(content[_HASH_BYTES:])
+            part = FeaturePart(found["features"], found["labels"], found["samples"])
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(f"damaged: {error}") from error
+        _require_alike(part)
+        return part
+
+
+def _require_alike(part: FeaturePart) -> None:
+    """Refuse a part whose tensors do not belong together.
+
+    Raises:
+        ValueError: naming their shapes and types.
+    """
+    columns = (part.labels, part.sample_ids)
+    whole = all(column.dtype == torch.int64 and column.ndim == 1 for column in columns)
+    rows = {len(tensor) if tensor.ndim else -1 for tensor in (part.features, *columns)}
+    if not whole or part.features.dtype != torch.float32 or len(rows) != 1:
+        shapes = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (part.features, *columns)]
+        raise ValueError(f"features, labels and samples are {', '.join(shapes)}")
 
 
 def share_of(count: int, rank: int, ranks: int) -> range:

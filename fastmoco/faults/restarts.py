@@ -3,17 +3,15 @@ not to retry a refused run."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, LAUNCHER, RunError, say
 from fastmoco.faults.first_cause import PeerError
-from fastmoco.run.folder import RunFolder
+from fastmoco.run.folder import RunFolder, read_object
 
 MOST_STARTS = 3
 """Largest number of starts from the same step by the same launch."""
@@ -34,13 +32,14 @@ def require_progress(folder: RunFolder, step: int) -> None:
             ends too.
     """
     launch = _launch()
-    before = _read(folder.starts)
+    before = read_object(folder.starts)
     again = (
         launch is not None
         and (before.get("launch") == launch or _is_restart())
         and before.get("step") == step
     )
-    starts = int(before.get("starts", 0)) + 1 if again else 1
+    count = before.get("starts")
+    starts = count + 1 if again and type(count) is int else 1
     folder.write_starts({"launch": launch, "step": step, "starts": starts})
     if starts <= MOST_STARTS:
         return
@@ -62,15 +61,6 @@ def _is_restart() -> bool:
         int(os.environ.get(name) or 0) > 0
         for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The last count; a file cut off by a kill counts as none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

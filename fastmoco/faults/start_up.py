@@ -28,6 +28,7 @@ from fastmoco.errors import (
 )
 from fastmoco.faults.signals import to_handle
 from fastmoco_pipelines.files import missing_folders, remove_empty
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small
 
 GRACE_SECONDS = 2.0
 """Time that the main thread has to close what it has opened."""
@@ -150,8 +151,9 @@ class StartUp:
 
     def _held_lock(self) -> bool:
         try:
-            return self._out is not None and (self._out / "lock").read_text() == str(os.getpid())
-        except OSError:
+            own = str(os.getpid()).encode()
+            return self._out is not None and own == read_small(self._out / "lock", follow=False)
+        except (OSError, UnfitFileError):
             return False
 
     def _leave_nothing(self) -> None:
@@ -180,6 +182,6 @@ def ended_early(number: signal.Signals) -> str:
 
 def mark_stopped(out: Path) -> None:
     """Mark a run as stopped if its folder is there."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(out / "PREEMPTED", os.O_WRONLY | os.O_CREAT, 0o600)
-        os.close(descriptor)
+    with contextlib.suppress(OSError, UnfitFileError):
+        flags = os.O_WRONLY | os.O_CREAT
+        os.close(open_regular(out / "PREEMPTED", flags, 0o600, follow=False))

@@ -24,6 +24,7 @@ from fastmoco.distributed.store import StoreTimeoutError, connect
 from fastmoco.errors import EXIT_FAILED, say
 from fastmoco.faults.first_cause import report
 from fastmoco.faults.pulse import Pulse
+from fastmoco_pipelines.small_files import UnfitFileError, json_of
 
 
 class Watchdog:
@@ -71,7 +72,9 @@ class Watchdog:
                 # The heartbeat of the next rank. On a store that has stopped, `check` waits
                 # indefinitely; `get` has a timeout, but would wait for the first heartbeat.
                 begun = begun or self._store.check([f"beat/{neighbour}"])
-                heartbeat = self._store.get(f"beat/{neighbour}").decode() if begun else ""
+                heartbeat = (
+                    self._store.get(f"beat/{neighbour}").decode(errors="replace") if begun else ""
+                )
                 if heartbeat != seen:
                     seen = heartbeat
                     seen_at = time.monotonic()
@@ -114,7 +117,7 @@ class Watchdog:
         """The newest heartbeat of every rank that has written one."""
         keys = {rank: f"beat/{rank}" for rank in range(self._world.world_size)}
         return {
-            rank: json.loads(self._store.get(key))
+            rank: _content(self._store.get(key))
             for rank, key in keys.items()
             if self._store.check([key])
         }
@@ -122,7 +125,7 @@ class Watchdog:
     def _is_slowest(self) -> bool:
         """Whether no rank has made less progress than this one."""
         return all(
-            heartbeat.get("count", self._pulse.count) >= self._pulse.count
+            _count(heartbeat, self._pulse.count) >= self._pulse.count
             for heartbeat in self._heartbeats().values()
         )
 
@@ -144,13 +147,30 @@ class Watchdog:
         text = f"rank {rank} hangs: {why}"
         first = report(self._store, text)
         say(f"ended by the failure of {first}")
-        process = json.loads(heartbeat).get("process") if heartbeat else None
-        if first == text and process and process == _process(process["pid"]):
-            os.kill(process["pid"], signal.SIGKILL)
+        process = _content(heartbeat).get("process")
+        pid = process.get("pid") if isinstance(process, dict) else None
+        if first == text and type(pid) is int and process == _process(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _count(heartbeat: dict[str, Any], unknown: int) -> int:
+    """Progress of a rank; `unknown` if it has none to show."""
+    count = heartbeat.get("count")
+    return count if type(count) is int else unknown
 
 
 def _has_left(heartbeat: str) -> bool:
-    return bool(heartbeat) and "left" in json.loads(heartbeat)
+    return "left" in _content(heartbeat)
+
+
+def _content(heartbeat: str | bytes) -> dict[str, Any]:
+    """A heartbeat from the store; empty if it is none."""
+    raw = heartbeat.encode() if isinstance(heartbeat, str) else heartbeat
+    try:
+        found = json_of(raw, "heartbeat")
+    except UnfitFileError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _this_process() -> dict[str, Any] | None:

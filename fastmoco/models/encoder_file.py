@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fastmoco
 from fastmoco.checkpoint import Checkpoint, CheckpointError, score_in
 from fastmoco.checkpoint.folder import MARKER
+from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
@@ -28,9 +28,12 @@ from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.small_files import json_of
 from fastmoco_pipelines.spec import EvalSpec
 
 CHANNELS = 3
+MOST_PIXELS = 1 << 14
+"""Longest side of an image that a file may ask for."""
 EVALUATED = "evaluated"
 """In the header of a full state of fastmoco: the network that its run evaluates."""
 UNSEEN = ("heads", "image_size", "resize", "mean", "std")
@@ -195,9 +198,11 @@ class EncoderDescription:
                 positions=_from_header(header, "position_embedding", Positions),
                 mlp_norm=_from_header(header, "mlp_norm", MlpNorm),
             )
-            timm = json.loads(header.get("timm_arguments", "{}"))
-        except (ValueError, TypeError) as error:
+            timm = json_of(header.get("timm_arguments", "{}").encode(), "timm_arguments")
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
+        if not isinstance(timm, dict):
+            raise ValueError("its header cannot be read (timm_arguments is no object of JSON)")
 
         if found.stem not in ("patch", "conv") or not 0 < found.mlp_ratio < math.inf:
             raise ValueError(
@@ -292,7 +297,7 @@ class ResNetDescription:
         _require_keys(header)
         try:
             found = cls(architecture=header["architecture"], image=_image_of(header))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"its header cannot be read ({error})") from error
         for name in ("width", "depth"):
             value, known = header.get(name), str(getattr(found, name))
@@ -340,12 +345,50 @@ def _image_metadata(image: EvalSpec) -> dict[str, str]:
 
 def _image_of(header: Mapping[str, str]) -> EvalSpec:
     size = int(header["image_size"])
-    return EvalSpec(
-        size=size,
-        resize=int(header.get("resize", size)),
-        mean=_three(header["mean"]),
-        std=_three(header["std"]),
+    return stated_image(
+        size,
+        int(header.get("resize", size)),
+        three(json_of(header["mean"].encode(), "mean", strict=True)),
+        three(json_of(header["std"].encode(), "std", strict=True)),
     )
+
+
+def stated_image(
+    size: int,
+    resize: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> EvalSpec:
+    """The preparation of images that a file states.
+
+    Args:
+        size: pixels per side of what the encoder sees.
+        resize: pixels of the shorter side before the crop.
+        mean: of each channel, of values in [0, 1].
+        std: the standard deviation of each channel.
+
+    Raises:
+        ValueError: naming the value that no preparation has.
+    """
+    if resize > MOST_PIXELS:
+        raise ValueError(f"resize={resize}: at most {MOST_PIXELS} pixels")
+    if not all(map(math.isfinite, (*mean, *std))):
+        raise ValueError(f"mean={mean}, std={std}: must be finite numbers")
+    return EvalSpec(size=size, resize=resize, mean=mean, std=std)
+
+
+def three(values: Any) -> tuple[float, float, float]:
+    """A number for each channel.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not isinstance(values, list) or len(values) != CHANNELS:
+        raise ValueError(f"it has no {CHANNELS} numbers, one for each channel")
+    if not all(type(value) in (int, float) for value in values):
+        raise ValueError("a channel has no number")
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _require_keys(header: Mapping[str, str], *more: str) -> None:
@@ -435,11 +478,11 @@ def load_encoder(
             contradicts itself, the description or the tensors.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = dict(file.metadata() or {})
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        header, tensors = read_safetensors(path)
+    except (OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {str(error) or type(error).__name__}"
+        ) from error
 
     # The description by the header, by the caller, or by both.
     if "architecture" in header:
@@ -514,7 +557,7 @@ def _require_same(path: Path | str, found: Description, wanted: Description) -> 
 def _require_shapes(
     path: Path | str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
-    """Refuse tensors of other names or shapes than those of the encoder."""
+    """Refuse tensors of other names, shapes or kinds than those of the encoder."""
     wrong = sorted(wanted.keys() ^ found.keys())
     if wrong:
         raise CheckpointError(
@@ -527,6 +570,13 @@ def _require_shapes(
                 f"{path}: {name} has shape {tuple(found[name].shape)}, and the encoder that its "
                 f"metadata describes {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name} is {found[name].dtype}, and of the encoder {tensor.dtype}: export "
+                "it again"
+            )
+        if found[name].is_floating_point() and not bool(torch.isfinite(found[name].float()).all()):
+            raise CheckpointError(f"{path}: {name} is not finite; take another file")
 
 
 def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
@@ -540,8 +590,3 @@ def _from_header(header: Mapping[str, str], key: str, kind: Any) -> Any:
     if spelled not in values:
         raise ValueError(f"{key}={spelled} is not one of {', '.join(values)}")
     return values[spelled]
-
-
-def _three(text: str) -> tuple[float, float, float]:
-    red, green, blue = json.loads(text)
-    return float(red), float(green), float(blue)

@@ -8,7 +8,7 @@ offset, and a log axis of less than a decade has as many labels as a longer one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastmoco.run.metrics_file import Series, read_curves
 from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.text import escaped
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#5A5A5A"
 COLORS = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", "#56B4E9", "#000000")
@@ -26,6 +27,12 @@ MARKED = 40
 """Points of a curve up to which each of them has a marker."""
 MOST_MARKS = 300
 """Marks of steps without a number, beyond which they are thinned."""
+LONGEST_NAME = 60
+"""Characters of a name in the picture."""
+MOST_NORMS = 64
+"""Gradient norms that are drawn; a run has some for each block of its encoder."""
+LARGEST = 1e300
+"""Values beyond it are drawn at it: the axis around them would overflow."""
 FLAT = 0.02
 """Least height of a panel, as a share of its values."""
 ROLLED_BACK = "rolled_back_to"
@@ -58,9 +65,17 @@ class Panels:
         figures = curves.get("figures", {"knn": "kNN"})
         lines = curves.get("lines", {})
         return cls(
-            figures=figures if isinstance(figures, Mapping) else {},
-            lines=lines if isinstance(lines, Mapping) else {},
-            steps_per_epoch=per_epoch if isinstance(per_epoch, int) else 0,
+            figures={
+                name: label
+                for name, label in (figures.items() if isinstance(figures, Mapping) else ())
+                if isinstance(label, str)
+            },
+            lines={
+                name: {str(what): float(value) for what, value in each.items() if _is_number(value)}
+                for name, each in (lines.items() if isinstance(lines, Mapping) else ())
+                if isinstance(each, Mapping)
+            },
+            steps_per_epoch=per_epoch if type(per_epoch) is int and 0 < per_epoch < 2**63 else 0,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +86,18 @@ class Panels:
         }
 
 
-def draw_curves(metrics_jsonl: Path, out_png: Path, title: str, panels: Panels) -> Path:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST
+
+
+def draw_curves(
+    metrics_jsonl: Path,
+    out_png: Path,
+    title: str,
+    panels: Panels,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Plot loss, accuracies and recorded gradient norms against the step.
 
     The time is linear in the number of lines; 500,000 lines take some seconds. The picture is
@@ -84,13 +110,14 @@ def draw_curves(metrics_jsonl: Path, out_png: Path, title: str, panels: Panels) 
         out_png: picture to write; its folder is created.
         title: of the picture.
         panels: figures by name, and lines to compare with.
+        tell: called with a sentence if the file has damaged lines, which are left out.
 
     Returns:
         `out_png`.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if the file contains none of these metrics.
+        ValueError: if the file contains none of these metrics, or is a link or no regular file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,13 +125,18 @@ def draw_curves(metrics_jsonl: Path, out_png: Path, title: str, panels: Panels) 
     figures = panels.figures
     wanted = {"loss", ROLLED_BACK, *figures}
     curves, lost = read_curves(
-        metrics_jsonl, lambda name: name in wanted or name.startswith("gradient_norm/")
+        metrics_jsonl, lambda name: name in wanted or name.startswith("gradient_norm/"), tell=tell
     )
+    curves = {
+        name: Series(series.steps, series.values.clip(-LARGEST, LARGEST))
+        for name, series in curves.items()
+    }
     back = curves.pop(ROLLED_BACK, None)
     known = curves.keys() | lost.keys()
     names: list[str] = [name for name in ("loss", *figures) if name in known]
     norms = [name for name in curves if name.startswith("gradient_norm/")]
     norms += [name for name in lost if name.startswith("gradient_norm/") and name not in curves]
+    del norms[MOST_NORMS:]  # a legend of thousands would take minutes
     if not names and not norms:
         raise ValueError(
             f"{metrics_jsonl}: contains neither loss nor accuracies nor gradient norms; "
@@ -118,7 +150,7 @@ def draw_curves(metrics_jsonl: Path, out_png: Path, title: str, panels: Panels) 
     rows = -(-len(norms) // 4)
     figure = Figure(figsize=(8, 1.2 + 2.4 * count + 0.15 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(escaped(title)[:LONGEST_NAME], parse_math=False)
     all_axes = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(all_axes, [*names, *(["gradient norm"] if norms else [])], strict=True):
         axes.grid(alpha=0.3)
@@ -131,7 +163,7 @@ def draw_curves(metrics_jsonl: Path, out_png: Path, title: str, panels: Panels) 
             _mark_lost(axes, _joined([lost[norm] for norm in norms if norm in lost]))
             continue
         share = name in figures
-        axes.set_ylabel(f"{figures[name]} accuracy" if share else name)
+        axes.set_ylabel(f"{escaped(figures[name])} accuracy" if share else name, parse_math=False)
         if name in curves:
             _draw_one(axes, curves[name], share=share)
         _draw_lines(axes, panels.lines.get(name, {}), share=share)
@@ -181,7 +213,7 @@ def _draw_lines(axes: Any, lines: Mapping[str, float], *, share: bool) -> None:
             continue
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
-            f"{name} {value:.1%}" if share else f"{name} {value:.3f}",
+            escaped(f"{name} {value:.1%}" if share else f"{name} {value:.3f}")[:LONGEST_NAME],
             (1, value),
             (-2, 2),
             xycoords=axes.get_yaxis_transform(),
@@ -205,13 +237,15 @@ def _draw_norms(axes: Any, norms: Mapping[str, Series]) -> None:
             linewidth=1.2,
             marker="o" if len(steps) == 1 else None,
             markersize=4,
-            label=name.partition("/")[2].replace("_", " "),
+            label=escaped(name.partition("/")[2].replace("_", " "))[:LONGEST_NAME],
         )
     if not norms:
         return
-    axes.legend(
+    legend = axes.legend(
         fontsize=8, ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     every = np.concatenate([series.values for series in norms.values()])
     positive = every[every > 0]
     if len(positive) and positive.max() > 4 * positive.min():

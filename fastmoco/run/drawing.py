@@ -32,19 +32,22 @@ CPU_LIMIT_S = 120
 """CPU time after which the process is ended."""
 
 
-def draw_run(folder: RunFolder, out: Path | None = None) -> Path:
+def draw_run(
+    folder: RunFolder, out: Path | None = None, *, tell: Callable[[str], None] = lambda text: None
+) -> Path:
     """Draw the curves of a run, also of one that trains or was interrupted; needs no lock.
 
     Args:
         folder: of the run.
         out: the picture; default its `curves.png`.
+        tell: called with a sentence if the metrics have damaged lines.
 
     Raises:
         RunError: if the folder has no metrics.
-        ValueError: if they contain nothing to draw.
+        ValueError: if they contain nothing to draw, or are a link or no regular file.
         ImportError: if matplotlib is not installed.
     """
-    if not folder.metrics.is_file():
+    if not os.path.lexists(folder.metrics):
         raise RunError(
             f"{folder.path} contains no {folder.metrics.name}; "
             "is it the folder given to fastmoco train --out?"
@@ -53,7 +56,8 @@ def draw_run(folder: RunFolder, out: Path | None = None) -> Path:
     config = saved.get("config")
     recipe = config.get("recipe") if isinstance(config, dict) else None
     title = str(recipe or folder.path.absolute().name)
-    return draw_curves(folder.metrics, out or folder.curves, title, Panels.of(saved))
+    panels = Panels.of(saved)
+    return draw_curves(folder.metrics, out or folder.curves, title, panels, tell=tell)
 
 
 class CurveDrawer:

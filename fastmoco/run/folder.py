@@ -5,17 +5,44 @@ metrics after a resume.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from fastmoco.errors import OWNED, RunError, tell_launcher
-from fastmoco.run.metrics_file import cut_back, read_values
-from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, write_file
+from fastmoco.run.metrics_file import MOST_BYTES, Tell, cut_back, read_values
+from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, try_lock, write_file
+from fastmoco_pipelines.small_files import (
+    SMALL_BYTES,
+    UnfitFileError,
+    linked_to,
+    open_regular,
+    read_json,
+    read_small,
+)
+from fastmoco_pipelines.text import counted
+
+FILES = {
+    "lock": 1 << 12,
+    "config.json": SMALL_BYTES,
+    "metrics.jsonl": MOST_BYTES,
+    "quarantine.jsonl": MOST_BYTES,
+    "starts.json": 1 << 16,
+    "curves.png": SMALL_BYTES,
+    "torchrun.log": MOST_BYTES,
+    "DONE": SMALL_BYTES,
+    "PREEMPTED": SMALL_BYTES,
+}
+"""Every file of a run, and its largest size in bytes."""
+_GROWING = ("lock", "metrics.jsonl", "quarantine.jsonl")
+"""Files that are written in place; others are replaced by a new file."""
+FOLDERS = ("checkpoints", "tensorboard")
+"""Folders in that of a run; they may be links."""
 
 MARKS = ("DONE", "PREEMPTED")
 """Files in the folder of a run that record how it ended; only the owner of its lock writes them."""
@@ -30,6 +57,9 @@ class RunFolder:
     `lock`, `starts.json` (starts without progress), and after a run `DONE` or `PREEMPTED`, because
     launchers hide exit codes. The folder has mode 0700.
 
+    A folder may come from somebody else, so none of its entries chooses another file or folder: a
+    link in place of a file is refused. Folders may be links of this user's, which `notes` names.
+
     Args:
         path: the folder; `acquire` creates it if absent.
 
@@ -39,6 +69,7 @@ class RunFolder:
         quarantine: list of the bad images that the run has found; every rank appends to it.
         curves: picture of the loss and the accuracy.
         starts: the number of starts without progress.
+        notes: what `acquire` and `trim_metrics` have found and the user should read, in sentences.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +80,8 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.starts = path / "starts.json"
         self._config = path / "config.json"
-        self._lock: IO[str] | None = None
+        self.notes: list[str] = []
+        self._lock: int | None = None
         self._made: list[Path] = []
         self._made_lock = False
         self._before: dict[Path, _File] = {}
@@ -84,7 +116,7 @@ class RunFolder:
         """
         if self._lock is None:
             return []
-        found = sorted(self.path.glob("*.tmp"))
+        found = [path for path in sorted(self.path.glob("*.tmp")) if not is_folder(path)]
         for path in found:
             path.unlink()
         return [path.name for path in found]
@@ -94,45 +126,31 @@ class RunFolder:
         process, however it ends.
 
         Raises:
-            RunError: if the folder is a URL or cannot be written, or another process trains into it.
+            RunError: if the folder is a URL or cannot be written, another process trains into it,
+                or something else is in the place of one of its files.
         """
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(self.path))
         if scheme is not None and not os.path.lexists(scheme[0]):
             raise RunError(
                 f"{self.path} is a URL: a run needs a folder of this machine; choose another --out"
             )
-        lock = self.path / "lock"
         self.remember()
         try:
-            while True:
-                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-                descriptor = os.open(
-                    lock, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-                )
-                self._lock = os.fdopen(descriptor, "a+")  # held open until the run ends
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if is_named(descriptor, str(lock)):
-                    break
-                self._lock.close()  # removed by a refused start before this one had it
-        except BlockingIOError as error:
-            assert self._lock is not None
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            self._lock = None
-            raise RunError(
-                f"{self.path} is in use by process {owner}; wait for it or choose another --out"
-            ) from error
+            self._take_lock()
         except OSError as error:
             self._remove_made()
             raise RunError(
                 f"cannot write to {self.path}: {error.strerror}; choose another --out"
             ) from error
+        except UnfitFileError as error:
+            self._remove_made()
+            raise RunError(f"{error}, or choose another --out") from error
+        assert self._lock is not None
         try:
-            self._require_writable()
-            self._lock.truncate(0)
-            self._lock.write(str(os.getpid()))
-            self._lock.flush()
+            self._require_fit()
+            self.notes = self._links()
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, str(os.getpid()).encode())
             tell_launcher(OWNED)
         except OSError as error:
             self.withdraw()
@@ -140,6 +158,38 @@ class RunFolder:
             raise RunError(
                 f"cannot write to {name}: {error.strerror}; fix it or choose another --out"
             ) from error
+        except UnfitFileError as error:
+            self.withdraw()
+            raise RunError(f"{error}, or choose another --out") from error
+
+    def _take_lock(self) -> None:
+        """Make the folder if absent, and lock it.
+
+        Raises:
+            RunError: if another process holds it.
+            OSError, UnfitFileError: if it cannot be locked.
+        """
+        lock = self.path / "lock"
+        linked_to(self.path)
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            descriptor = open_regular(lock, flags, 0o600, follow=False, limit=FILES["lock"])
+            try:
+                mine = try_lock(descriptor, fcntl.LOCK_EX)
+                if mine and is_named(descriptor, str(lock)):
+                    self._lock, descriptor = descriptor, -1  # held open until the run ends
+                    return
+                owner = os.pread(descriptor, 20, 0).strip()
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if not mine:
+                name = owner.decode() if owner.isdigit() else "unknown"
+                raise RunError(
+                    f"{self.path} is in use by process {name}; wait for it or choose another --out"
+                )
+            # removed by a refused start before this one had it
 
     def remember(self) -> None:
         """Take the state of now as the one to which `withdraw` returns; `acquire` does it unless
@@ -151,16 +201,26 @@ class RunFolder:
         self._made_lock = not lock.exists()
         self._before = {path: _File.read(path) for path in (lock, self.starts)}
 
-    def _require_writable(self) -> None:
-        """Detect an error now that would otherwise end the run at its first line of metrics.
+    def _require_fit(self) -> None:
+        """Detect now what would otherwise end the run at its first line of metrics, or write
+        outside its folder.
 
         Raises:
             OSError: with the name of the file.
+            UnfitFileError: if it is a link, no file, or far too large.
         """
-        for path in (self.metrics, self._config, self.starts):
-            if path.exists():
-                with path.open("ab"):
-                    pass
+        for name, limit in FILES.items():
+            path = self.path / name
+            if is_folder(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            flags = os.O_WRONLY | os.O_APPEND if name in _GROWING else os.O_RDONLY
+            with contextlib.suppress(FileNotFoundError):
+                os.close(open_regular(path, flags, follow=False, limit=limit))
+
+    def _links(self) -> list[str]:
+        """The folders of the run that are links, in sentences."""
+        folders = [self.path, *(self.path / name for name in FOLDERS)]
+        return [f"{path} is a link to {to}" for path in folders if (to := linked_to(path))]
 
     def release(self) -> None:
         """Unlock the folder."""
@@ -168,8 +228,7 @@ class RunFolder:
         lock = self._lock
         self._lock = None
         if lock is not None:
-            with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
-                lock.close()
+            os.close(lock)
 
     def withdraw(self) -> None:
         """Unlock the folder after a refused start, and leave it as it was before `acquire`.
@@ -179,7 +238,7 @@ class RunFolder:
         """
         if self._lock is None:
             return
-        with contextlib.suppress(OSError):  # the refusal is what the user must read
+        with contextlib.suppress(OSError, UnfitFileError):  # the refusal is what the user must read
             for path, file in self._before.items():
                 if path.name != "lock" or not self._made_lock:
                     file.restore(path)
@@ -194,11 +253,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The content of `config.json`; empty if the file is missing or not a JSON object."""
-        try:
-            found = json.loads(self._config.read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_object(self._config)
 
     def write_config(self, data: dict[str, Any]) -> None:
         """Write `config.json`."""
@@ -213,41 +268,69 @@ class RunFolder:
 
     def trim_metrics(self, step: int) -> int:
         """Remove metrics after `step`, which the resumed run will write again,
-        and incomplete lines (`metrics_file.cut_back`).
+        and damaged lines (`metrics_file.cut_back`), which `notes` then names.
 
         Returns:
             The number of lines removed.
         """
-        return cut_back(self.metrics, step) if self.metrics.exists() else 0
+        if not self.metrics.exists():
+            return 0
+        cut = cut_back(self.metrics, step)
+        if cut.damaged:
+            self.notes.append(f"{self.metrics}: {counted(cut.damaged, 'damaged line')} removed")
+        return cut.lines
 
-    def read_metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) for every line of `metrics.jsonl` with the metric."""
-        return list(read_values(self.metrics, name)) if self.metrics.exists() else []
+    def read_metric(self, name: str, *, tell: Tell = lambda text: None) -> list[tuple[int, float]]:
+        """(step, value) for every line of `metrics.jsonl` with the metric; `tell` is called with a
+        sentence if some are damaged."""
+        return list(read_values(self.metrics, name, tell=tell)) if self.metrics.exists() else []
+
+
+def read_object(path: Path, limit: int = SMALL_BYTES) -> dict[str, Any]:
+    """A small file of a run that is a JSON object; empty if it is missing or anything else."""
+    try:
+        found = read_json(path, limit, follow=False)
+    except (OSError, UnfitFileError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder itself, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was: its bytes, None if there was none, and its times."""
+    """A file as it was: its bytes and times; without bytes if there was none, or one that a run
+    refuses.
+    """
 
-    content: bytes | None
-    times: tuple[int, int]
+    content: bytes | None = None
+    times: tuple[int, int] = (0, 0)
+    refused: bool = False
 
     @classmethod
     def read(cls, path: Path) -> _File:
         """The file as it is now."""
         try:
-            found = path.stat()
-            return cls(path.read_bytes(), (found.st_atime_ns, found.st_mtime_ns))
-        except OSError:
-            return cls(None, (0, 0))
+            found = path.lstat()
+            content = read_small(path, FILES[path.name], follow=False)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, UnfitFileError):
+            return cls(refused=True)
+        return cls(content, (found.st_atime_ns, found.st_mtime_ns))
 
     def restore(self, path: Path) -> None:
         """Make the file again what it was."""
+        if self.refused:
+            return
         if self.content is None:
             path.unlink(missing_ok=True)
         elif _File.read(path) != self:
-            path.write_bytes(self.content)
-            os.utime(path, ns=self.times)
+            write_file(path, self.content, mode=0o600)
+            os.utime(path, ns=self.times, follow_symlinks=False)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -3,6 +3,9 @@
 The file grows with the run, to some hundred megabytes. Reading is linear in time and keeps 16 bytes
 for each value of the metrics that the caller wants, never the rows. Cutting back takes the time of
 the lines that it removes, not that of the file.
+
+A crash may leave half a line at the end, or zeros. Readers leave out every line that is damaged, and
+tell how many; a run that continues cuts them off.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.files import OPEN_FLAGS, whole_file
+from fastmoco_pipelines.small_files import lines_of, open_regular
+from fastmoco_pipelines.text import counted, escaped
 
+LONGEST = 2**20
+"""Bytes of a line; a longer one is damaged."""
+MOST_BYTES = 2**32
+"""Of a file: a line takes less than a kilobyte."""
 BLOCK = 2**20
 """Bytes that are read at once from the end of the file."""
 MARGIN = 2**20
@@ -32,6 +41,14 @@ SPIKE = "spike/"
 """Before the place in the network: the name of a gradient norm that was a spike."""
 
 _INVALID = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+_CUT_SHORT = b"\0"
+
+
+Tell = Callable[[str], None]
+
+
+def _nobody(text: str) -> None:
+    """Tells nobody."""
 
 
 class Series(NamedTuple):
@@ -41,21 +58,35 @@ class Series(NamedTuple):
     values: NDArray[np.float64]
 
 
-def read_series(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
+class Cut(NamedTuple):
+    """Lines that were removed."""
+
+    lines: int
+    damaged: int
+    """Those among them that were no lines of metrics."""
+
+
+def read_series(
+    path: Path, wanted: Callable[[str], bool], *, tell: Tell = _nobody
+) -> dict[str, Series]:
     """The wanted metrics of a file, by name; metrics without a finite value are omitted.
 
     Lines of the same step are merged: of two values of a metric the last one counts, also if it is
-    null. Incomplete lines are skipped.
+    null. Damaged lines are skipped.
 
     Args:
         path: JSON lines with a `step` each.
         wanted: selects metrics by name; must not depend on the call.
+        tell: called with one sentence if there are damaged lines.
+
+    Raises:
+        UnfitFileError: if it is no regular file, a link, or too large; so do the other readers.
     """
-    return read_curves(path, wanted)[0]
+    return read_curves(path, wanted, tell=tell)[0]
 
 
 def read_curves(
-    path: Path, wanted: Callable[[str], bool]
+    path: Path, wanted: Callable[[str], bool], *, tell: Tell = _nobody
 ) -> tuple[dict[str, Series], dict[str, NDArray[np.int64]]]:
     """The metrics of `read_series`, and the steps at which a metric was not finite, by name."""
 
@@ -67,20 +98,12 @@ def read_curves(
     found: dict[str, tuple[array[int], array[float]]] = defaultdict(
         lambda: (array("q"), array("d"))
     )
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                step = int(row["step"])
-            except _INVALID:
-                continue
-            if not -(2**63) <= step < 2**63:
-                continue
-            for name in chosen(tuple(row)):
-                steps, values = found[name]
-                value = row[name]
-                steps.append(step)
-                values.append(value if type(value) is float else _number(value))
+    for step, row in _rows(path, tell):
+        for name in chosen(tuple(row)):
+            steps, values = found[name]
+            value = row[name]
+            steps.append(step)
+            values.append(value if type(value) is float else _number(value))
 
     series: dict[str, Series] = {}
     lost: dict[str, NDArray[np.int64]] = {}
@@ -94,62 +117,55 @@ def read_curves(
     return series, lost
 
 
-def read_values(path: Path, name: str) -> Iterator[tuple[int, float]]:
-    """(step, value) for every line with the metric, in the order of the file."""
-    key = json.dumps(name)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            # Parsing takes far longer than this search, and most lines lack a rare metric.
-            if key in line and step_of(line) < math.inf:
-                row = json.loads(line)
-                if row.get(name) is not None:
-                    yield int(row["step"]), float(row[name])
+def read_values(path: Path, name: str, *, tell: Tell = _nobody) -> Iterator[tuple[int, float]]:
+    """(step, value) for every line with a number as the metric, in the order of the file."""
+    # Parsing takes far longer than the search for the name, and most lines lack a rare metric.
+    for step, row in _rows(path, tell, having=json.dumps(name).encode()):
+        value = row.get(name)
+        if isinstance(value, int | float):
+            yield step, _number(value)
 
 
-def read_spikes(path: Path) -> dict[int, dict[str, float | None]]:
+def read_spikes(path: Path, *, tell: Tell = _nobody) -> dict[int, dict[str, float | None]]:
     """The spikes of a run: by step, the gradient norm by place in the network; None where it was
     not finite. Of a step with several lines the last one counts."""
     found: dict[int, dict[str, float | None]] = {}
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if f'"{SPIKE}' not in line or step_of(line) == math.inf:
-                continue
-            row = json.loads(line)
-            places = {
-                name.removeprefix(SPIKE): None if value is None else _number(value)
-                for name, value in row.items()
-                if name.startswith(SPIKE)
-            }
-            if places:
-                found[int(row["step"])] = places
+    for step, row in _rows(path, tell, having=f'"{SPIKE}'.encode()):
+        places = {
+            name.removeprefix(SPIKE): None if value is None else _number(value)
+            for name, value in row.items()
+            if name.startswith(SPIKE)
+        }
+        if places:
+            found[step] = places
     return dict(sorted(found.items()))
 
 
 def last_step(path: Path) -> int:
     """The step of the last line that is valid; 0 if there is none."""
-    with path.open("rb") as file:
+    with _opened(path, os.O_RDONLY) as file:
         for _, line in _backwards(file, file.seek(0, os.SEEK_END)):
             if step_of(line) < math.inf:
                 return int(step_of(line))
     return 0
 
 
-def cut_back(path: Path, step: int) -> int:
-    """Remove the lines after `step`, and invalid lines.
+def cut_back(path: Path, step: int) -> Cut:
+    """Remove the lines after `step`, and damaged lines.
 
     Lines are written in the order of steps, so the lines to remove are at the end of the file. It
     is read from there backwards and truncated. A kill or a crash leaves the old size or the new one,
     both at the end of a line or at the torn one of before, and the next call continues from either.
 
-    If an invalid line, or a line of a later step, is among the last megabyte before the first line
+    If a damaged line, or a line of a later step, is among the last megabyte before the first line
     to keep, every line is checked and the kept ones are written to a new file. Earlier parts of a
     longer file are not read: an earlier start has checked them.
 
-    Returns:
-        The number of lines removed.
+    Raises:
+        UnfitFileError: if it is no regular file, has a second name, or is too large.
     """
-    removed, kept_from, following = 0, None, math.inf
-    with path.open("r+b") as file:
+    removed, damaged, kept_from, following = 0, 0, None, math.inf
+    with _opened(path, os.O_RDWR) as file:
         size = cut = file.seek(0, os.SEEK_END)
         for offset, line in _backwards(file, size):
             at = step_of(line)
@@ -162,66 +178,104 @@ def cut_back(path: Path, step: int) -> int:
             elif kept_from is None:
                 cut = offset
                 removed += 1
+                damaged += _is_damaged(line, at)
             else:
                 return _rewrite(path, step)
         if cut < size:
             os.ftruncate(file.fileno(), cut)
             os.fsync(file.fileno())
-    return removed
+    return Cut(removed, damaged)
 
 
-def _rewrite(path: Path, step: int) -> int:
+def _rewrite(path: Path, step: int) -> Cut:
     """`cut_back` for a file that is not in order: copy the kept lines, and replace the file."""
-    with path.open("rb") as old:
-        removed = sum(step_of(line) > step for line in old)
-        if not removed:
-            return 0
-        old.seek(0)
+    removed = damaged = 0
+    for _, line in lines_of(path, LONGEST, follow=False):
+        at = step_of(line)
+        removed += at > step
+        damaged += _is_damaged(line, at)
+    if removed:
         with whole_file(path) as fresh:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS
             with open(os.open(fresh, flags, 0o600), "wb") as new:
-                for line in old:
+                for _, line in lines_of(path, LONGEST, follow=False):
                     if step_of(line) <= step:
                         new.write(line.rstrip(b"\r\n") + b"\n")
                 new.flush()
                 os.fsync(new.fileno())
-    return removed
+    return Cut(removed, damaged)
 
 
 def step_of(line: str | bytes) -> float:
-    """The step of a line; infinite for an invalid line."""
+    """The step of a line; infinite for a damaged line."""
+    found = _parsed(line)
+    return math.inf if found is None else float(found[0])
+
+
+def _rows(path: Path, tell: Tell, having: bytes = b"") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps and rows of the lines that contain `having`, without damaged ones."""
+    damaged = first = 0
+    for at, line in lines_of(path, LONGEST, follow=False, limit=MOST_BYTES):
+        if having not in line:
+            continue
+        found = _parsed(line)
+        if found is not None:
+            yield found
+        elif _is_damaged(line, math.inf):
+            first = first if damaged else at
+            damaged += 1
+    if damaged:
+        tell(
+            f"{escaped(str(path))}: {counted(damaged, 'line')} left out, the first at byte {first:,}: "
+            "damaged, no metrics of a step"
+        )
+
+
+def _parsed(line: str | bytes) -> tuple[int, dict[str, Any]] | None:
+    """Step and content of a line; None for a damaged one."""
     try:
-        text = line if isinstance(line, str) else line.decode()
-        step = float(json.loads(text)["step"])
+        row = json.loads(line if isinstance(line, str) else line.decode())
+        step = row["step"]
+        whole = int(step) if type(step) in (int, float) else 2**63
     except _INVALID:
-        return math.inf
-    return math.inf if math.isnan(step) else step
+        return None
+    return (whole, row) if -(2**63) <= whole < 2**63 else None
+
+
+def _is_damaged(line: bytes, step: float) -> bool:
+    """Whether a line without a step is more than an empty one."""
+    return step == math.inf and bool(line.strip())
+
+
+def _opened(path: Path, flags: int) -> IO[bytes]:
+    mode = "r+b" if flags & os.O_RDWR else "rb"
+    return open(open_regular(path, flags, follow=False, limit=MOST_BYTES), mode)
 
 
 def _backwards(file: IO[bytes], size: int) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, the last one first, each with its offset."""
-    rest = b""
-    end, length = size, BLOCK
+    """The lines of a file, the last one first, each with its offset. Of one longer than `LONGEST`
+    only a part is returned, which is no line of metrics."""
+    rest, unread = b"", 0  # of a line that begins earlier: bytes in memory, bytes given up
+    end = size
     while end > 0:
-        begin = max(0, end - length)
+        begin = max(0, end - BLOCK)
         file.seek(begin)
+        position = end + len(rest) + unread
         lines = (file.read(end - begin) + rest).split(b"\n")
-        position = end + len(rest)
 
         # The end of the file is no empty line.
-        if position == size and lines[-1] == b"":
+        if position == size and not unread and lines[-1] == b"":
             lines.pop()
             position -= 1
 
-        # The first line may begin in an earlier block. Longer blocks for a very long line, which
-        # would otherwise be copied for each block.
-        rest = b""
-        if begin > 0 and lines:
-            length = BLOCK if len(lines) > 1 else 2 * length
-            rest = lines.pop(0)
+        # The first line may begin in an earlier block.
+        rest = lines.pop(0) if begin > 0 and lines else b""
         for line in reversed(lines):
-            yield position - len(line), line
-            position -= len(line) + 1
+            yield position - unread - len(line), _CUT_SHORT if unread else line
+            position -= unread + len(line) + 1
+            unread = 0
+        if len(rest) > LONGEST or unread:
+            rest, unread = b"", unread + len(rest)
         end = begin
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from fastmoco_pipelines.files import utf8_name
+from fastmoco_pipelines.small_files import open_regular
 
 
 class JsonlSink:
@@ -25,9 +27,14 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         """Open `path` (mode 0600 if new) for appending. An incomplete last line of a killed run is
         ended, not continued.
+
+        Raises:
+            UnfitFileError: if it is a link, or no regular file.
+            OSError: if it cannot be opened.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._descriptor = open_regular(path, flags, 0o600, follow=False)
         size = os.fstat(self._descriptor).st_size
         self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
@@ -57,7 +64,8 @@ class TensorBoardSink:
     """Metrics as TensorBoard scalars."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open an event file in `folder`; earlier values from `first_step` on are hidden.
+        """Open an event file in `folder`, of a name that nobody knows before; earlier values from
+        `first_step` on are hidden.
 
         Raises:
             ImportError: if TensorBoard is not installed.
@@ -67,7 +75,8 @@ class TensorBoardSink:
         self._open = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         place = self._open.enter_context(utf8_name(folder))
-        self._writer = SummaryWriter(log_dir=place, purge_step=first_step)
+        suffix = f".{secrets.token_hex(4)}"
+        self._writer = SummaryWriter(log_dir=place, purge_step=first_step, filename_suffix=suffix)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one scalar for each metric."""

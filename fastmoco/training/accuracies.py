@@ -68,9 +68,14 @@ def read_accuracies(out: Path, checkpoint: Checkpoint) -> RunAccuracies:
     images = checkpoint.state["monitors"].get("accuracy", {}).get("classified")
     folder = RunFolder(out)
     history = {
-        name: {step: value for step, value in folder.read_metric(name) if step} for name in FIGURES
+        name: {step: value for step, value in folder.read_metric(name) if step and 0 <= value <= 1}
+        for name in FIGURES
     }
-    if not history["top1"] or not images:
+    both = history["top1"].keys() & history["top5"].keys()
+    history = {
+        name: {step: found[step] for step in sorted(both)} for name, found in history.items()
+    }
+    if not both or not images:
         raise CheckpointError(
             f"{out}: the run has no accuracy after its first step; delete it and begin again"
         )

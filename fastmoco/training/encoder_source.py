@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.checkpoint.safetensors_file import read_header
 from fastmoco.config import Config
 from fastmoco.models.encoder_file import (
     Description,
@@ -25,7 +25,7 @@ from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.foreign import ENCODERS, Which, which_of
 from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
-from fastmoco_pipelines.files import hash_file, utf8_name
+from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 __all__ = ["EncoderSource", "Which", "load_source"]
@@ -192,9 +192,8 @@ def _is_ours(source: Path) -> bool:
     if not source.is_file():
         return False
     try:
-        with utf8_name(source) as name, safe_open(name, framework="pt", device="cpu") as file:
-            return "architecture" in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        return "architecture" in read_header(source).notes
+    except (OSError, ValueError):
         return False
 
 

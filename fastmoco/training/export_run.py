@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -220,7 +221,7 @@ def _whole(out: Path, *, folder: bool) -> Iterator[Path]:
         with whole_file(out) as fresh:
             yield fresh
         return
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    fresh = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield fresh
         os.rename(fresh, out)

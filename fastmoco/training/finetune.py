@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from fastmoco.checkpoint import find_checkpoint
 from fastmoco.config.serial import from_json
 from fastmoco.training import setup
 from fastmoco.training.accuracies import read_accuracies
-from fastmoco.training.source_model import FACTS
+from fastmoco.training.source_model import read_facts
 
 
 def finetune_result(out: Path) -> dict[str, Any]:
@@ -55,6 +54,6 @@ def finetune_result(out: Path) -> dict[str, Any]:
             "seed": config.seed,
             "precision": checkpoint.state["resolved"]["precision"],
         },
-        "source": json.loads((out / FACTS).read_text()),
+        "source": read_facts(out),
         "versions": setup.versions(),
     }

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
+from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.config.labelled import labelled_batch
@@ -41,6 +42,7 @@ from fastmoco.training.feature_table import FeatureTable, TablePart
 from fastmoco.training.probe import official_lr, probe_sets, probe_view
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
+from fastmoco_pipelines.small_files import UnfitFileError, read_small
 from fastmoco_pipelines.text import counted
 
 LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -337,6 +339,9 @@ class _Job:
         return state
 
 
+_HEADER_BYTES = 1 << 16
+
+
 class _SavedState:
     """Classifiers in training, in a file that an interrupted command leaves."""
 
@@ -345,12 +350,18 @@ class _SavedState:
         self._written = time.monotonic()
 
     def read(self, start: LinearState) -> LinearState:
-        """The state of the file on the device of `start`; `start` without a file."""
+        """The state of the file on the device of `start`; `start` without a file, and where the
+        file is not of the same classifiers."""
+        own = self._tensors(start)
+        size = sum(tensor.nbytes for tensor in own.values())
         try:
-            found = load_file(self._file)
-        except (OSError, SafetensorError):
+            found = load(read_small(self._file, size + _HEADER_BYTES, follow=False))
+        except (OSError, UnfitFileError, SafetensorError):
             return start
-        epoch = int(found.pop("epoch"))
+        kinds = [{name: (t.dtype, t.shape) for name, t in each.items()} for each in (own, found)]
+        if kinds[0] != kinds[1]:
+            return start
+        epoch = max(0, int(found.pop("epoch")))
         device = start.weight.device
         return LinearState(**{name: value.to(device) for name, value in found.items()}, epoch=epoch)
 
@@ -358,12 +369,15 @@ class _SavedState:
         """Write a state, at most once a minute."""
         if time.monotonic() - self._written < SAVE_SECONDS:
             return
-        tensors = {
-            name: getattr(state, name).cpu().contiguous()
-            for name in ("weight", "bias", "weight_buffer", "bias_buffer")
-        }
-        write_file(self._file, save({**tensors, "epoch": torch.tensor(state.epoch)}))
+        write_file(self._file, save(self._tensors(state)))
         self._written = time.monotonic()
+
+    @staticmethod
+    def _tensors(state: LinearState) -> dict[str, Tensor]:
+        """All of a state, as the file has it."""
+        names = ("weight", "bias", "weight_buffer", "bias_buffer")
+        tensors = {name: getattr(state, name).cpu().contiguous() for name in names}
+        return {**tensors, "epoch": torch.tensor(state.epoch)}
 
     def remove(self) -> None:
         """The classifiers are trained."""

@@ -4,6 +4,7 @@ starts from."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.small_files import UnfitFileError, read_json
 
 ENCODER = "encoder.safetensors"
 """File of the encoder in the folder of the run."""
@@ -64,6 +66,21 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
     return replace(base, **(known | changes))
 
 
+def read_facts(out: Path) -> dict[str, Any]:
+    """The facts of the source of a run.
+
+    Raises:
+        RunError: if the file is missing, or no JSON object.
+    """
+    try:
+        found = read_json(out / FACTS, follow=False)
+    except (OSError, UnfitFileError) as error:
+        raise RunError(f"{error}; choose another --out") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{out / FACTS}: holds no JSON object; choose another --out")
+    return found
+
+
 def log_every(steps_per_epoch: int) -> int:
     """Steps between two log lines, so that the last step of each epoch has one.
 
@@ -79,12 +96,13 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     Each process writes the same. A run that continues must have the same source.
 
     Raises:
-        RunError: if the run in the folder began with another encoder, or is another run.
+        RunError: if the run in the folder began with another encoder, is another run, or its
+            file of facts is damaged or a link.
         OSError: if the folder cannot be written.
     """
     facts = json.loads(json.dumps(source.facts))
-    if (out / FACTS).exists():
-        before = json.loads((out / FACTS).read_text())
+    if os.path.lexists(out / FACTS):
+        before = read_facts(out)
         names = sorted((facts.keys() | before.keys()) - {"source"})  # whose name may change
         differ = [name for name in names if facts.get(name) != before.get(name)]
         if differ:

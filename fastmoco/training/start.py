@@ -126,6 +126,8 @@ def close_if_finished(
     console = Console(rank=world.rank)
     for path, reason in checkpoint.skipped:
         console.event(f"warning: passed over {path.name}: {reason}")
+    for note in folder.notes:
+        console.event(note)
     for name in folder.take_leftovers():
         console.event(f"ignored {name}, left by a killed run")
     folder.mark("DONE")

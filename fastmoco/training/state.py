@@ -18,6 +18,9 @@ from fastmoco.errors import RunError
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco_kernels.tensors import local
 
+MOST_RNG_BYTES = 1 << 20
+"""The state of a generator has some kilobytes."""
+
 
 def collect(objective: nn.Module, optimizer: AveragedOptimizer) -> dict[str, Tensor]:
     """Every tensor of the run's state by name.
@@ -69,16 +72,23 @@ def restore(
         own = _of_rank(kind, group_rank())
         name = own if own in checkpoint.entries else kind
         if name in checkpoint.entries:
+            _require_bytes(checkpoint, name)
             rng[name] = torch.empty_like(checkpoint.entries[name], device="cpu")
     checkpoint.read_into(moments | rng)
 
     # Put them in place.
     restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
     for name, state in rng.items():
-        if name.startswith("rng.cpu"):
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+        try:
+            if name.startswith("rng.cpu"):
+                torch.set_rng_state(state)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(state)
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is no state of random numbers: {error}. Restore "
+                "the folder from a copy, or remove it to continue from an earlier checkpoint."
+            ) from error
 
     if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
         optimizer.move_averages(next_ema_momentum)
@@ -115,6 +125,17 @@ def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
             "was the model changed since the save?"
         )
     checkpoint.read_into(targets)
+
+
+def _require_bytes(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse an entry that is no state of a random number generator, before it is read."""
+    entry = checkpoint.entries[name]
+    if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > MOST_RNG_BYTES:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} is {entry.dtype} of shape {tuple(entry.shape)}, which is no "
+            "state of random numbers. Restore the folder from a copy, or remove it to continue from "
+            "an earlier checkpoint."
+        )
 
 
 def _blank_like(name: str, entry: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

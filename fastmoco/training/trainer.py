@@ -292,6 +292,8 @@ class Trainer:
                 recorder.event(f"warning: {note}")
 
         # Report what a killed run has left, and where this one continues.
+        for note in self.folder.notes:
+            recorder.event(note)
         unfinished = [folder.name for folder in self.saving.leftovers]
         for name in [*self.folder.take_leftovers(), *unfinished]:
             recorder.event(f"ignored {name}, left by a killed run")

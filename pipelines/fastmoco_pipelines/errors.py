@@ -36,6 +36,10 @@ class PassingError(RemoteError):
         self.retry_after = retry_after
 
 
+class BusyError(PassingError):
+    """The server asks for fewer requests."""
+
+
 class WrongContentError(PassingError):
     """Other bytes than expected: another try starts from the first byte, and tries are few."""
 

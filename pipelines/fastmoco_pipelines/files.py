@@ -37,6 +37,8 @@ _munmap = _LIBC.munmap
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process (files or memory that it may have), not of a file."""
 
 
 def try_lock(descriptor: int, how: int) -> bool:

@@ -8,8 +8,10 @@ ever, a link to /dev/zero fill the memory, deep nesting end the interpreter's st
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,12 @@ def reason_of(error: UnfitFileError, name: Path | str) -> str:
 
 
 def open_regular(
-    path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
+    path: Path | str,
+    flags: int = os.O_RDONLY,
+    mode: int = 0o666,
+    *,
+    follow: bool = True,
+    limit: int | None = None,
 ) -> int:
     """A descriptor of a regular file. Never waits, as an open of a named pipe would.
 
@@ -51,10 +58,12 @@ def open_regular(
             before anything is changed.
         mode: permissions of a new file, less the umask.
         follow: whether a symbolic link may stand for the file. False in folders that another user
-            may have filled: a link there chooses what is read or overwritten.
+            may have filled: a link there chooses what is read or overwritten. A file to write to
+            must then have no second name either (a hard link), which would change with it.
+        limit: largest size in bytes; None: any.
 
     Raises:
-        UnfitFileError: if it is no regular file.
+        UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be opened.
     """
     cut = flags & os.O_TRUNC
@@ -67,9 +76,13 @@ def open_regular(
         _require_regular(path, follow)  # e.g. a named pipe that nobody reads, opened for writing
         raise
     try:
-        kind = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(kind):
-            raise UnfitFileError(_other_kind(path, kind))
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnfitFileError(_other_kind(path, found.st_mode))
+        if not follow and flags & (os.O_WRONLY | os.O_RDWR) and found.st_nlink > 1:
+            raise UnfitFileError(_second_name(path))
+        if limit is not None and found.st_size > limit:
+            raise UnfitFileError(_too_large(path, found.st_size, limit))
         os.set_blocking(descriptor, True)
         if cut:
             os.ftruncate(descriptor, 0)
@@ -91,14 +104,19 @@ def read_small(path: Path | str, limit: int = SMALL_BYTES, *, follow: bool = Tru
         UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be read.
     """
-    with open(open_regular(path, follow=follow), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        content = b"" if size > limit else file.read(limit + 1)
-    if max(size, len(content)) > limit:
-        raise UnfitFileError(
-            f"{escaped(str(path))}: has {max(size, len(content)):,} bytes, a file of this kind at "
-            f"most {limit:,}: it is not what its name says; move it away"
-        )
+    descriptor = open_regular(path, follow=follow, limit=limit)
+    content = b""
+    try:
+        size = os.fstat(descriptor).st_size  # in /proc a file may say 0 and go on
+        while len(content) <= limit:
+            part = os.read(descriptor, min(limit + 1 - len(content), max(size + 1, 1 << 16)))
+            if not part:
+                break
+            content += part
+    finally:
+        os.close(descriptor)
+    if len(content) > limit:
+        raise UnfitFileError(_too_large(path, len(content), limit))
     return content
 
 
@@ -122,20 +140,26 @@ def text_of(content: bytes, name: Path | str) -> str:
         ) from None
 
 
-def json_of(content: bytes, name: Path | str, *, depth: int = JSON_DEPTH) -> Any:
+def json_of(
+    content: bytes, name: Path | str, *, depth: int = JSON_DEPTH, strict: bool = False
+) -> Any:
     """Content of a file of JSON, or of one line of it.
 
     Args:
         content: UTF-8.
         name: of the file, for messages; `FILE: line 7` for a line.
         depth: deepest nesting of lists and objects.
+        strict: also refuse what fastmoco never writes: NaN, infinities, and two values of one name,
+            of which another reader would take the other.
 
     Raises:
         UnfitFileError: if it is not UTF-8 or JSON, or nested deeper; names the place.
     """
     text = text_of(content, name)
     try:
-        found = json.loads(text)
+        found = json.loads(text, **(_STRICT if strict else {}))
+    except UnfitFileError as error:
+        raise UnfitFileError(f"{escaped(str(name))}: {error}") from None
     except json.JSONDecodeError as error:
         raise UnfitFileError(
             f"{escaped(str(name))}: line {error.lineno}, column {error.colno}: not JSON: "
@@ -157,6 +181,7 @@ def read_json(
     *,
     depth: int = JSON_DEPTH,
     follow: bool = True,
+    strict: bool = False,
 ) -> Any:
     """Content of a small file of JSON; `read_small` and `json_of` in one.
 
@@ -164,22 +189,22 @@ def read_json(
         UnfitFileError: if it is no regular file, too large, not UTF-8, not JSON or too deep.
         OSError: if it cannot be read.
     """
-    return json_of(read_small(path, limit, follow=follow), path, depth=depth)
+    return json_of(read_small(path, limit, follow=follow), path, depth=depth, strict=strict)
 
 
 def lines_of(
-    path: Path | str, longest: int = 1 << 20, *, follow: bool = True
+    path: Path | str, longest: int = 1 << 20, *, follow: bool = True, limit: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
     """(byte, line) of a regular file of any size, one after the other; lines keep their end.
 
     Of a line beyond `longest` bytes, only the first `longest` are returned, and the rest is skipped:
-    the parser of the line refuses it.
+    the parser of the line refuses it. `follow` and `limit` as in `open_regular`.
 
     Raises:
-        UnfitFileError: if it is no regular file.
+        UnfitFileError: if it is no regular file, or larger.
         OSError: if it cannot be read.
     """
-    with open(open_regular(path, follow=follow), "rb") as file:
+    with open(open_regular(path, follow=follow, limit=limit), "rb") as file:
         at = 0
         while line := file.readline(longest):
             yield at, line
@@ -187,6 +212,53 @@ def lines_of(
             while len(line) == longest and not line.endswith(b"\n"):
                 line = file.readline(longest)
                 at += len(line)
+
+
+def linked_to(folder: Path) -> str:
+    """Where a folder lies whose name is a link of this user's or of root's, e.g. one on another
+    disk; empty for a folder, and where there is nothing yet.
+
+    Raises:
+        UnfitFileError: if the link is another user's or leads nowhere, or this is no folder.
+    """
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return ""
+    name = escaped(str(folder))
+    link = stat.S_ISLNK(found.st_mode)
+    if link and found.st_uid not in (0, os.geteuid()):
+        raise UnfitFileError(
+            f"{name}: is a symbolic link of another user, who chooses by it where is written; "
+            "remove it, or make it yourself"
+        )
+    if not os.path.isdir(folder):
+        what = "leads to no folder" if link else "is a file where a folder is due"
+        raise UnfitFileError(f"{name}: {what}; move it away")
+    return os.path.realpath(folder) if link else ""
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twin = max(counts, key=counts.__getitem__)
+        raise UnfitFileError(f"{escaped(twin[:200])} has two values")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise UnfitFileError(f"{text[:40]} is no finite number")
+    return number
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _without_twins,
+    "parse_constant": _finite,
+    "parse_float": _finite,
+}
 
 
 def _is_deeper(content: Any, depth: int) -> bool:
@@ -216,6 +288,20 @@ def _link(path: Path | str) -> str:
     return (
         f"{escaped(str(path))}: is a symbolic link where a file is due, and is not followed: it "
         "could choose any file; remove it, or put the file itself in its place"
+    )
+
+
+def _second_name(path: Path | str) -> str:
+    return (
+        f"{escaped(str(path))}: has a second name (a hard link), and a write would change that one "
+        "too; replace it by a copy of its own"
+    )
+
+
+def _too_large(path: Path | str, size: int, limit: int) -> str:
+    return (
+        f"{escaped(str(path))}: has {size:,} bytes, a file of this kind at most {limit:,}: it is "
+        "not what its name says; move it away"
     )
 
 

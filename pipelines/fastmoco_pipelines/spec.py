@@ -34,6 +34,10 @@ SECONDS_PER_IMAGE = 30.0
 MOST_SECONDS = 1_000_000
 """Longest time that can be asked for: eleven days."""
 
+MOST_TRANSFERS = 256
+MAX_TRANSFERS = 32
+"""Shards of a server that a process fetches ahead at once, at most."""
+
 
 class Resume(Enum):
     """Whether a field of a run's config may differ when the run continues; a field without a mark
@@ -422,6 +426,9 @@ class LoaderOptions(CacheSpec):
     none. Those in the list beside the shards (`fastmoco data check`) do not count."""
     timeout_s: Annotated[float, Resume.FREE] = 600
     """Seconds to wait for one batch before the run ends, e.g. where a disk of the network hangs."""
+    max_transfers: Annotated[int, Resume.FREE] = MAX_TRANSFERS
+    """Shards of a server that one process fetches ahead at once, at most: as many of them as pay,
+    by measurement."""
 
     def __post_init__(self) -> None:
         CacheSpec.__post_init__(self)
@@ -463,6 +470,12 @@ class LoaderOptions(CacheSpec):
             "a share lies in [0, 1]",
         )
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+        require(
+            1 <= self.max_transfers <= MOST_TRANSFERS,
+            "max_transfers",
+            self.max_transfers,
+            f"counts shards that are fetched at once, from 1 to {MOST_TRANSFERS}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

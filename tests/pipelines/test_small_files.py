@@ -14,6 +14,7 @@ from fastmoco_pipelines.small_files import (
     UnfitFileError,
     json_of,
     lines_of,
+    linked_to,
     open_regular,
     read_json,
     read_small,
@@ -65,6 +66,33 @@ def test_a_file_is_opened_as_asked(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "absent")
+
+
+def test_a_file_with_a_second_name_is_read_and_not_written(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("all of it")
+    os.link(tmp_path / "precious", tmp_path / "metrics")
+    assert read_small(tmp_path / "metrics", follow=False) == b"all of it"
+    for flags in (os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_APPEND | os.O_CREAT):
+        with pytest.raises(UnfitFileError, match="metrics: has a second name"):
+            open_regular(tmp_path / "metrics", flags, follow=False)
+    assert (tmp_path / "precious").read_text() == "all of it"
+    os.close(open_regular(tmp_path / "metrics", os.O_WRONLY))  # by its owner's wish
+
+
+def test_a_folder_may_be_a_link_of_the_user_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, target in (("link", "folder"), ("to_file", "file"), ("nowhere", "absent")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    assert linked_to(tmp_path / "folder") == linked_to(tmp_path / "absent") == ""
+    assert linked_to(tmp_path / "link") == str(tmp_path / "folder")
+    for name, rule in (
+        ("to_file", "leads to no"),
+        ("nowhere", "leads to no"),
+        ("file", "is a file"),
+    ):
+        with pytest.raises(UnfitFileError, match=f"{name}: {rule}"):
+            linked_to(tmp_path / name)
 
 
 def test_only_so_many_bytes_are_read(tmp_path: Path) -> None:

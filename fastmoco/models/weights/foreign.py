@@ -8,7 +8,6 @@ file is refused with the cure.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.encoder import Family
-from fastmoco.models.encoder_file import EVALUATED, TORCHVISION
+from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
 from fastmoco.models.vit import sincos_positions
 from fastmoco.models.weights.names import (
     FULL_STATE,
@@ -30,7 +29,8 @@ from fastmoco.models.weights.names import (
     unwrapped,
 )
 from fastmoco.models.weights.reading import RawWeights
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.small_files import json_of
+from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
 Which = Literal["base", "momentum"]
 """Which encoder of a file or a run: the trained one, or its moving average."""
@@ -300,14 +300,18 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
 
     # Images: by the file, else as ImageNet models have them.
     size = IMAGE_SIZE if sizes is None else (sizes.grid or 0) * sizes.patch_size
-    size = stated.image_size or size
-    image = EvalSpec(size=max(size, 1), resize=max(size, 1))
-    if size:
-        resize = stated.resize or (round(size * 256 / 224) if size > 64 else size)
-        image = EvalSpec(size=size, resize=resize)
+    size = max(stated.image_size or size, 0)
+    resize = stated.resize or (round(size * 256 / 224) if size > 64 else size)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if stated.mean and stated.std:
-        image = replace(image, mean=stated.mean, std=stated.std)
-    elif weights.format != "moco-v3":
+        mean, std = stated.mean, stated.std
+    try:
+        image = stated_image(max(size, 1), max(resize, 1), mean, std)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{weights.source}: what it states cannot be used: {error}"
+        ) from error
+    if not (stated.mean and stated.std) and weights.format != "moco-v3":
         notes.append(
             "the file does not say how its images were normalised: by mean and standard deviation "
             "of ImageNet"
@@ -392,8 +396,8 @@ def _stated(raw: RawWeights) -> _Stated:
                 heads=int(header["heads"]) if "heads" in header else None,
                 image_size=int(header["image_size"]),
                 resize=int(header["resize"]) if "resize" in header else None,
-                mean=_three(json.loads(header.get("mean", "null"))),
-                std=_three(json.loads(header.get("std", "null"))),
+                mean=_three(json_of(header.get("mean", "null").encode(), "mean")),
+                std=_three(json_of(header.get("std", "null").encode(), "std")),
             )
         notes = _require_function(config)
         heads = config.get("num_attention_heads")
@@ -409,7 +413,7 @@ def _stated(raw: RawWeights) -> _Stated:
             std=_three(images.get("image_std", images.get("std"))),
             notes=notes,
         )
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{raw.path}: what it states cannot be used: {error}") from error
 
 
@@ -454,7 +458,4 @@ def _require_function(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _three(values: Any) -> tuple[float, float, float] | None:
-    if values is None:
-        return None
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+    return None if values is None else three(values)

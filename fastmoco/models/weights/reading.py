@@ -1,28 +1,25 @@
 """Open files of weights of any origin. Nothing in a file is executed.
 
-A `.pt` or `.pth` file is a pickle, which can run any code when it is read. torch's restricted
-reader (`weights_only=True`) accepts tensors and plain containers; a file that needs more is
-refused, never read in another way.
+A `.pt` or `.pth` file is a pickle, which can run any code when it is unpickled. It is read as data
+(`checkpoint.torch_file`): tensors and plain containers; a file that needs more is refused, never
+read in another way.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
-from fastmoco_pipelines.files import hash_file, utf8_name
+from fastmoco.checkpoint.pickle_machine import UnknownNameError
+from fastmoco.checkpoint.safetensors_file import read_safetensors
+from fastmoco.checkpoint.torch_file import distinct_bytes, is_tensor_of_another_kind, read_torch
+from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_json
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of Hugging Face, the preferred first."""
@@ -31,22 +28,9 @@ WRAPPED_IN = ("state_dict", "model")
 """Keys under which a torch file has its tensors, beside others."""
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-_TORCH_ERRORS = (
-    pickle.UnpicklingError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    AssertionError,
-    MemoryError,
-    SafetensorError,
-)
-"""What torch's reader raises for a file that is none of its own, or damaged."""
 MOST_JSON_BYTES = 10 * 2**20
+MOST_SHARED = 2
+"""How often a byte of a file may be part of a tensor, on average: tied weights share theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +86,11 @@ def read_weights(path: Path) -> RawWeights:
         if path.name in FOLDER_FILES:
             config, preprocessor = _json(path.parent / CONFIG), _json(path.parent / PREPROCESSOR)
     try:
-        with open(file, "rb") as opened:
+        with open(open_regular(file), "rb") as opened:
             beginning = opened.read(16)
         raw = _read_safetensors(file) if _is_safetensors(beginning) else _read_torch(file)
+    except UnfitFileError as error:
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     _require_plain(raw)
@@ -121,41 +107,40 @@ def read_weights(path: Path) -> RawWeights:
 
 def _is_safetensors(beginning: bytes) -> bool:
     """A safetensors file begins with the length of a JSON object; a torch file with `PK`, or with
-    the mark of a pickle."""
+    a pickle of a number."""
     return beginning[8:9] == b"{"
 
 
 def _read_safetensors(path: Path) -> RawWeights:
     try:
-        with utf8_name(path) as name, safe_open(name, framework="pt", device="cpu") as file:
-            header = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        header, tensors = read_safetensors(path)
+    except UnfitFileError as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, MemoryError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}. It is damaged or incomplete: copy or "
-            "download it again"
+            f"{path} cannot be read as safetensors: {str(error) or type(error).__name__}. It is "
+            "damaged or incomplete: copy or download it again"
         ) from error
     return RawWeights(path=path, tensors=tensors, header=header)
 
 
 def _read_torch(path: Path) -> RawWeights:
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except _TORCH_ERRORS as error:
-        # torch's own text advises to read without weights_only, which would run the file's code.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found and isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(
-                f"{path} is not read: it contains {found[1]}. Only tensors, numbers and texts are "
-                "read from a pickle, because anything else in it could run code. If the file is "
-                "one of weights, save its tensors again where it was made: "
-                "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`"
-            ) from error
+        content = read_torch(path)
+    except UnknownNameError as error:
         raise CheckpointError(
-            f"{path} cannot be read, neither as safetensors nor as a file of torch. It is damaged, "
-            "incomplete or of another kind: copy or download it again"
+            f"{path} is not read: it contains {error.name}. Only tensors, numbers and texts are "
+            "read from a pickle, because anything else in it could run code. If the file is "
+            "one of weights, save its tensors again where it was made: "
+            "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`"
+        ) from error
+    except UnfitFileError as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read, neither as safetensors nor as a file of torch: "
+            f"{str(error) or type(error).__name__}. It is damaged, incomplete or of another kind: "
+            "copy or download it again"
         ) from error
     return _unpacked(path, content)
 
@@ -177,11 +162,14 @@ def _unpacked(path: Path, content: object) -> RawWeights:
         container["keys"] = sorted(map(str, content))
         keys.append(key)
         content = content[key]
-    if not isinstance(content, Mapping) or not _tensors(content):
+    if not isinstance(content, Mapping) or not _has_tensors(content):
         raise CheckpointError(
             f"{path} contains no weights: a dictionary of tensors by name, at the top or under "
             "state_dict or model. Save model.state_dict(), not the model"
         )
+    unfit = [str(key) for key, value in content.items() if is_tensor_of_another_kind(value)]
+    if unfit:
+        raise CheckpointError(_no_plain(path, unfit[0], "sparse, quantised or without data"))
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if odd:
@@ -189,9 +177,12 @@ def _unpacked(path: Path, content: object) -> RawWeights:
     return RawWeights(path=path, tensors=tensors, container=container, wrapped_in=".".join(keys))
 
 
-def _tensors(content: Mapping[Any, Any]) -> bool:
+def _has_tensors(content: Mapping[Any, Any]) -> bool:
     """Whether a dictionary has a tensor with dimensions: a container has at most numbers."""
-    return any(isinstance(value, Tensor) and value.dim() > 0 for value in content.values())
+    return any(
+        (isinstance(value, Tensor) and value.dim() > 0) or is_tensor_of_another_kind(value)
+        for value in content.values()
+    )
 
 
 def _is_scalar(value: object) -> bool:
@@ -199,28 +190,37 @@ def _is_scalar(value: object) -> bool:
 
 
 def _require_plain(raw: RawWeights) -> None:
-    """Refuse tensors that are not what their shape says: sparse ones, and a few bytes that claim to
-    be a large tensor."""
+    """Refuse tensors that are not what their shape says: a few bytes that claim to be a large
+    tensor, and many tensors that share the bytes of one."""
     for name, tensor in raw.tensors.items():
-        plain = tensor.layout is torch.strided and not tensor.is_quantized
-        needs = tensor.numel() * tensor.element_size() if plain else 0
-        if not plain or tensor.is_meta or needs > tensor.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{raw.path}: {name} of shape {tuple(tensor.shape)} is no plain tensor with data "
-                "of its own; save the weights again as a state dict"
-            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(_no_plain(raw.path, name, f"of shape {tuple(tensor.shape)}"))
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in raw.tensors.values())
+    stored = distinct_bytes(raw.tensors)
+    if claimed > MOST_SHARED * stored:
+        raise CheckpointError(
+            f"{raw.path}: its tensors have {claimed:,} bytes, and share {stored:,} of the file; "
+            "save the weights again as a state dict"
+        )
+
+
+def _no_plain(path: Path, name: str, what: str) -> str:
+    return (
+        f"{path}: {name}, {what}, is no plain tensor with data of its own; save the weights again "
+        "as a state dict"
+    )
 
 
 def _json(path: Path) -> Mapping[str, Any]:
     """A JSON object beside the weights; empty if the file is absent."""
     try:
-        if os.stat(path).st_size > MOST_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a description of a model")
-        content = json.loads(path.read_bytes())
+        content = read_json(path, MOST_JSON_BYTES)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except UnfitFileError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object")
     return content

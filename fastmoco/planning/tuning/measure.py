@@ -23,6 +23,7 @@ from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
 from fastmoco_pipelines import OPENMP_SPINS
 from fastmoco_pipelines.processes import child_environment, python_command
+from fastmoco_pipelines.small_files import UnfitFileError, read_json
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""
@@ -36,6 +37,7 @@ LAUNCH_VARIABLES = {
     "NCCL_DEBUG": "WARN",
 }
 """The variables of launch/settings.sh."""
+_SHOWN_BYTES = 1 << 16
 REMOVED = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_")
 """Beginnings of names of variables that a measurement does not inherit."""
 
@@ -119,12 +121,15 @@ class FreshProcess:
             if code is None:
                 return Failure(f"not ended after {limit_s:.0f} s")
             if code or not answer.exists():
-                return Failure(_cause(code, log.read_text(errors="replace")))
-            found = json.loads(answer.read_text())
-        for kind in ("refused", "failed"):
-            if kind in found:
-                return Failure(str(found[kind]))
-        return _measurement(found, time.monotonic() - began)
+                return Failure(_cause(code, _end_of(log)))
+            try:
+                found = read_json(answer, follow=False)
+                for kind in ("refused", "failed"):
+                    if kind in found:
+                        return Failure(str(found[kind]))
+                return _measurement(found, time.monotonic() - began)
+            except (UnfitFileError, KeyError, TypeError, AttributeError) as error:
+                return Failure(f"its answer cannot be used: {type(error).__name__}: {error}")
 
 
 def _measurement(found: Mapping[str, Any], seconds: float) -> Measurement:
@@ -177,6 +182,13 @@ def _run(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _end_of(log: Path) -> str:
+    """The last lines of a file."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _SHOWN_BYTES))
+        return file.read().decode(errors="replace")
 
 
 def _cause(code: int, log: str) -> str:

@@ -5,7 +5,6 @@ It has no path of the machine that it was made on: the caller gives images and f
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import textwrap
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from fastmoco.planning.tuning.measure import LAUNCH_VARIABLES
 from fastmoco.planning.tuning.settings import Settings
+from fastmoco_pipelines.files import write_file
 
 PRIVATE = (
     "data.shards",
@@ -156,15 +156,7 @@ def check_place(path: Path, *, force: bool) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a script whole, with the permission to run it."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text)
-        new.chmod(0o755)
-        new.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
+    write_file(path, text.encode(), mode=0o777)
 
 
 def _export(name: str, value: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from fastmoco_kernels.ema.op import bytes_moved as ema_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.lars.op import lars_bytes
 from fastmoco_pipelines import Loader
+from fastmoco_pipelines.small_files import open_regular
 from fastmoco_pipelines.step_parts import (
     EMA,
     LOSS,
@@ -247,7 +249,10 @@ def _traced(trainer: Trainer, steps: int, trace: Path | None) -> TracedParts:
         _train(trainer, steps)
         settle(trainer, loader=False)
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        with tempfile.TemporaryDirectory(prefix=".trace-", dir=trace.parent) as folder:
+            fresh = Path(folder) / trace.name  # whose ending compresses it
+            profiler.export_chrome_trace(str(fresh))
+            fresh.replace(trace)
     return by_part(profiler.events(), LARGEST)
 
 
@@ -444,6 +449,11 @@ def _resident_bytes(statm: Path = Path("/proc/self/statm")) -> int | None:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """The console lines of the trained steps go to a file."""
-    with path.open("w") as file, contextlib.redirect_stdout(file):
+    """The console lines of the trained steps go to a file, which may not be a link.
+
+    Raises:
+        UnfitFileError, OSError: if it cannot be opened.
+    """
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, follow=False)
+    with open(descriptor, "w") as file, contextlib.redirect_stdout(file):
         yield

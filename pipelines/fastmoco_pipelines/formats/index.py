@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
-from fastmoco_pipelines.files import read_at, write_file, write_json
+from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
 from fastmoco_pipelines.formats.images import MAX_BYTES, bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
@@ -94,7 +94,7 @@ def index_bytes(path: Path) -> bytes:
         how = f"cannot be read ({os.strerror(errno.EISDIR)}): move this folder away, and {CURE}"
         raise ShardError(f"{path.name}: {how}.") from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in OWN_TROUBLE:
             raise
         raise ShardError(f"{path.name}: cannot be read ({error.strerror}): {CURE}.") from error
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files import OWN_TROUBLE, write_file
 from fastmoco_pipelines.formats.members import is_skipped
 from fastmoco_pipelines.formats.paths import is_file_name
 from fastmoco_pipelines.small_files import UnfitFileError, json_of, read_json, read_small, reason_of
@@ -48,7 +48,7 @@ def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
     """The sets of a folder's manifest by name; empty where the folder has none.
 
     Raises:
-        ShardError: if the manifest is broken.
+        ShardError: if the manifest is broken, or cannot be read.
     """
     try:
         text = read_small(folder / NAME, MAX_BYTES)
@@ -56,6 +56,12 @@ def read_sets(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     except UnfitFileError as error:
         raise ShardError(f"{error}; {_AGAIN}.") from error
+    except OSError as error:
+        if error.errno in OWN_TROUBLE:
+            raise
+        raise ShardError(
+            f"{folder / NAME}: cannot be read ({error.strerror}): make it readable, or {_CURE}."
+        ) from error
     return parse_sets(str(folder / NAME), text)
 
 

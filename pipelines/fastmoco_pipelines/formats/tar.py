@@ -71,7 +71,11 @@ def walk_damaged(path: Path) -> tuple[list[TarMember], list[TarError]]:
     members: list[TarMember] = []
     faults: list[TarError] = []
     start: int | None = 0
-    with _opened(path) as file:
+    try:
+        opened = _opened(path)
+    except TarError as fault:
+        return [], [fault]
+    with opened as file:
         while start is not None:
             try:
                 for member in _walk(path, file, start):  # what was found before a fault is kept

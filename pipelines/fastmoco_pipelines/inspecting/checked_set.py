@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import read_sets
 from fastmoco_pipelines.formats.quarantine import (
@@ -25,6 +26,7 @@ from fastmoco_pipelines.inspecting.tars import LocalCheckTars, RemoteCheckTars
 from fastmoco_pipelines.sets.patterns import is_remote, without_scheme
 from fastmoco_pipelines.sets.remote_set import fetch_lists
 from fastmoco_pipelines.sets.whole_tars import whole_names
+from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact
@@ -67,7 +69,15 @@ class CheckedSet:
         that a failure comes now and not after hours."""
         remote = isinstance(self.tars, RemoteCheckTars)
         for folder in () if remote else self.folders:
-            Quarantine.read(quarantine_path(folder))
+            try:
+                Quarantine.read(quarantine_path(folder))
+            except UnfitFileError as error:
+                raise ShardError(f"{error}; then this check writes a new one") from error
+            except OSError as error:
+                raise ShardError(
+                    f"{quarantine_path(folder)}: cannot be read ({error.strerror}): make it "
+                    "readable, or move it away; then this check writes a new one"
+                ) from error
         if isinstance(self.tars, RemoteCheckTars):
             for folder, place in self.tars.urls.items():
                 self._theirs[folder], problems = fetch_lists([place], transfers)

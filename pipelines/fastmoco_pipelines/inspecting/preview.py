@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
+from fastmoco_pipelines.files import whole_file
 from fastmoco_pipelines.formats.images import rgb_image
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import samples_at
@@ -118,7 +119,8 @@ def save_view_grid(
     picture = _grid(cells, images_a_row, side, row_height)
     if parameters:
         picture = put_beside(picture, texts, row_height)
-    picture.save(out, "PNG")
+    with whole_file(out) as fresh:
+        picture.save(fresh, "PNG")
     for number, name in enumerate(names):
         row, place = divmod(number, images_a_row)
         tell(f"row {row + 1}, image {place + 1}: {name}")

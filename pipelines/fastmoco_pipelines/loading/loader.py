@@ -94,7 +94,7 @@ def build_loader(
     share_arenas()  # before the first of many threads starts
     if spec.device == "gpu":
         self_test.require_working_decoder(spec.device, device_id)
-    shards = ShardSet.open(spec.shards, cache=spec)
+    shards = ShardSet.open(spec.shards, cache=spec, max_transfers=spec.max_transfers)
     try:
         if spec.classes:
             shards.require_labels(spec.shards, spec.classes)

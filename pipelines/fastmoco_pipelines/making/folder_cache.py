@@ -177,12 +177,14 @@ def read_packed(folder: Path) -> PackedFolder | None:
     return packed if re.fullmatch(r"[A-Za-z0-9_]+", packed.options.prefix) else None
 
 
-def _typed(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+def _typed(kind: type, content: Any) -> dict[str, Any]:
     """The fields of a dataclass from JSON, each of its own type.
 
     Raises:
         TypeError, ValueError, KeyError: for one of another type, or a negative number.
     """
+    if not isinstance(content, dict):
+        raise TypeError("no object")
     kinds = {one.name: _KINDS[str(one.type)] for one in fields(kind) if one.name in content}
     typed = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
     for name, value in typed.items():

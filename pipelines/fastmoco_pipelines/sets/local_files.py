@@ -5,7 +5,6 @@ One thread at a time may use such an object: ShardSet ensures that, and checks t
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import OrderedDict
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import read_at
+from fastmoco_pipelines.files import OWN_TROUBLE, read_at
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
 # seconds before a local file is tried again: file systems on a network have hiccups
 _PAUSES = (0.05, 0.45)
-_OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, not of a shard
 
 T = TypeVar("T")
 Place = tuple[int, int, int]
@@ -168,4 +166,4 @@ def is_own_trouble(fault: ReadFault) -> bool:
     """Whether a fault is of this machine (files or memory that a process may have), not of a
     shard."""
     cause = fault if isinstance(fault, OSError) else fault.__cause__
-    return isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE
+    return isinstance(cause, OSError) and cause.errno in OWN_TROUBLE

@@ -29,7 +29,7 @@ from fastmoco_pipelines.sets.local_files import LocalFiles, Place, ReadFault, is
 from fastmoco_pipelines.sets.local_set import open_local
 from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.records import CHECKED_AT_OPENING, Indexes, Records
-from fastmoco_pipelines.spec import CacheSpec
+from fastmoco_pipelines.spec import MAX_TRANSFERS, CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import escaped, redact
 
@@ -79,7 +79,12 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, pattern: str, *, cache: CacheSpec | None = None, limits: Limits | None = None
+        cls,
+        pattern: str,
+        *,
+        cache: CacheSpec | None = None,
+        limits: Limits | None = None,
+        max_transfers: int = MAX_TRANSFERS,
     ) -> Self:
         """Open the shards that `pattern` names, through the indexes beside them.
 
@@ -88,6 +93,7 @@ class ShardSet:
                 braces, with `*` in the file's name, or of a folder (with `/` at the end).
             cache: where shards from a server are kept; None: the default folder and size.
             limits: times and tries of each transfer; None: the defaults.
+            max_transfers: shards of a server that are fetched at once, at most.
 
         Raises:
             ValueError: if the pattern names no shard, or its scheme is not read.
@@ -104,9 +110,8 @@ class ShardSet:
             remote = open_remote(pattern, kept, limits)
             names = [shard.name for shard in remote.remotes]
             lists = partial(fetch_lists, remote.folders, limits)
-            files = CachedFiles(
-                ShardFetcher(remote.remotes, kept, limits), len(names), lists, remote.stop
-            )
+            fetcher = ShardFetcher(remote.remotes, kept, limits, max_transfers)
+            files = CachedFiles(fetcher, len(names), lists, remote.stop)
             return cls(names, remote, remote.classes, files)
         local = open_local(pattern)
         for note in local.notes:

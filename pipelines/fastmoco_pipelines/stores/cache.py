@@ -202,6 +202,8 @@ class ShardCache:
                     os.close(descriptor)
                     raise
                 return Part(descriptor, path, notes)
+        except UnfitFileError as error:
+            raise NoRoomError(str(error)) from error
         except OSError as error:
             raise NoRoomError(f"{self.folder}: {error.strerror}") from error
 

@@ -28,11 +28,12 @@ from urllib3.exceptions import TimeoutError as WaitedError
 from urllib3.response import BaseHTTPResponse
 
 from fastmoco_pipelines.errors import PassingError, RemoteError
+from fastmoco_pipelines.spec import MOST_TRANSFERS
 from fastmoco_pipelines.stores import authorities
 from fastmoco_pipelines.stores.proxies import SOCKS, Proxy
 from fastmoco_pipelines.stores.retries import Limits
 
-POOL_CONNECTIONS = 32  # of one host; more than there are threads that ask at once
+POOL_CONNECTIONS = MOST_TRANSFERS + 32  # of one host; more than there are threads that ask at once
 _LOGGERS = ("connection", "connectionpool", "poolmanager", "response", "util.retry")
 _thread = threading.local()
 ERRORS = (HTTPError, http.client.HTTPException, OSError, ValueError)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmoco_pipelines.errors import NoRoomError, RemoteError, StoppedError
+from fastmoco_pipelines.errors import NoRoomError, PassingError, RemoteError, StoppedError
 from fastmoco_pipelines.sampling.window import ShardWindows
+from fastmoco_pipelines.spec import MAX_TRANSFERS
 from fastmoco_pipelines.stores.cache import ShardCache
+from fastmoco_pipelines.stores.pace import Pace
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.transfer import RemoteShard, download, read_range
 
-THREADS = 4
 _IDLE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0  # between two looks at which shards of a window are missing
@@ -61,12 +62,17 @@ class ShardFetcher:
         shards: all of the set.
         cache: where they are kept; None reads every sample from the server.
         limits: times and tries of a transfer.
+        most: transfers at once at most; as many as pay are made (pace.py).
     """
 
     def __init__(
-        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+        self,
+        shards: Sequence[RemoteShard],
+        cache: ShardCache | None,
+        limits: Limits,
+        most: int = MAX_TRANSFERS,
     ) -> None:
-        self._state = _State(shards, cache, limits)
+        self._state = _State(shards, cache, limits, Pace(most))
         self._followed: _Followed | None = None
         self._look_at = 0.0
 
@@ -157,7 +163,8 @@ class ShardFetcher:
     def close(self) -> None:
         """End the threads; using the object again starts new ones."""
         self.cancel()
-        self._state = _State(self._state.shards, self._state.cache, self._state.limits)
+        state = self._state
+        self._state = _State(state.shards, state.cache, state.limits, state.pace)
         self._look_at = 0.0
 
     def __del__(self) -> None:
@@ -169,14 +176,22 @@ class _State:
     """What the threads share."""
 
     def __init__(
-        self, shards: Sequence[RemoteShard], cache: ShardCache | None, limits: Limits
+        self,
+        shards: Sequence[RemoteShard],
+        cache: ShardCache | None,
+        limits: Limits,
+        pace: Pace,
     ) -> None:
         self.shards = shards
         self.cache = cache
         self.limits = limits
+        self.pace = pace
         self.stop = threading.Event()
-        self._change = threading.Condition()
+        lock = threading.RLock()
+        self._work = threading.Condition(lock)  # there is something to fetch
+        self._change = threading.Condition(lock)  # a shard has come, or failed
         self._wanted: list[int] = []
+        self._missing: list[int] = []
         self._busy: set[int] = set()
         self._failures: dict[int, BaseException] = {}
         self._not_before: dict[int, float] = {}
@@ -187,22 +202,45 @@ class _State:
     def want(self, numbers: Sequence[int]) -> None:
         with self._change:
             self._wanted = list(numbers)
-            missing = len(self._missing())
-            self._change.notify_all()
-            for _ in range(min(THREADS, missing) - self._threads):
-                self._threads += 1
-                threading.Thread(
-                    target=_work, args=(self,), name="fastmoco-fetch", daemon=True
-                ).start()
+            holds = self.cache.holds if self.cache is not None else lambda key: True
+            self._missing = [n for n in self._wanted if not holds(self.shards[n].key)]
+            self._start_threads()
+            self._work.notify_all()
+
+    def arrived(self, size: int) -> None:
+        """Some bytes of a shard have come."""
+        if self.pace.arrived(size):
+            with self._change:
+                self._start_threads()
+
+    def failed(self, error: PassingError) -> None:
+        """One try to fetch a shard has failed."""
+        self.pace.failed(error)
+
+    def _start_threads(self) -> None:
+        """As many as the pace allows and as there is work for."""
+        if self.stop.is_set():
+            return
+        for _ in range(min(self.pace.width, len(self._missing)) - self._threads):
+            self._threads += 1
+            threading.Thread(target=_work, args=(self,), name="fastmoco-fetch", daemon=True).start()
 
     def open(self, number: int, warn: bool) -> int | None:
         if self.cache is None:
             return None
         shard = self.shards[number]
+        descriptor = self.cache.lookup(shard.key, shard.size)
+        if descriptor is not None:
+            return descriptor
+        with self.pace.waiting():
+            return self._wait_for(number, warn, self.cache)
+
+    def _wait_for(self, number: int, warn: bool, cache: ShardCache) -> int | None:
+        shard = self.shards[number]
         waited = False
         until = time.monotonic() + 2 * self.limits.deadline_seconds + shard.size / 1e6
         while True:
-            descriptor = self.cache.lookup(shard.key, shard.size)
+            descriptor = cache.lookup(shard.key, shard.size)
             if descriptor is not None:
                 return descriptor
             if self.stop.is_set():
@@ -221,6 +259,7 @@ class _State:
             if waited:
                 continue
 
+            here = False
             try:
                 here = self._bring(number, keep=())
             except NoRoomError as error:
@@ -230,7 +269,7 @@ class _State:
                     self._warn(error)
                 return None
             finally:
-                self._release(number, None)
+                self._release(number, None, brought=here)
 
             # Another process fetches it.
             if not here:
@@ -257,18 +296,23 @@ class _State:
 
     def take(self) -> int | None:
         """The next shard to fetch ahead; None when there has been none for a while."""
+        assert self.cache is not None
         idle_since = time.monotonic()
-        with self._change:
-            while not self.stop.is_set():
+        with self._work:
+            while not self.stop.is_set() and self._threads <= self.pace.width:
                 now = time.monotonic()
-                missing = self._missing() if not self._urgent else []
-                number = next((n for n in missing if self._not_before.get(n, 0.0) <= now), None)
+                missing = self._missing if not self._urgent else []
+                ready = (n for n in missing if n not in self._busy)
+                number = next((n for n in ready if self._not_before.get(n, 0.0) <= now), None)
+                if number is not None and self.cache.holds(self.shards[number].key):
+                    self._missing.remove(number)  # another process has brought it
+                    continue
                 if number is not None:
                     self._busy.add(number)
                     return number
                 if now - idle_since > _IDLE_SECONDS:
                     break
-                self._change.wait(4 * _POLL_SECONDS)
+                self._work.wait(4 * _POLL_SECONDS)
             self._threads -= 1
             return None
 
@@ -276,15 +320,18 @@ class _State:
         """Fetch a shard ahead of its use; an error is raised when it is used."""
         pause = 0.0
         failure = None
+        brought = False
         try:
             keep = {self.shards[n].key for n in self._wanted}
-            pause = 0.0 if self._bring(number, keep) else 4 * _POLL_SECONDS
+            brought = self._bring(number, keep)
+            pause = 0.0 if brought else 4 * _POLL_SECONDS
         except NoRoomError:
+            self.pace.no_room()
             pause = _NO_ROOM_SECONDS
         except BaseException as error:
             pause = _FAILED_SECONDS
             failure = error
-        self._release(number, failure, pause)
+        self._release(number, failure, pause, brought)
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
         """Fetch a shard; False if another thread or process does."""
@@ -294,8 +341,9 @@ class _State:
         if part is None:
             return False
         try:
-            download(shard, part, self.limits, self.stop)
+            download(shard, part, self.limits, self.stop, self)
             self.cache.finish(shard.key, part)
+            self.pace.ended()
         except OSError as error:  # the disk is full in spite of all
             self.cache.abandon(part)
             raise NoRoomError(f"{self.cache.folder}: {error.strerror}") from error
@@ -307,17 +355,21 @@ class _State:
             part.close()
         return True
 
-    def _missing(self) -> list[int]:
-        assert self.cache is not None
-        wanted = (number for number in self._wanted if number not in self._busy)
-        return [number for number in wanted if not self.cache.holds(self.shards[number].key)]
-
-    def _release(self, number: int, failure: BaseException | None, pause: float = 0.0) -> None:
+    def _release(
+        self,
+        number: int,
+        failure: BaseException | None,
+        pause: float = 0.0,
+        brought: bool = False,
+    ) -> None:
         with self._change:
             self._busy.discard(number)
+            if brought and number in self._missing:
+                self._missing.remove(number)
             self._not_before[number] = time.monotonic() + pause
             if failure is not None:
                 self._failures[number] = failure
+            self._start_threads()
             self._change.notify_all()
 
     def _warn(self, error: NoRoomError) -> None:

@@ -23,6 +23,7 @@ from urllib3.response import BaseHTTPResponse
 from fastmoco_pipelines.errors import (
     AbsentError,
     AccessError,
+    BusyError,
     PassingError,
     RemoteError,
     WrongContentError,
@@ -43,6 +44,7 @@ from fastmoco_pipelines.text import redact
 CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
+_BUSY = (429, 503)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # the states of a server that may pass by themselves
 
 
@@ -262,7 +264,8 @@ def _refuse_errors(where: str, answer: _Answer) -> None:
         raise WrongContentError(f"{where}: is shorter than its index says (HTTP 416)")
     if status in _PASSING:
         wait = _seconds_to_wait(response.headers.get("Retry-After", ""))
-        raise PassingError(f"{where}: HTTP {status}{through}", wait)
+        kind = BusyError if status in _BUSY else PassingError
+        raise kind(f"{where}: HTTP {status}{through}", wait)
     if status == 511:
         raise RemoteError(
             f"{where}: this network asks for a login first (HTTP {status}): open a page in a "

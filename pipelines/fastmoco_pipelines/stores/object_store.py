@@ -19,7 +19,14 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from fastmoco_pipelines.errors import AbsentError, AccessError, PassingError, RemoteError
+from fastmoco_pipelines.errors import (
+    AbsentError,
+    AccessError,
+    BusyError,
+    PassingError,
+    RemoteError,
+)
+from fastmoco_pipelines.stores.connections import POOL_CONNECTIONS
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.stores.store import Body, Request, Store
 from fastmoco_pipelines.text import redact
@@ -142,7 +149,12 @@ def file_system(scheme: str) -> Any:
             f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in "
             "fastmoco's source folder"
         ) from None
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    options = {}
+    if scheme == "s3":
+        # botocore has 10 connections by default, and further requests wait for one of them.
+        theirs = fsspec.config.conf.get(scheme, {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"max_pool_connections": POOL_CONNECTIONS, **theirs}
+    return fsspec.filesystem(scheme, use_listings_cache=False, **options)
 
 
 def bounded(where: str, seconds: float, call: Callable[[], T]) -> T:
@@ -176,6 +188,7 @@ _REGION = (
     "AWS_ENDPOINT_URL"
 )
 _CLOCK = "the clock of this machine differs from the store's: set it (NTP)"
+_BUSY = ("SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "503", "429")
 _CODES: dict[str, tuple[type[RemoteError], str]] = {
     "RequestTimeTooSkewed": (RemoteError, _CLOCK),
     "RequestExpired": (RemoteError, _CLOCK),
@@ -202,6 +215,8 @@ def _explained(where: str, error: BaseException) -> RemoteError:
     for item in chain:
         answer = getattr(item, "response", None)
         code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
+        if code in _BUSY:
+            return BusyError(f"{where}: the store fails: it asks for fewer requests ({code})")
         if code in _CODES:
             kind, text = _CODES[code]
             return kind(f"{where}: {text} ({code})")

@@ -53,6 +53,7 @@ def retried(
     stop: threading.Event,
     attempt: Callable[[], T],
     arrived: Callable[[], int] = lambda: 0,
+    failed: Callable[[PassingError], None] = lambda error: None,
 ) -> T:
     """The result of the first attempt that succeeds. An attempt that received further bytes does
     not count as a failure.
@@ -64,6 +65,7 @@ def retried(
         stop: set when the result is no longer needed.
         attempt: one try, which raises PassingError where another one may succeed.
         arrived: returns the number of bytes received so far.
+        failed: called with every error that may pass.
 
     Raises:
         RemoteError: the attempt's own, or its last PassingError with what was tried.
@@ -79,6 +81,7 @@ def retried(
         try:
             return attempt()
         except PassingError as error:
+            failed(error)
             wrong += isinstance(error, WrongContentError)
             failures = 1 if arrived() > most else failures + 1
             most = max(most, arrived())

@@ -216,7 +216,23 @@ def read_range(
     return retried(url, limits, deadline, stop, attempt)
 
 
-def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading.Event) -> None:
+class Watcher(Protocol):
+    """Follows a transfer."""
+
+    def arrived(self, size: int) -> object:
+        """Some bytes have come."""
+
+    def failed(self, error: PassingError) -> None:
+        """One try has failed."""
+
+
+def download(
+    shard: RemoteShard,
+    part: PartFile,
+    limits: Limits,
+    stop: threading.Event,
+    watcher: Watcher,
+) -> None:
     """Fill `part` with a shard; when this returns, its bytes are checked.
 
     If its size and ends are right and two downloads bring the very same wrong bytes in between,
@@ -240,7 +256,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
             )
             try:
                 with open_url(request) as body:
-                    _take(shard, part, body, start, stop, deadline)
+                    _take(shard, part, body, start, stop, deadline, watcher)
             except WrongContentError:
                 part.restart("")
                 raise
@@ -259,7 +275,7 @@ def download(shard: RemoteShard, part: PartFile, limits: Limits, stop: threading
     def arrived() -> int:
         return os.fstat(part.descriptor).st_size
 
-    retried(shard.url, limits, deadline, stop, attempt, arrived)
+    retried(shard.url, limits, deadline, stop, attempt, arrived, watcher.failed)
 
 
 def verify(shard: RemoteShard, descriptor: int) -> str | None:
@@ -295,6 +311,7 @@ def _take(
     start: int,
     stop: threading.Event,
     deadline: float,
+    watcher: Watcher,
 ) -> None:
     """Write one answer into the part."""
     where = redact(shard.url)
@@ -315,6 +332,7 @@ def _take(
                 f"{where}: has more than the {shard.size} bytes of its index ({body.kind})"
             )
         _write(part.descriptor, chunk, length - len(chunk))
+        watcher.arrived(len(chunk))
     if length < shard.size:
         raise PassingError(f"{where}: ended after {length} of {shard.size} bytes")
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fastmoco.checkpoint import CheckpointError, load_checkpoint, load_latest
+from fastmoco.checkpoint import CheckpointError, dcp_metadata, load_checkpoint, load_latest
 from fastmoco.checkpoint.folder import fingerprint, marker_text
 from tests.checkpoint_content import assert_same, content, group_of_one, save
+from tests.hostile_pickles import HOSTILE
 
 pytestmark = pytest.mark.faults
 
@@ -171,6 +173,50 @@ def huge(metadata: Metadata) -> Metadata:
     )
 
 
+def twice_the_same(metadata: Metadata) -> Metadata:
+    """Two tensors with the same list of chunks."""
+    entry = metadata.state_dict_metadata["float32"]
+    return dataclasses.replace(
+        metadata, state_dict_metadata={**metadata.state_dict_metadata, "other": entry}
+    )
+
+
+def overlapping(metadata: Metadata) -> Metadata:
+    """Two chunks of together as many elements as the tensor, with ten rows in common."""
+    size = torch.Size([20, 50])
+    chunks = [ChunkStorageMetadata(torch.Size([row, 0]), size) for row in (0, 10)]
+    entry = dataclasses.replace(metadata.state_dict_metadata["float32"], chunks=chunks)
+    first = MetadataIndex("float32", torch.Size([0, 0]))
+    place = metadata.storage_data[first]
+    half = place.length // 2
+    stored = {
+        first: dataclasses.replace(place, length=half),
+        MetadataIndex("float32", torch.Size([10, 0])): dataclasses.replace(
+            place, offset=place.offset + half, length=half
+        ),
+    }
+    return dataclasses.replace(
+        metadata,
+        state_dict_metadata={**metadata.state_dict_metadata, "float32": entry},
+        storage_data={**metadata.storage_data, **stored},
+    )
+
+
+def with_dtype(dtype: torch.dtype) -> Callable[[Metadata], Metadata]:
+    """Another dtype of the same size for the matrix."""
+
+    def change(metadata: Metadata) -> Metadata:
+        entry = metadata.state_dict_metadata["float32"]
+        other = dataclasses.replace(
+            entry, properties=dataclasses.replace(entry.properties, dtype=dtype)
+        )
+        return dataclasses.replace(
+            metadata, state_dict_metadata={**metadata.state_dict_metadata, "float32": other}
+        )
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -186,6 +232,17 @@ def huge(metadata: Metadata) -> Metadata:
         (with_chunk([0, 0], [20, 50]), "chunks of 1000 elements for a shape of 2000"),
         (with_chunk([1, 0], [39, 50]), "is not stored"),
         (huge, "in fewer bytes than it has"),
+        (with_place(offset=100, length=9577), "two pieces overlap at byte"),
+        (with_place(relative_path="__0_0.distcp\0"), "which is no file of this checkpoint"),
+        (with_place(offset=2**80), "a whole number of|is outside"),
+        (with_place(offset=True), "a piece has no place"),
+        (with_chunk([0], [40]), "no shape of its dimensions"),
+        (with_chunk([0, 0], [2**61, 50]), "a chunk outside its shape"),
+        (twice_the_same, "has chunks that are not stored: more than pieces"),
+        (overlapping, "has chunks that overlap or leave a gap"),
+        (changed(state_dict_metadata=[]), "it holds no table of tensors"),
+        (changed(state_dict_metadata={5: None}), "a int is a NoneType, not a tensor"),
+        (with_dtype(torch.int32), None),
         (changed(planner_data={"a": ("b",)}), "not written by fastmoco"),
         (changed(storage_data=None), "not written by fastmoco"),
         (changed(state_dict_metadata={}), "pieces that belong to no tensor"),
@@ -197,12 +254,36 @@ def huge(metadata: Metadata) -> Metadata:
     ],
 )
 def test_metadata_that_says_something_else_than_tensors_is_refused(
-    folder: Path, change: Callable[[Metadata], Metadata], match: str
+    folder: Path, change: Callable[[Metadata], Metadata], match: str | None
 ) -> None:
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     (folder / ".metadata").write_bytes(pickle.dumps(change(metadata)))
     vouch(folder)
-    refused(folder, match)
+    if match is not None:
+        refused(folder, match)
+        return
+    # Only the bytes of the tensor, or the model, show that it is another one.
+    loaded = load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"bytes of float32 are no torch.int32 of \(40, 50\)"):
+        _ = loaded.tensors
+    with pytest.raises(CheckpointError, match=r"float32 is torch.int32 .* the model has torch.flo"):
+        loaded.read_into({"float32": torch.zeros(40, 50)})
+
+
+def test_a_metadata_that_asks_for_more_than_it_is_falls_back(folder: Path) -> None:
+    for body, words in HOSTILE.values():
+        (folder / ".metadata").write_bytes(b"\x80\x04" + body)
+        vouch(folder)
+        refused(folder, rf"\.metadata is refused: .*{re.escape(words)}")
+
+
+def test_memory_that_runs_out_is_a_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dcp_metadata, "_metadata", fails)
+    with pytest.raises(CheckpointError, match="metadata is refused: MemoryError"):
+        load_checkpoint(folder)
 
 
 def test_an_entry_that_is_no_tensor_is_never_unpickled(folder: Path, tmp_path: Path) -> None:

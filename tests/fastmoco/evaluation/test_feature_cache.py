@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastmoco.errors import RunError
@@ -21,6 +24,7 @@ from fastmoco.evaluation.feature_cache import (
     share_of,
 )
 from fastmoco_pipelines.loading.batch import EvalBatch
+from fastmoco_pipelines.small_files import UnfitFileError
 
 IMAGES = 37
 BAD = {3, 8, 9, 10, 11, 30}
@@ -133,3 +137,48 @@ def test_the_digest_of_an_encoder_sees_every_number() -> None:
     with torch.no_grad():
         same.bias[0] += 1
     assert encoder_digest(one) != encoder_digest(same)
+
+
+@pytest.mark.parametrize("what", ["link", "hard link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_else_is_changed(
+    tmp_path: Path, what: str
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("all of it")
+    cache = cache_in(tmp_path / "features")
+    cache.path.mkdir(parents=True)
+    lock = cache.path / "lock"
+    if what == "pipe":
+        os.mkfifo(lock)
+    elif what == "folder":
+        lock.mkdir()
+    else:
+        (lock.symlink_to if what == "link" else lock.hardlink_to)(precious)
+    with pytest.raises(UnfitFileError, match=r"lock: (is a|has a second name)"):
+        cache.acquire()
+    assert precious.read_text() == "all of it"
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "huge", "other tensors", "other shapes"])
+def test_a_part_that_is_none_is_computed_again(tmp_path: Path, what: str) -> None:
+    cache = cache_in(tmp_path)
+    cache.acquire()
+    embed_missing(cache, encode, Loader())
+    part = sorted(cache.path.glob("part-*"))[1]
+    before = part.read_bytes()
+    part.unlink()
+    if what == "link":
+        part.symlink_to("/dev/zero")
+    elif what == "pipe":
+        os.mkfifo(part)
+    elif what == "huge":
+        part.touch()
+        os.truncate(part, 1 << 40)
+    else:
+        rows = torch.zeros(3 if what == "other shapes" else 2, dtype=torch.int64)
+        names = ("labels", "samples", "features")[: 3 if what == "other shapes" else 2]
+        content = save({name: rows[: 2 + (name == "labels")].clone() for name in names})
+        part.write_bytes(hashlib.sha256(content).digest() + content)
+    embed_missing(cache, encode, Loader())
+    assert part.read_bytes() == before
+    cache.release()

@@ -65,4 +65,4 @@ def test_a_count_cut_off_by_a_kill_counts_as_none(
     folder = RunFolder(tmp_path)
     folder.starts.write_text('{"launch": "SLURM')
     require_progress(folder, 0)
-    assert restarts._read(folder.starts)["starts"] == 1
+    assert restarts.read_object(folder.starts)["starts"] == 1

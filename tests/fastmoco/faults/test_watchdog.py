@@ -122,3 +122,18 @@ def test_a_neighbour_that_has_left_is_not_missed(store: dist.Store) -> None:
         time.sleep(1.6)
     assert verdict(store) is None
     assert "left" in json.loads(store.get("beat/0"))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\xff", b"[1]", b"[" * 200_000, b'{"count": "x", "process": [1]}', b"9" * 5000]
+)
+def test_a_heartbeat_that_is_none_ends_no_thread(store: dist.Store, raw: bytes) -> None:
+    """Anybody who reaches the store may write there."""
+    store.set("beat/1", raw)
+    dog = Watchdog(RANK_0, Pulse(FaultConfig()), RULES)
+    dog._store = store
+    assert dog._is_slowest()
+    assert isinstance(dog._where(), str)
+    assert not watchdog._has_left(raw.decode(errors="replace"))
+    dog._end(1, "no heartbeat", raw.decode(errors="replace"))
+    assert verdict(store) == "rank 1 hangs: no heartbeat"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
+from fastmoco_pipelines.small_files import UnfitFileError
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -98,3 +99,26 @@ def test_without_tensorboard_it_is_an_import_error(
     with pytest.raises(ImportError):
         TensorBoardSink(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["link", "hard link", "pipe"])
+def test_nothing_but_a_file_of_its_own_is_appended_to(tmp_path: Path, what: str) -> None:
+    path, precious = tmp_path / "metrics.jsonl", tmp_path / "precious"
+    precious.write_text("all of it")
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        (path.symlink_to if what == "link" else path.hardlink_to)(precious)
+    with pytest.raises(UnfitFileError, match=r"metrics.jsonl: (is a|has a second name)"):
+        JsonlSink(path)
+    assert precious.read_text() == "all of it"
+
+
+def test_the_name_of_an_event_file_is_new_each_time(tmp_path: Path) -> None:
+    """A link of that name would be followed."""
+    pytest.importorskip("tensorboard")
+    for _ in range(2):
+        TensorBoardSink(tmp_path).close()
+    ends = {path.name.rpartition(".")[2] for path in tmp_path.glob("events.out.tfevents.*")}
+    assert len(ends) == 2
+    assert all(len(end) == 8 for end in ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -82,3 +83,34 @@ def test_the_folder_of_another_run_stays_as_it_is(tmp_path: Path) -> None:
         prepare(source, config, tmp_path)
     assert (tmp_path / "encoder.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"[1]", "holds no JSON object"),
+        (b'{"a": 1', "not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 200_000, "nested deeper|not JSON"),
+        ("/dev/zero", "is a symbolic link"),
+        ("absent", "is a symbolic link"),
+        (None, "is a named pipe"),
+    ],
+)
+def test_facts_that_are_none_are_refused_by_name(
+    tmp_path: Path, content: bytes | str | None, rule: str
+) -> None:
+    source = load_source(weights(tmp_path / "w.safetensors", own=True))
+    config = replace(quickstart_digits(), model=model_config(source))
+    out = tmp_path / "run"
+    out.mkdir()
+    if content is None:
+        os.mkfifo(out / "source.json")
+    elif isinstance(content, str):
+        (out / "source.json").symlink_to(content)
+    else:
+        (out / "source.json").write_bytes(content)
+    with pytest.raises(RunError, match=rf"source.json.*({rule}).*; choose another --out"):
+        prepare(source, config, out)
+    assert [path.name for path in out.iterdir()] == ["source.json"]
+    assert not (out / "absent").exists()

@@ -4,6 +4,7 @@ processes."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import nn
 
 from fastmoco.config.labelled import labelled_batch
@@ -27,7 +28,7 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training import embed_run, linear_fast
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import FastOptions, fast_linear
+from fastmoco.training.linear_fast import FastOptions, _SavedState, fast_linear
 from fastmoco.training.probe import probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
 from fastmoco_pipelines.spec import EvalSpec
@@ -287,3 +288,30 @@ def test_the_batch_falls_with_the_set(images: int, batch: int) -> None:
 def test_options_are_checked_first(change: dict[str, Any], text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=text):
         replace(options(tmp_path), **change)
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "huge", "other shapes", "no epoch", "text"])
+def test_a_saved_state_of_other_classifiers_is_not_used(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "classifiers-0"
+    names = ("weight", "bias", "weight_buffer", "bias_buffer")
+    shapes = ((2, 3, 4), (2, 3)) * 2
+    tensors = {name: torch.ones(shape) for name, shape in zip(names, shapes, strict=True)}
+    start = linear.LinearState(**{name: 2 * tensor for name, tensor in tensors.items()})
+    epoch = {"epoch": torch.tensor(5)}
+    path.write_bytes(save({**tensors, **epoch}))
+    assert _SavedState(path).read(start).epoch == 5
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    elif what == "huge":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    elif what == "text":
+        path.write_text("x" * 100)
+    elif what == "no epoch":
+        path.write_bytes(save(tensors))
+    else:
+        path.write_bytes(save({**tensors, **epoch, "bias": torch.zeros(2, 4)}))
+    assert _SavedState(path).read(start) is start

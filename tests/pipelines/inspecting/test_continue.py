@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError
+from fastmoco_pipelines.files import sealed_json
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards
-from fastmoco_pipelines.inspecting.report import CheckReport
+from fastmoco_pipelines.inspecting.progress_file import ProgressFile
+from fastmoco_pipelines.inspecting.report import CheckReport, Fault, TarResult
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.views.decode_pool import ChildLimits
 from tests.pipelines.damage import damaged_copy
@@ -485,3 +487,79 @@ def test_a_server_that_fails_in_the_middle_leaves_the_progress(bad_set, tmp_path
         checked.take()
         check_shards(f"{server.url}/", workers=1, resume=True, **options)
         assert checked.take() == ["train-000002.tar"]
+
+
+def forged_lines(path: Path, edit) -> None:
+    """Progress in which each result was edited, with right seals."""
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    new = []
+    for line in lines:
+        content = json.loads(line)
+        content.pop("content_hash")
+        edit(content)
+        new.append(sealed_json(content) + b"\n")
+    path.write_bytes(head + b"".join(new))
+
+
+FORGED = {
+    "text": lambda c: c["result"].update(promised="16"),
+    "1e300": lambda c: c["result"].update(delivered=1e300),
+    "negative": lambda c: c["result"].update(left_out=-1),
+    "truth value": lambda c: c["result"].update(restarts=True),
+    "sum": lambda c: c["result"].update(delivered=c["result"]["delivered"] + 1),
+    "flag": lambda c: c["result"].update(refused="no"),
+    "note": lambda c: c["result"].update(notes=[7]),
+    "fault": lambda c: c["result"]["faults"][0].update(member=["x"]),
+    "offset": lambda c: c["result"]["faults"][0].update(offset="x"),
+    "entry": lambda c: c["result"]["entries"][0].update(offset=-1),
+    "another tar": lambda c: c["result"]["entries"][0].update(shard="train-000002.tar"),
+    "a path": lambda c: c["result"]["entries"][0].update(shard="../x.tar"),
+    "no result": lambda c: c.update(result=[]),
+    "no state": lambda c: c.update(state="x"),
+    "no name": lambda c: c.update(tar=["x"]),
+    "one more": lambda c: c["result"].update(more=1),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_results_are_not_taken_over(tmp_path, name):
+    entry = Quarantine().add(
+        shard="a.tar", key="1", extension="jpg", offset=512, size=9, crc32=1, reason="x"
+    )
+    fault = Fault.of("a.tar", "1.jpg", "damaged image", "x")
+    result = TarResult(promised=1, quarantined=1, faults=[fault], entries=[entry])
+    path = tmp_path / "progress.jsonl"
+
+    def known(resume: bool = True) -> dict:
+        record = ProgressFile([path], {"shards": "x"}, resume=resume, tell=lambda text: None)
+        if not resume:
+            record.add(str(tmp_path / "a.tar"), {"bytes": 1}, result)
+        record.close()
+        return record.known
+
+    known(resume=False)
+    forged_lines(path, lambda content: None)
+    assert [one.result for one in known().values()] == [result]
+    forged_lines(path, FORGED[name])
+    assert known() == {}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "link", "folder", "terms"])
+def test_progress_that_is_no_file_is_passed_over(tmp_path, kind):
+    path, other = tmp_path / "progress.jsonl", tmp_path / "other.jsonl"
+    (tmp_path / "precious").write_text("all of it")
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "zeros": lambda: path.symlink_to("/dev/zero"),
+        "link": lambda: path.symlink_to("precious"),
+        "folder": path.mkdir,
+        "terms": lambda: path.write_bytes(
+            sealed_json({"format": "fastmoco-check-progress", "version": 1, "terms": []}) + b"\n"
+        ),
+    }[kind]()
+    record = ProgressFile([path, other], {"shards": "x"}, resume=True, tell=lambda text: None)
+    record.add("a.tar", {}, TarResult())
+    assert record.recorded == 1
+    assert record.path == (path if kind == "terms" else other)
+    record.finish()
+    assert (tmp_path / "precious").read_text() == "all of it"

@@ -38,7 +38,11 @@ def test_grid_of_digits(tmp_path) -> None:
     }
     view1 = ViewSpec(size=8, blur_probability=0, flip_probability=0, **still)
     view2 = ViewSpec(size=8, blur_probability=0, flip_probability=1, **still)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "precious").write_text("all of it")
+    (tmp_path / "new" / "views.png").symlink_to(tmp_path / "precious")
     out = save_view_grid(train, (view1, view2), tmp_path / "new" / "views.png", rows=3, seed=5)
+    assert (tmp_path / "precious").read_text() == "all of it"
     grid = np.asarray(Image.open(out))
     assert grid.shape == (3 * 100 + 4, 2 * 308 - 4, 3)
     with ShardSet.open(train) as shards:

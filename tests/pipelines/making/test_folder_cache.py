@@ -3,6 +3,7 @@ made."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -208,3 +209,43 @@ def test_a_folder_without_images_leaves_nothing(tmp_path) -> None:
 @pytest.mark.parametrize(("size", "side"), [(224, 512), (32, 96), (8, 64), (96, 224)])
 def test_sides_are_shrunk_by_the_size_of_the_views(size, side) -> None:
     assert max_side_of(size) == side
+
+
+def source_of(**changes: object) -> dict[str, object]:
+    state = {"path": "/a", "images": 2, "total_bytes": 9, "classes": ["cat"], "digest": "0"}
+    options = {"max_side": None, "holdout": 0.1, "seed": 0, "prefix": "train", "classes": []}
+    fields = {"format": "fastmoco-images", "version": 1, "state": state, "options": options}
+    return fields | {"samples": 2, "held_out": 0, "total_bytes": 10240} | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"samples": value} for value in ("2", 1e300, -1, True, None, float("nan"), [2])),
+        {"held_out": "1"},
+        {"state": []},
+        {"state": {"path": 1, "images": 2, "total_bytes": 9, "classes": [], "digest": ""}},
+        {"state": {"path": "", "images": 2, "total_bytes": 9, "classes": [1], "digest": ""}},
+        {"state": {"path": "", "images": 2, "total_bytes": 9, "classes": "cat", "digest": ""}},
+        {"options": {"prefix": "../../etc/"}},
+        {"options": {"prefix": "*"}},
+        {"options": {"holdout": "0.1"}},
+        {"options": {"max_side": 1.5}},
+        {"options": {"more": 1}},
+        {"version": 2},
+    ],
+    ids=lambda changes: ascii(changes)[:50],
+)
+def test_a_forged_source_is_none(tmp_path, changes) -> None:
+    (tmp_path / "source.json").write_text(json.dumps(source_of()))
+    assert read_packed(tmp_path).samples == 2
+    (tmp_path / "source.json").write_text(json.dumps(source_of(**changes)))
+    assert read_packed(tmp_path) is None
+
+
+def test_a_source_that_is_no_file_is_none(tmp_path) -> None:
+    os.mkfifo(tmp_path / "source.json")
+    assert read_packed(tmp_path) is None
+    (tmp_path / "source.json").unlink()
+    (tmp_path / "source.json").write_bytes(b"[" * 200_000)
+    assert read_packed(tmp_path) is None

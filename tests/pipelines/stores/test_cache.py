@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.errors import NoRoomError
+from fastmoco_pipelines.errors import NoRoomError, RemoteError
 from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import cache as cache_module
 from fastmoco_pipelines.stores import transfer
+from fastmoco_pipelines.stores.authorities import tls_context
 from fastmoco_pipelines.stores.cache import ShardCache
+from fastmoco_pipelines.stores.credentials import credentials_for
 from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import FaultServer, plain
 from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
@@ -312,3 +314,40 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit(server, expected, tmp_path
         stop.set()
         watcher.join()
     assert largest < most[0] <= cache.limit
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_file_in_the_cache_is_not_waited_for(cache, make):
+    for name in (f"{A}.tar", f"{A}.doc", f"{A}.10.part", f"{A}.from"):
+        make(cache.folder / name)
+    assert cache.lookup(A, 10) is None
+    assert cache.read_document(A) == ("", b"")
+    assert cache.map_document(A) is None
+    if make is Path.mkdir:  # nothing is removed with what may be in it
+        with pytest.raises(NoRoomError, match=rf"{A}\.10\.part: is a folder"):
+            cache.claim(A, 10)
+        return
+    part = cache.claim(A, 10)
+    assert part.resume_point() == (0, "")
+    os.pwrite(part.descriptor, b"x", 0)
+    assert part.resume_point() == (0, "")
+    part.close()
+
+
+@pytest.mark.parametrize(("variable", "words"), [("HF_TOKEN_PATH", "token"), ("NETRC", "netrc")])
+def test_credentials_that_are_no_file_are_said_and_not_waited_for(
+    tmp_path, caplog, variable, words
+):
+    os.mkfifo(tmp_path / "secret")
+    environment = {variable: str(tmp_path / "secret"), "HOME": str(tmp_path)}
+    url = "https://huggingface.co/x.tar"
+    assert credentials_for(url, url, environment).headers == {}
+    assert "secret: is a named pipe where a file is due" in caplog.text
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "FASTMOCO_CLIENT_CERT"])
+def test_certificates_that_are_no_file_are_not_waited_for(tmp_path, variable):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RemoteError, match=f"{variable}="):
+        tls_context(((variable, str(tmp_path / "pipe")),))

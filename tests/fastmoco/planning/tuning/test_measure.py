@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from fastmoco.config.serial import PATTERNS
+from fastmoco.planning.tuning import measure
 from fastmoco.planning.tuning.measure import (
     LAUNCH_VARIABLES,
     Failure,
@@ -86,6 +88,33 @@ def test_a_process_that_fails_is_a_result_with_its_reason(
     limit_s = 1.0 if "sleep" in how else 60.0
     assert measured(how, tmp_path, monkeypatch, limit_s=limit_s) == Failure(reason)
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (b"[1]", "AttributeError|TypeError|KeyError"),
+        (b"{}", "KeyError: 'images_per_s'"),
+        (b"null", "TypeError"),
+        (b"\xff", "line 1, byte 0: 0xff is not UTF-8"),
+        (b"[" * 200_000, "not JSON|nested deeper"),
+        (None, "is a named pipe where a file is due"),
+    ],
+)
+def test_an_answer_that_is_none_is_a_failure_with_its_reason(
+    made: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], *others: object) -> int:
+        if made is None:
+            os.mkfifo(command[-1])
+        else:
+            Path(command[-1]).write_bytes(made)
+        return 0
+
+    monkeypatch.setattr(measure, "_run", run)
+    found = FreshProcess(quickstart_digits())(DEFAULTS, warm_up=1, steps=2, limit_s=60)
+    assert isinstance(found, Failure)
+    assert re.search(f"its answer cannot be used: .*({reason})", found.reason)
 
 
 def test_settings_that_the_config_refuses_start_no_process(

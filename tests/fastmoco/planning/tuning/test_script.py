@@ -140,3 +140,15 @@ def test_a_place_is_checked_first_and_nothing_is_left_of_a_failed_write(tmp_path
         write(path, "\ud800")
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_in_the_folder_of_a_script_is_not_followed(tmp_path: Path) -> None:
+    """Neither one of the name of an unfinished file of an earlier version, nor the script itself."""
+    (tmp_path / "precious").write_text("all of it")
+    (tmp_path / "precious").chmod(0o600)
+    for name in (".x.sh.new", "x.sh"):
+        (tmp_path / name).symlink_to("precious")
+    write(tmp_path / "x.sh", "one")
+    assert (tmp_path / "x.sh").read_text() == "one"
+    assert (tmp_path / "precious").read_text() == "all of it"
+    assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o600
