@@ -5,6 +5,7 @@ until they are needed.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +118,7 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
 
     from fastmoco.cli.mistakes import Wording, parse, worded
     from fastmoco.cli.options import describe
+    from fastmoco.config.limits import require_limit
 
     function = command.call
     if set(args) & set(HELP):
@@ -125,6 +127,9 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
 
     @functools.wraps(function)
     def bound(*values: Any, **named: Any) -> Callable[[], int]:
+        given = inspect.signature(function).bind(*values, **named).arguments
+        for name, value in given.items():
+            require_limit(name, value)
         return functools.partial(function, *values, **named)
 
     call = parse(bound, command.name, args)
