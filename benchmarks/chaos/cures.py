@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +12,8 @@ from pathlib import Path
 from benchmarks.chaos.damage import Folder
 from benchmarks.chaos.processes import environment
 
-_MOVE = re.compile(
-    r"(?P<path>/?[\w./-]+?):? [^\n]*?(?:move it away|remove it|move it aside|delete it)"
-)
-_MOVE_NAMED = re.compile(r"(?:move|remove) (?P<path>[\w./-]*/[\w./-]+) (?:away|aside)")
+_MOVE = re.compile(r"\b(?:move|remove|delete)\b.*?\b(?:it|away|aside)\b")
+_NAME = re.compile(r"[\w./-]*/[\w./-]*[\w-]")
 
 
 def cure(text: str, folder: Folder, words: list[str]) -> str:
@@ -33,11 +32,10 @@ def cure(text: str, folder: Folder, words: list[str]) -> str:
     if "add --trust" in said and "--trust" not in words:
         words.append("--trust")
         return "--trust"
-    for pattern in (_MOVE_NAMED, _MOVE):
-        for found in pattern.finditer(said):
-            path = folder.path / found["path"]
-            if path.name and _is_inside(path, folder.path) and _move_away(path, folder.path):
-                return f"moved {found['path']} away"
+    for line in filter(_MOVE.search, said.splitlines()):
+        for name in _NAME.findall(line):
+            if _is_inside(folder.path / name, folder.path) and _move_away(name, folder.path):
+                return f"moved {name} away"
     if "data index" in said:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "fastmoco", "data", "index", "data/train-000000.tar"],
@@ -55,11 +53,11 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return folder in path.parents and path.parent.resolve().is_relative_to(folder.resolve())
 
 
-def _move_away(path: Path, folder: Path) -> bool:
+def _move_away(name: str, folder: Path) -> bool:
     """Move a file, a link or a folder out of the way; whether there was one."""
-    if not (path.is_symlink() or path.exists() or path.parent == folder):
+    path, away = folder / name, folder / "away"
+    if not os.path.lexists(path) or path.suffix == ".tar":
         return False
-    away = folder / "away"
     away.mkdir(exist_ok=True)
     try:
         shutil.move(str(path), away / f"{len(list(away.iterdir()))}-{path.name}")

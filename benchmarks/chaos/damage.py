@@ -116,6 +116,13 @@ class Folder:
         self._full = False
         return True
 
+    def begin_again(self) -> None:
+        """Put a finished run away: the next start begins another one."""
+        self.make_room()
+        self.allow_writing()
+        shutil.rmtree(self.run)
+        self.touched.clear()
+
     def allow_writing(self) -> bool:
         """Give the owner all rights again; whether any was missing."""
         changed = False

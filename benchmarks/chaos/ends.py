@@ -45,7 +45,7 @@ def end_of(run: Path) -> End:
     found = load_latest(run / "checkpoints")
     if found is None:
         raise CheckpointError(f"{run}: no checkpoint")
-    state = {name: value for name, value in found.state.items() if name != "run_id"}
+    state = _lasting({name: value for name, value in found.state.items() if name != "run_id"})
     rows: dict[int, dict[str, Any]] = {}
     repeated = 0
     metrics = run / "metrics.jsonl"
@@ -65,6 +65,15 @@ def end_of(run: Path) -> End:
             repeated += step in rows
             rows[step] = kept
     return End(step=found.step, tensors=found.tensors, state=state, rows=rows, repeated=repeated)
+
+
+def _lasting(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without sentences, which may name the memory that was free."""
+    return {
+        name: _lasting(value) if isinstance(value, dict) else value
+        for name, value in state.items()
+        if not name.endswith("reason")
+    }
 
 
 def differences(ours: End, theirs: End) -> list[str]:

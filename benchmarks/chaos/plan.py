@@ -103,7 +103,7 @@ def stories(seed: int) -> Iterator[Story]:
 
 
 def _story(rng: Random, number: int, first: int) -> Story:
-    mode = ("one", "ddp", "one", "fsdp")[number % 4]
+    mode = ("one", "ddp", "one", "fsdp", "one")[number % 5]
     rounds: list[Round] = []
     count = rng.randint(3, 5)
     for i in range(count):

@@ -64,10 +64,11 @@ def read_table(page: Path) -> str:
 
 
 def _counts(name: str, told: list[Told]) -> str:
-    same = sum(not (one.silent or one.stuck) for one in told)
+    runs = sum(one.runs + bool(one.stuck) for one in told)
+    same = runs - sum(bool(one.silent or one.stuck) for one in told)
     numbers = [
         sum(len(one.happened) for one in told),
-        len(told),
+        runs,
         same,
         sum(bool(one.silent) for one in told),
         sum(one.refusals for one in told),

@@ -30,8 +30,8 @@ from fastmoco_pipelines.formats.index import (
 from fastmoco_pipelines.formats.index_file import to_bytes
 from fastmoco_pipelines.formats.index_json import json_content
 from fastmoco_pipelines.formats.tar import walk_damaged, walk_tar
-from fastmoco_pipelines.views.decode_child import Decoder
 from fastmoco_pipelines.sets.shard_set import ShardSet
+from fastmoco_pipelines.views.decode_child import Decoder
 
 ALIKE_LEVELS = 1.0
 """Two decoders agree within this many levels of 0 to 255; CMYK has no unique

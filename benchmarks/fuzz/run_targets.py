@@ -163,8 +163,7 @@ def _read_state(folder: Path, data: bytes, _: bytes) -> str:
         resume.machine_changes(checkpoint, dict.fromkeys(resume.MACHINE_FIELDS, "other"))
         now = resolve(config, world_size=1, sample_count=1437)
         resume.schedule_changes(checkpoint, config, now)
-        for saved in saved_states(checkpoint.state).values():
-            dict(saved)
+        saved_states(checkpoint.state)
         encoder_header(checkpoint)
         if close_if_finished(start, config, _WORLD):
             return "accepted, finished"

@@ -139,7 +139,7 @@ def _load(path: Path) -> None:
     try:
         for key, tile in json.loads(path.read_text()).items():
             _chosen.setdefault((path.stem, str(key)), tuple(int(x) for x in tile))
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, OverflowError, AttributeError, TypeError, RecursionError):
         return
 
 
