@@ -137,8 +137,10 @@ def _prepare(limits: Mapping[int, int]) -> None:
             with open("/proc/self/statm") as file:
                 value += int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
-    for number in (signal.SIGINT, signal.SIGHUP):  # not as under nohup
-        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    # Not as under nohup, and not as in this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _fork(
