@@ -146,7 +146,9 @@ def is_remote(pattern: str) -> bool:
         ValueError: for a scheme outside the allow-list, or a URL that is broken.
     """
     if pattern.startswith("{") and "://" in pattern:
-        kinds = {is_remote(name) for name in expand_braces(pattern, pattern)}
+        names = expand_braces(pattern, pattern)
+        # Braces that are never closed are part of a name.
+        kinds = {name != pattern and is_remote(name) for name in names}
         if len(kinds) > 1:
             raise ValueError(
                 f"shards={redact(pattern)!r}: names both local files and URLs: copy all to one side"
