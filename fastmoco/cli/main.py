@@ -15,10 +15,17 @@ from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
+from fastmoco.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_UNREAD,
+    close_output,
+    reader_is_gone,
+    say,
+)
 from fastmoco.faults.parent import follow_launcher
 from fastmoco.streams import shown_streams
-from fastmoco_pipelines.processes import without_current_folder
+from fastmoco_pipelines.processes import is_orphan, without_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if process_ends:
         follow_launcher()
     with shown_streams(for_good=process_ends):
-        return _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+    if process_ends and is_orphan():
+        # Nobody reads its output, and Python takes seconds to put away what torch has made.
+        close_output()
+        os._exit(code)
+    return code
 
 
 def _main(args: list[str], *, process_ends: bool) -> int:
