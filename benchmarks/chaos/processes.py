@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-TOKEN = "FASTMOCO_CHAOS"
+TOKEN = "FASTMOCO_CHAOS"  # noqa: S105 - the name of a variable
 """Variable by which the processes of a command are found."""
 LEFT_SECONDS = 10.0
 """Time that all processes have to end after their command."""

@@ -145,7 +145,7 @@ class RunFolder:
         except UnfitFileError as error:
             self._remove_made()
             raise RunError(f"{error}, or choose another --out") from error
-        assert self._lock is not None
+        assert self._lock is not None  # noqa: S101 - a type: opened above
         try:
             self._require_fit()
             self.notes = self._links()
