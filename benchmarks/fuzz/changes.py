@@ -290,8 +290,8 @@ def change_safetensors(rng: Random, data: bytes) -> bytes:
 def change_zip(
     rng: Random, data: bytes, change: Callable[[Random, bytes], bytes] = change_pickle
 ) -> bytes:
-    """Change one member of a zip, with right checksums, or any bytes; `change` is for a member
-    that is a pickle."""
+    """Change one member of a zip, with right checksums, or any bytes; `change` is for its
+    table of tensors, a pickle of torch."""
     if rng.random() < 0.2:
         return change_bytes(rng, data)
     out = io.BytesIO()
