@@ -195,7 +195,8 @@ def preload() -> None:
     """Import once what forked commands need."""
     import importlib
 
-    for name in ("fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"):
+    names = ("cli.main", "cli.recipe_commands", "cli.train", "training.trainer")
+    for name in (*(f"fastmoco.{name}" for name in names), "nvidia.dali"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
 
