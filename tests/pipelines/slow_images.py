@@ -87,11 +87,11 @@ SLOW: dict[str, tuple[bytes, str]] = {
         encode(picture(), "PNG", save_all=True, append_images=[picture().rotate(9)]),
         "animation",
     ),
-    "frames.gif": (
+    "frames.jpg": (
         encode(picture("P"), "GIF", save_all=True, append_images=[picture("P").rotate(9)]),
         "unsupported format",
     ),
-    "pages.tiff": (
+    "pages.png": (
         encode(picture(), "TIFF", save_all=True, append_images=[picture()] * 9),
         "unsupported format",
     ),

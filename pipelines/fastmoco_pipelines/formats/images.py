@@ -159,10 +159,11 @@ def size_problem(*, height: int, width: int, size: int, shrunk: bool = False) ->
 def _limit_problem(found: Structure, size: int, *, shrunk: bool = False) -> str | None:
     """Why an image of `size` bytes is refused by what its header declares, or None."""
     problem = size_problem(height=found.height, width=found.width, size=size, shrunk=shrunk)
-    limit = MAX_SOURCE_SCANNED_PIXELS if shrunk else MAX_SCANNED_PIXELS
-    if problem is None and found.scans > 1 and found.scans * found.pixels > limit:
-        what = f"JPEG of {found.width}x{found.height} pixels in {found.scans} scans"
-        problem = f"{what}, {SLOW_SCANS}"
+    if problem is None and found.scans > 1:
+        limit = MAX_SOURCE_SCANNED_PIXELS if shrunk else MAX_SCANNED_PIXELS
+        if found.scans * found.pixels > limit:
+            what = f"JPEG of {found.width}x{found.height} pixels in {found.scans} scans"
+            problem = f"{what}, {SLOW_SCANS}"
     return problem
 
 
@@ -183,11 +184,13 @@ def admitted(data: bytes, *, shrunk: bool = False) -> Structure:
         StructureError: if the file must not go to a decoder: it is of another format, its structure
             is broken, it is an animation, or its header goes beyond the limits.
     """
-    # A bomb of a PNG is reported as one even if its structure is broken.
-    problem = bytes_problem(len(data), shrunk=shrunk) or _png_size_problem(data, shrunk)
-    if problem is not None:
+    if problem := bytes_problem(len(data), shrunk=shrunk):
         raise StructureError(problem)
-    found = structure(data)
+    try:
+        found = structure(data)
+    except StructureError as fault:
+        # A bomb of a PNG is reported as one even if its structure is broken.
+        raise StructureError(_png_size_problem(data, shrunk) or str(fault)) from None
     problem = _limit_problem(found, len(data), shrunk=shrunk)
     if problem is not None:
         raise StructureError(problem)

@@ -196,10 +196,11 @@ class ViewPipeline:
                 for view, some in drawn
             ]
 
-        beside = np.zeros(len(encoded), np.int64)
+        beside: NDArray[np.int64] | None = None
         for view, some in drawn:
             if not self._cut_here(view):  # DALI cuts the window into memory of its own
-                beside += 3 * np.prod(some.crop[:, 2:], axis=1, dtype=np.int64)
+                window = 3 * np.prod(some.crop[:, 2:], axis=1, dtype=np.int64)
+                beside = window if beside is None else beside + window
         return tuple(self._engine.run(encoded, inputs, finish, before_output, beside, finishing))
 
     def _finish(self, output: Any, view: ViewSpec, draws: ViewDraws) -> Tensor:
