@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,13 @@ from typing import Any
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
 from fastmoco.streams import as_shown
-from fastmoco_pipelines.processes import PARENT, children, follow_parent
+from fastmoco_pipelines.processes import (
+    PARENT,
+    POLL_SECONDS,
+    children,
+    end_by_signal,
+    follow_parent,
+)
 
 LOG = "torchrun.log"
 """Name of the file with torchrun's log, in the folder for reports."""
@@ -42,8 +49,9 @@ def main(args: Sequence[str]) -> int:
     """
     reports, processes, device, *words = args
     terminal = sys.stderr
+    launcher = os.environ.get(PARENT, str(os.getppid()))
     follow_parent(at_end=_end_with_launcher)
-    os.environ[PARENT] = str(os.getpid())
+    os.environ[PARENT] = launcher  # of the workers: they end with it, and with this process
     with (Path(reports) / LOG).open("w", buffering=1) as file:
         log = as_shown(file)
         # Before torch is imported: its loggers keep the stream of that moment.
@@ -137,14 +145,17 @@ def death(code: int) -> str:
 
 
 def _end_with_launcher() -> None:
-    """Ask the workers to stop and end: they follow this process, and know how long they may take.
+    """End after the workers, which follow the launcher too and know how long they may take.
 
-    Stopped ones are let continue.
+    The main thread passes on the SIGTERM and waits, with the store of the ranks. Stopped workers
+    are let continue.
     """
-    for number in (signal.SIGTERM, signal.SIGCONT):
-        for pid in children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    end_by_signal()
+    for pid in children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    while children():
+        time.sleep(POLL_SECONDS)
     os._exit(EXIT_FAILED)
 
 

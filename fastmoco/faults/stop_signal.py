@@ -125,6 +125,8 @@ class StopSignal:
         if self.received is None:
             self._received_at = time.monotonic()
             self.received = signal.Signals(number).name
+        elif number == signal.SIGTERM and is_orphan():
+            return  # the same request, passed on by the agent
         elif time.monotonic() - self._received_at > _patience(number):
             if self._nothing_lost():
                 code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
@@ -144,7 +146,7 @@ class StopSignal:
                 received = []
             orphan = is_orphan()
             if orphan and first is None and not received:
-                self.received = "the launcher has ended"
+                self.received, self._received_at = signal.SIGTERM.name, time.monotonic()
                 received = [int(signal.SIGTERM)]
 
             # The first signal starts the deadline; only a later one counts as the second.
@@ -157,6 +159,8 @@ class StopSignal:
                     threading.Thread(
                         target=self._notify_peers, name="fastmoco-asked", daemon=True
                     ).start()
+                elif orphan and number == signal.SIGTERM:
+                    continue
                 elif now - first[1] > _patience(number) and second is None:
                     second = (number, now)
             if first is None:
