@@ -131,6 +131,9 @@ def _objective(kind: Any, path: str) -> type[ObjectiveConfig]:
 
 def _leaf(hint: Any, value: Any, path: str) -> Any:
     """A field that is not a dataclass; lists become tuples again, also of dataclasses."""
+    if hint in (str, bool):  # numbers are compared by the config itself
+        words = "a text" if hint is str else "true or false"
+        require(isinstance(value, hint), path, value, f"must be {words}")
     if get_origin(hint) is not tuple:
         return value
     require(isinstance(value, list | tuple), path, value, "must be a list of JSON")

@@ -135,6 +135,8 @@ STATES = [
     (put("config", 3), "config is 3: it must be an object"),
     (put("config.epochs", "many"), "epochs"),
     (put("config.knn.k", -1), "config.knn.k"),
+    (put("config.data.shards", 5), "config.data.shards"),
+    (put("config.batch.cuda_graphs", "no"), "config.batch.cuda_graphs"),
     (put("config.forged", 1), "unknown fields"),
     (put("config.optim", []), "config.optim"),
     (put("resolved", ...), "resolved has no world_size"),
