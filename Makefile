@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults check kernels gpu rehearsal format bench bench-quick learning clean
+.PHONY: quickstart test long faults chaos fuzz check kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -21,6 +21,14 @@ long: $(READY)  ## the tests that make test leaves out
 
 faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults
+
+# Variables: CHAOS_SEED, EVENTS, BUDGET (seconds), OUT (folder of the log), ONLY (the number of an event, to repeat it).
+chaos: $(READY)  ## random kills, stops, signals, damaged files and limits; every run must end in the bits of an undisturbed one
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.chaos --seed $(or $(CHAOS_SEED),0) --events $(or $(EVENTS),150) --budget $(or $(BUDGET),900) $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY))
+
+# Variables: FUZZ_SEED, INPUTS, BUDGET (seconds), OUT (folder for inputs that break a rule).
+fuzz: $(READY)  ## changed inputs for every parser of files, options and variables: refused by name or accepted, in 5 s and 1 GB
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.fuzz --seed $(or $(FUZZ_SEED),0) --inputs $(or $(INPUTS),200000) --seconds $(or $(BUDGET),3600) --keep "$(or $(OUT),fuzz-findings)"
 
 check: $(READY)  ## format, lint, types, layering, spelling, shell scripts
 	$(RUN)/ruff format --check .

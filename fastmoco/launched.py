@@ -22,8 +22,18 @@ _MPI = (
     ("PMI_SIZE", "PMI_RANK"),
 )
 """Number and rank of processes by Open MPI, MVAPICH2, and MPICH or Intel MPI."""
+MOST_PROCESSES = 1 << 20
+COUNTS_OF_STARTS = (
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "SLURM_RESTART_COUNT",
+)
+"""Variables that count starts (`faults/restarts.py`)."""
 HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Host names that may become an argument of another program."""
+_ADDRESS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}|[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,20})?")
+"""Names, IPv4 and IPv6, of the machine where the ranks meet."""
+_MOST_DIGITS = 18
 _HOW = "use `fastmoco train --gpus N`, torchrun, srun or launch/slurm.sh"
 
 
@@ -63,11 +73,15 @@ def read_launcher(environment: Mapping[str, str]) -> Launched:
             message names them and what to set or unset.
     """
     given = {name: value for name, value in environment.items() if value.strip()}
+    for name in COUNTS_OF_STARTS:
+        _whole(given, name)
     if "TORCHELASTIC_RUN_ID" not in given:
         if _is_srun_task(given):
             return _by_srun(given)
         _refuse_mpi(given)
     found = {name: _whole(given, name) for name in _COUNTS}
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        _require_processes(name, found[name])
 
     # One process: a rank above 0 would be one of several.
     world_size = found["WORLD_SIZE"]
@@ -82,8 +96,6 @@ def read_launcher(environment: Mapping[str, str]) -> Launched:
         return Launched()
 
     # Several: all that they need to meet.
-    if world_size < 1:
-        raise ValueError(f"WORLD_SIZE={world_size}: is a number of processes, from 1 on")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
     if missing:
         raise ValueError(
@@ -104,7 +116,7 @@ def read_launcher(environment: Mapping[str, str]) -> Launched:
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=max(local_world_size, local_rank + 1),
-        address=given["MASTER_ADDR"].strip(),
+        address=_address(given),
         port=_port(given),
     )
 
@@ -144,12 +156,44 @@ def _whole(given: Mapping[str, str], name: str) -> int | None:
     if name not in given:
         return None
     text = given[name].strip()
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         raise ValueError(
             f"{name}={given[name]!r}: is no whole number from 0 on; correct it, "
             f"or unset {name} if no launcher has started this process"
         )
     return int(text)
+
+
+def local_processes(environment: Mapping[str, str]) -> int:
+    """Processes of the run on this machine, as torchrun's variable or `Launched.variables` say; 1 for
+    a process on its own, whatever a platform has left."""
+    text = environment.get("LOCAL_WORLD_SIZE", "").strip()
+    return max(1, int(text)) if re.fullmatch(r"[0-9]{1,9}", text) else 1
+
+
+def count_in(environment: Mapping[str, str], name: str) -> int:
+    """The number in a variable; 0 for none and for what is no number, which `read_launcher` refuses
+    with its name."""
+    text = environment.get(name, "").strip()
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
+def _require_processes(name: str, count: int | None) -> None:
+    if count is not None and not 1 <= count <= MOST_PROCESSES:
+        raise ValueError(
+            f"{name}={count}: is a number of processes, from 1 on and at most {MOST_PROCESSES:,}; "
+            f"correct it, or unset {name} if no launcher has started this process"
+        )
+
+
+def _address(given: Mapping[str, str]) -> str:
+    address = given["MASTER_ADDR"].strip()
+    if not _ADDRESS.fullmatch(address):
+        raise ValueError(
+            f"MASTER_ADDR={address!r}: is no name and no address of a machine; set that of the "
+            "machine with rank 0, without a port"
+        )
+    return address
 
 
 def _port(given: Mapping[str, str]) -> int:
@@ -204,6 +248,7 @@ def _by_srun(given: Mapping[str, str]) -> Launched:
     """
     rank = _whole(given, "SLURM_PROCID") or 0
     tasks = _srun_tasks(given)
+    _require_processes("SLURM_STEP_NUM_TASKS", tasks)
     world_size = _whole(given, "WORLD_SIZE") or tasks
     if world_size != tasks:
         raise ValueError(
@@ -219,7 +264,7 @@ def _by_srun(given: Mapping[str, str]) -> Launched:
         world_size=tasks,
         local_rank=_whole(given, "SLURM_LOCALID") or 0,
         local_world_size=counts[node] if node < len(counts) else counts[0],
-        address=given.get("MASTER_ADDR") or _first_address(given),
+        address=_address(given) if "MASTER_ADDR" in given else _first_address(given),
         port=_port(given) if "MASTER_PORT" in given else _port_of_step(given),
     )
 
@@ -269,8 +314,8 @@ def _address_of_node(node: str) -> str | None:
     """The address that SLURM uses for a node."""
     if shutil.which("scontrol") is None:
         return None
-    done = subprocess.run(
-        ["scontrol", "--oneliner", "show", "node", node],
+    done = subprocess.run(  # noqa: S603 - no shell; scontrol takes `node` as one word
+        ["scontrol", "--oneliner", "show", "node", node],  # noqa: S607 - as the site has it
         capture_output=True,
         text=True,
         check=False,
@@ -309,8 +354,9 @@ def tasks_per_node(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if found is None:
+        found = re.fullmatch(r"([1-9][0-9]{0,6})(?:\(x([1-9][0-9]{0,6})\))?", part.strip())
+        nodes = int(found[2] or 1) if found else 0
+        if found is None or len(counts) + nodes > MOST_PROCESSES:
             raise ValueError(f"SLURM_TASKS_PER_NODE={text!r}: has another form than 8(x4),2")
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(found[1])] * nodes
     return counts

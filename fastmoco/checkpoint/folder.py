@@ -18,7 +18,7 @@ from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.state_form import is_count, require_state
-from fastmoco_pipelines.files import hash_file, write_file
+from fastmoco_pipelines.files import hash_file, remove, write_file
 from fastmoco_pipelines.small_files import UnfitFileError, json_of, read_json, read_small
 from fastmoco_pipelines.text import escaped
 
@@ -45,12 +45,12 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def unfinished_saves(root: Path) -> list[Path]:
-    """Folders without a marker, left by killed saves. Loading ignores them, and
-    the next save removes them.
+    """Folders without a marker, left by killed saves, and what a save has moved aside. Loading
+    ignores them, and the next save removes them.
     """
     if not root.is_dir():
         return []
-    hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name) and path.is_dir()]
+    hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name)]
     return sorted(hidden + [path for path in _step_folders(root) if not (path / MARKER).is_file()])
 
 
@@ -282,7 +282,8 @@ def state_of(path: Path, run_id: str) -> dict[str, Any]:
 
 
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Free the name `final`: move a folder of that name aside, unless it is a valid checkpoint.
+    """Free the name `final`: move a folder of that name aside, unless it is a valid checkpoint. A
+    link of that name is moved itself, wherever it leads.
 
     Returns:
         False if the same `files` are committed there already, so that nothing is left to write.
@@ -293,6 +294,8 @@ def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     if not os.path.lexists(final):
         return True
     try:
+        if final.is_symlink():
+            raise FileNotFoundError(f"{final} is a link")
         existing = verify(final)
     except (OSError, ValueError):
         final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
@@ -315,11 +318,14 @@ def commit(writing: Path, final: Path, marker: str) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove the folders of `unfinished_saves`. One that cannot be removed
-    stays, because it is ignored anyway.
+    """Remove what `unfinished_saves` names, of a link the link alone. What cannot be removed stays,
+    because it is ignored anyway.
     """
     for leftover in unfinished_saves(root):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            remove(str(leftover))
 
 
 def prune(

@@ -90,7 +90,8 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path}: {name} is {entry.dtype} of shape {tuple(entry.shape)}, the model "
                     f"has {target.dtype} of shape {tuple(target.shape)}; was the model changed "
-                    "since the save?"
+                    f"since the save? If not, restore {self.path.name} from a copy, or remove it to "
+                    "continue from an earlier checkpoint"
                 )
         plain = {name: target.detach() for name, target in targets.items()}
         try:

@@ -81,6 +81,15 @@ def restore_optimizer(
             "was the model changed since the save?"
         )
 
+    kinds = {frozenset(entries) for entries in saved.values()}
+    if len(kinds) > 1:
+        least = min(saved, key=lambda name: len(saved[name]))
+        most = max(saved.values(), key=len)
+        raise CheckpointError(
+            f"the optimizer state of {least} lacks {sorted(most.keys() - saved[least].keys())}, which "
+            "others have; take an earlier checkpoint"
+        )
+
     # Copy to the devices on which the optimizer expects its state.
     restored: dict[Tensor, dict[str, Tensor]] = {}
     for name, entries in saved.items():

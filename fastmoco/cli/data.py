@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from fastmoco.cli.mistakes import Wording, parse, worded
 from fastmoco.cli.options import describe
 from fastmoco.cli.pages import HELP, of_config, show_page
+from fastmoco.config.limits import require_limits
 from fastmoco.errors import EXIT_REFUSED, one_line, say, show
 from fastmoco.recipes.suggest import Suggestion, suggest
 from fastmoco_pipelines.spec import CacheSpec, ViewSpec, moco_v3_views
@@ -57,6 +58,9 @@ class ViewsArguments:
     """The second view."""
     more_views: tuple[ViewSpec, ...] = ()
     """Further groups of views of the recipe."""
+
+    def __post_init__(self) -> None:
+        require_limits(self)
 
 
 def pack(

@@ -5,6 +5,7 @@ until they are needed.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,10 +15,17 @@ from fastmoco.cli.commands import COMMANDS, Command, group_of
 from fastmoco.cli.environment import clean_environment
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
-from fastmoco.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_UNREAD, reader_is_gone, say
+from fastmoco.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_UNREAD,
+    close_output,
+    reader_is_gone,
+    say,
+)
 from fastmoco.faults.parent import follow_launcher
 from fastmoco.streams import shown_streams
-from fastmoco_pipelines.processes import without_current_folder
+from fastmoco_pipelines.processes import is_orphan, without_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if process_ends:
         follow_launcher()
     with shown_streams(for_good=process_ends):
-        return _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+    if process_ends and is_orphan():
+        # Nobody reads its output, and Python takes seconds to put away what torch has made.
+        close_output()
+        os._exit(code)
+    return code
 
 
 def _main(args: list[str], *, process_ends: bool) -> int:
@@ -105,6 +118,7 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
 
     from fastmoco.cli.mistakes import Wording, parse, worded
     from fastmoco.cli.options import describe
+    from fastmoco.config.limits import require_limit
 
     function = command.call
     if set(args) & set(HELP):
@@ -113,6 +127,9 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
 
     @functools.wraps(function)
     def bound(*values: Any, **named: Any) -> Callable[[], int]:
+        given = inspect.signature(function).bind(*values, **named).arguments
+        for name, value in given.items():
+            require_limit(name, value)
         return functools.partial(function, *values, **named)
 
     call = parse(bound, command.name, args)

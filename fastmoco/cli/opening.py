@@ -64,13 +64,14 @@ def _for_folder(folder: str) -> str:
     from fastmoco.cli.data import suggested
     from fastmoco_pipelines.formats.images import read_header
     from fastmoco_pipelines.making.sources import find_sources
+    from fastmoco_pipelines.small_files import read_small
 
     found = find_sources(Path(folder), follow_links=False)
     sources, classes = found.images, found.classes
     sides = []
     for source in sources[:: max(1, len(sources) // LOOKED_AT)]:
         with contextlib.suppress(ValueError, OSError):
-            header = read_header(source.path.read_bytes())
+            header = read_header(read_small(source.path))
             sides.append(max(header.height, header.width))
     side = sorted(sides)[len(sides) // 2] if sides else None
     words = ["--data.images", folder, *(["--knn.holdout", "10%"] if classes else [])]

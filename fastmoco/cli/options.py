@@ -138,7 +138,7 @@ def describe(target: Callable[..., Any], default: Any = None) -> Described:
     groups = [Group(name="")]
     if isinstance(target, type):
         options = tuple(_fields(target, default, "", groups))
-        return Described(options, tuple(groups), _paragraph(target.__doc__))
+        return Described(options, tuple(groups), _paragraph(docstring(target)))
     texts = _argument_texts(target)
     hints = get_type_hints(target, include_extras=True)
     options = tuple(
@@ -146,7 +146,7 @@ def describe(target: Callable[..., Any], default: Any = None) -> Described:
         for name, parameter in inspect.signature(target).parameters.items()
         for option in _leaves(name, hints[name], parameter.default, texts.get(name, ""), "", groups)
     )
-    about = (inspect.getdoc(target) or "").partition("\nArgs:")[0]
+    about = docstring(target).partition("\nArgs:")[0]
     return Described(options, tuple(groups), about.strip())
 
 
@@ -182,7 +182,7 @@ def _leaves(
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         kind: type = type(default) if dataclasses.is_dataclass(default) else hint
         if name:
-            groups.append(Group(name=dotted, about=text or _paragraph(kind.__doc__), kind=kind))
+            groups.append(Group(name=dotted, about=text or _paragraph(docstring(kind)), kind=kind))
         yield from _fields(kind, default, inner, groups)
         return
     if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
@@ -285,6 +285,31 @@ def _example(option: Option) -> str:
 # Help texts.
 
 
+def docstring(target: Callable[..., Any]) -> str:
+    """The docstring of a class or a function without its indentation; from its source where the
+    interpreter has left it out (`python -OO`)."""
+    if sys.flags.optimize < 2:
+        return inspect.getdoc(target) or ""
+    return _docstrings_of_module(target.__module__).get(target.__qualname__, "")
+
+
+@functools.cache
+def _docstrings_of_module(module: str) -> dict[str, str]:
+    """The docstring of each class and function of a module; none without its source."""
+    return {
+        node.name: ast.get_docstring(node) or ""
+        for node in _nodes_of_module(module)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+
+
+def _nodes_of_module(module: str) -> list[ast.stmt]:
+    source = getattr(sys.modules.get(module), "__file__", None)
+    if source is None or not source.endswith(".py"):
+        return []
+    return ast.parse(Path(source).read_text(encoding="utf-8")).body
+
+
 def _paragraph(doc: str | None) -> str:
     """The first paragraph of a docstring on one line."""
     return " ".join((doc or "").strip().partition("\n\n")[0].split())
@@ -302,11 +327,8 @@ def _field_text(cls: type, name: str) -> str:
 @functools.cache
 def _texts_of_module(module: str) -> dict[tuple[str, str], str]:
     """The string below each field of each class of a module; none without its source."""
-    source = getattr(sys.modules.get(module), "__file__", None)
-    if source is None or not source.endswith(".py"):
-        return {}
     found = {}
-    for node in ast.parse(Path(source).read_text(encoding="utf-8")).body:
+    for node in _nodes_of_module(module):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, below in zip(node.body, node.body[1:], strict=False):
@@ -323,7 +345,7 @@ def _texts_of_module(module: str) -> dict[tuple[str, str], str]:
 
 def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
     """The text of each argument in the `Args:` of a docstring."""
-    section = (inspect.getdoc(function) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    section = docstring(function).partition("\nArgs:\n")[2].partition("\n\n")[0]
     pairs: Sequence[tuple[str, str]] = re.findall(
         r"^    (\w+): (.*(?:\n     +.*)*)", section, re.MULTILINE
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastmoco.cli.commands import GROUPS, Command, group_of
-from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices
+from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices, docstring
 from fastmoco.cli.output import until_closed
 from fastmoco.streams import raw
 from fastmoco_pipelines.text import first_sentence, without_secrets
@@ -255,7 +255,7 @@ def _about(groups: list[Group]) -> str:
     """The line of merged groups: that of their dataclass, or of the only one."""
     if len(groups) == 1 or groups[0].kind is None:
         return groups[0].about
-    return " ".join((groups[0].kind.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join(docstring(groups[0].kind).partition("\n\n")[0].split())
 
 
 def _members(described: Described, groups: list[Group]) -> list[Option]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastmoco.config import Config
+from fastmoco.config.limits import require_limits
 from fastmoco.config.model import Recompute
 from fastmoco.config.phases import Phase, Phases
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
@@ -65,6 +66,9 @@ class PlanArguments:
     scale: bool = False
     """Print tables for 8 to 4096 GPUs instead, and what breaks first."""
     config: Annotated[Config, tyro.conf.arg(name="")]
+
+    def __post_init__(self) -> None:
+        require_limits(self)
 
 
 def plan(options: PlanArguments) -> int:

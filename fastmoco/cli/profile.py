@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from fastmoco.config import Config
+from fastmoco.config.limits import require_limits
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line, show
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.spec import require
@@ -37,6 +38,7 @@ class ProfileArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
+        require_limits(self)
         require(self.steps >= 1, "steps", self.steps, "needs at least 1")
 
 

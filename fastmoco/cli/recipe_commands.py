@@ -21,12 +21,13 @@ from fastmoco.cli import tune as cli_tune
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
-from fastmoco.cli.options import Described, describe
+from fastmoco.cli.options import Described, describe, docstring
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.cli.profile import ProfileArguments
 from fastmoco.cli.tune import TuneArguments
 from fastmoco.config import Config
+from fastmoco.config.limits import require_limits
 from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.start_up import StartUp
@@ -55,6 +56,7 @@ class TrainArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
+        require_limits(self)
         require(self.gpus >= 0, "gpus", self.gpus, "must be 0 or the number of processes")
 
 
@@ -148,7 +150,7 @@ def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
     if recipe is not None:
         with one_line(EXIT_REFUSED, ValueError):
             config = get_recipe(recipe)
-        about = f"{recipe}: {first_sentence(RECIPES[recipe].__doc__)}"
+        about = f"{recipe}: {first_sentence(docstring(RECIPES[recipe]))}"
         about += f" {EXPECTED[recipe]}" if recipe in EXPECTED else ""
     return of_config(
         f"{verb} {recipe or 'RECIPE'}",
@@ -185,7 +187,7 @@ def recipes(args: list[str]) -> int:
     del args
     width = max(map(len, RECIPES))
     for name, recipe in RECIPES.items():
-        print(f"  {name:<{width}} {first_sentence(recipe.__doc__)}")
+        print(f"  {name:<{width}} {first_sentence(docstring(recipe))}")
         if name in EXPECTED:
             print(f"  {'':<{width}} {EXPECTED[name].brief}")
     return 0
@@ -232,7 +234,7 @@ def _typed(args: list[str], described: Described) -> dict[str, tuple[str, ...]]:
     typed: dict[str, tuple[str, ...]] = {}
     for name, values in sort_words(args, described).values.items():
         option = described.named(name)
-        assert option is not None
+        assert option is not None  # noqa: S101 - a type: the words were sorted by these options
         if option.count == 0:
             typed[name] = (option.flag if values[0] == "True" else option.negative,)
         else:

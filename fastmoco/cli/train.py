@@ -25,7 +25,7 @@ from fastmoco.errors import (
     one_line,
     say,
 )
-from fastmoco.faults import restarts
+from fastmoco.faults import parent, restarts
 from fastmoco.faults.after_run import AfterRun
 from fastmoco.faults.first_cause import first_cause
 from fastmoco.run.curves import Panels, draw_curves
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 60.0
 """Time that a run which was asked to stop has to close its files after its last save."""
-ORPHAN_CLOSE_SECONDS = 2.0
-"""The same for a worker whose launcher was killed."""
 SAME_COMMAND = "to continue: the same command again"
 PICTURE_SECONDS = 10.0
 """Time that the picture of an interrupted run may take after the run has closed everything else."""
@@ -94,7 +92,7 @@ def train(
                     trainer = Trainer.build(config, out, world, allow=allow, start=start)
     begun()
     if finished:
-        assert start.checkpoint is not None
+        assert start.checkpoint is not None  # noqa: S101 - a type: a finished run has one
         config = from_json(start.checkpoint.state["config"])  # with the shards of its folders
         return _finish(start.folder, config, world, None, process_ends, hints)
     try:
@@ -107,7 +105,7 @@ def train(
         return _finish(trainer.folder, config, world, trainer, process_ends, hints)
     if process_ends:
         # All is saved. Signals are ignored, so a library that hangs must not hold the process.
-        limit = ORPHAN_CLOSE_SECONDS if is_orphan() else CLOSE_SECONDS
+        limit = parent.CLOSE_SECONDS if is_orphan() else CLOSE_SECONDS
         late = threading.Timer(limit, os._exit, [code])
         late.daemon = True
         late.start()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastmoco.config import Config
+from fastmoco.config.limits import require_limits
 from fastmoco.errors import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REFUSED, one_line, say, show
 from fastmoco.planning.tuning import script, table
 from fastmoco.planning.tuning.machine import Machine, commit, this_machine
@@ -63,6 +64,7 @@ class TuneArguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
+        require_limits(self)
         require(self.gpus >= 1, "gpus", self.gpus, "must be at least 1")
         budget_seconds(self.budget)
 

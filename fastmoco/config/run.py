@@ -8,11 +8,12 @@ object. Both are written as JSON beside every checkpoint (`serial.py`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
 
 from fastmoco.config.data import AccuracyConfig, DataConfig, KnnConfig
 from fastmoco.config.faults import FaultConfig
+from fastmoco.config.limits import require_limits
 from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
@@ -93,22 +94,6 @@ class CheckpointConfig:
         require(self.keep >= 1, "keep", self.keep, "must be at least 1")
 
 
-def _require_finite(group: Any, path: str = "") -> None:
-    """Refuse a field without a finite number, in a group and those within it: no schedule and no
-    loss has a use for one, and JSON cannot store it."""
-    for entry in fields(group):
-        name, value = path + entry.name, getattr(group, entry.name)
-        if is_dataclass(value):
-            _require_finite(value, f"{name}.")
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number, one in enumerate(numbers):
-            if is_dataclass(one):
-                _require_finite(one, f"{name}.{number}.")
-            infinite = isinstance(one, float) and not math.isfinite(one)
-            require(not infinite, name, value, "must be finite")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run of pre-training."""
@@ -143,7 +128,7 @@ class Config:
     faults: Annotated[FaultConfig, Resume.FREE] = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
-        _require_finite(self)
+        require_limits(self)
         require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         require(
             self.global_batch_size >= 2,

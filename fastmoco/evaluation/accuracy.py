@@ -132,7 +132,7 @@ class AccuracyMonitor(Monitor):
     def _chance(self) -> dict[str, float]:
         """Accuracy of the most frequent class, and of the five most frequent ones."""
         rows = evenly(len(self._shards), self._spec.limit or 0)
-        found = np.sort(np.bincount(self._shards.labels_of(rows)))[::-1]
+        found = np.sort(np.unique(self._shards.labels_of(rows), return_counts=True)[1])[::-1]
         return {name: float(found[:n].sum() / len(rows)) for name, n in (("top1", 1), ("top5", 5))}
 
 

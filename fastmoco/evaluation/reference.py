@@ -54,13 +54,14 @@ def plain_knn_accuracy(
     """Share of the queries whose class has the largest sum of exp(similarity / temperature) among
     the k nearest; on a tie, the smaller label wins. Arguments as of `knn_accuracy`.
 
-    Memory: m * n similarities, m * classes votes.
+    Memory: m * n similarities, m votes for each label that the bank has.
     """
     similar, index = plain_neighbours(bank, queries, k=k, center=center)
     weights = ((similar - similar[:, :1]) / temperature).exp()
-    votes = weights.new_zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[index], weights)
-    right = (votes.argmax(dim=1) == query_labels).sum()
+    known, numbers = torch.unique(bank_labels, return_inverse=True)  # rising
+    votes = weights.new_zeros(len(queries), len(known))
+    votes.scatter_add_(1, numbers[index], weights)
+    right = (known[votes.argmax(dim=1)] == query_labels).sum()
     return int(right) / len(queries)
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from fastmoco.errors import EXIT_FAILED, say
 from fastmoco_pipelines.processes import (
     PARENT,
+    POLL_SECONDS,
     ancestors,
     end_by_signal,
     follow_parent,
@@ -24,8 +25,10 @@ from fastmoco_pipelines.processes import (
 ORPHAN_SECONDS = 5.0
 """Time that a process without its launcher has for the end of its step. A save that has begun may
 end."""
-END_SECONDS = 8.0
+END_SECONDS = 7.0
 """Time without its launcher after which a process is ended that still runs, unless it saves."""
+CLOSE_SECONDS = 2.0
+"""Time that it has after its last save to mark the run and to close its files."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -67,8 +70,10 @@ def _end() -> None:
     if _stopping is None:
         end_by_signal()
     time.sleep(END_SECONDS)
-    while _stopping is not None and _stopping.saves:
-        time.sleep(1.0)
+    if _stopping is not None and _stopping.saves:
+        while _stopping is not None and _stopping.saves:
+            time.sleep(POLL_SECONDS)
+        time.sleep(CLOSE_SECONDS)
     os._exit(EXIT_FAILED)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, LAUNCHER, RunError, say
 from fastmoco.faults.first_cause import PeerError
+from fastmoco.launched import count_in
 from fastmoco.run.folder import RunFolder, read_object
 
 MOST_STARTS = 3
@@ -58,7 +59,7 @@ def _launch() -> str | None:
 
 def _is_restart() -> bool:
     return any(
-        int(os.environ.get(name) or 0) > 0
+        count_in(os.environ, name) > 0
         for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
 
@@ -89,9 +90,8 @@ def _end_launcher() -> None:
     waits for its workers: the first rank that gets here creates a file beside the error files that
     torchrun gives its workers.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) >= int(
-        os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)
-    ):
+    restarts = count_in(os.environ, "TORCHELASTIC_RESTART_COUNT")
+    if restarts >= count_in(os.environ, "TORCHELASTIC_MAX_RESTARTS"):
         return
     parent = os.getppid()
     try:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastmoco.launched import local_processes
+
 
 def free_bytes(
     device: torch.device, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
@@ -30,7 +32,7 @@ def free_bytes(
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     left = [_available(proc / "meminfo"), *_group_leaves(proc / "self" / "cgroup", cgroups)]
-    return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(left) // local_processes(os.environ)
 
 
 def _available(meminfo: Path) -> int:

@@ -58,7 +58,7 @@ def expects(expected: Expected) -> Callable[[Recipe], Recipe]:
 
     def of(recipe: Recipe) -> Recipe:
         EXPECTED[recipe.__name__] = expected
-        recipe.__doc__ = f"{recipe.__doc__}\n\n    {expected}\n    "
+        recipe.__doc__ = f"{recipe.__doc__ or ''}\n\n    {expected}\n    "
         return recipe
 
     return of

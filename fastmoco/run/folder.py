@@ -145,7 +145,7 @@ class RunFolder:
         except UnfitFileError as error:
             self._remove_made()
             raise RunError(f"{error}, or choose another --out") from error
-        assert self._lock is not None
+        assert self._lock is not None  # noqa: S101 - a type: opened above
         try:
             self._require_fit()
             self.notes = self._links()
@@ -220,6 +220,8 @@ class RunFolder:
     def _links(self) -> list[str]:
         """The folders of the run that are links, in sentences."""
         folders = [self.path, *(self.path / name for name in FOLDERS)]
+        if not self.checkpoints.is_symlink():
+            folders.remove(self.checkpoints)  # a save says what it is
         return [f"{path} is a link to {to}" for path in folders if (to := linked_to(path))]
 
     def release(self) -> None:

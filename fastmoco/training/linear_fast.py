@@ -28,6 +28,7 @@ from fastmoco.evaluation.embed import encoder_function, eval_mode
 from fastmoco.evaluation.feature_cache import FeatureCache, embed_missing
 from fastmoco.evaluation.linear import LinearSettings, LinearState, Pair, Scores
 from fastmoco.evaluation.monitor import OpenSet
+from fastmoco.planning.free_memory import free_bytes
 from fastmoco.training import setup
 from fastmoco.training.accuracies import accuracies
 from fastmoco.training.embed_run import (
@@ -159,9 +160,20 @@ class _Job:
     config: Config
     threads: int
 
+    def _require_memory(self, pairs: int, classes: int) -> None:
+        """Refuse classifiers that do not fit: weights, gradients and momentum of all pairs."""
+        needed = 3 * 4 * pairs * classes * self.source.encoder.embed_dim
+        if needed > (free := free_bytes(self.world.device)):
+            raise ValueError(
+                f"{counted(pairs, 'classifier')} of {classes:,} classes, one more than the highest "
+                f"label, need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: number the "
+                "classes from 0 on, or give fewer --lr and --weight-decay"
+            )
+
     def run(self, train: OpenSet, test: OpenSet, classes: int) -> dict[str, Any]:
         """Embed, sweep, fit and score."""
         options = self.options
+        self._require_memory(len(options.pairs), classes)
         # Features: of the images as they are, and of augmented copies.
         view = probe_view(self.source.image, self.source.config, options.crop_min)
         identity = feature_key(self.source, self._precision, self.world)

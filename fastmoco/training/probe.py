@@ -11,6 +11,7 @@ from torch import nn
 
 from fastmoco.config import Config
 from fastmoco.config.labelled import OFFICIAL_CROP, own_crops
+from fastmoco.config.limits import MOST_ROWS
 from fastmoco.evaluation.monitor import OpenSet, open_comparable, shared_images
 from fastmoco.models.resnet import ResNet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, ViewSpec
@@ -93,6 +94,11 @@ def probe_sets(train: str, test: str, cache: CacheSpec) -> Iterator[ProbeSets]:
                 "a folder for each class"
             )
         classes = max(first.class_count, second.class_count)
+        if classes > MOST_ROWS:
+            raise ValueError(
+                f"{redact(train)!r} or {redact(test)!r}: labels go up to {classes - 1:,}, and a "
+                f"classifier has at most {MOST_ROWS:,} classes: number the classes from 0 on"
+            )
         rows = [np.arange(len(one), dtype=np.int64) for one in (first, second)]
         both = shared_images(first.checksums_of(rows[0]), second.checksums_of(rows[1]))
         notes = []

@@ -20,6 +20,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.accuracy import AccuracyMonitor
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.launched import local_processes
 from fastmoco.models.encoder import Encoder
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
@@ -43,10 +44,10 @@ def share_cores(config: Config) -> int:
     Returns:
         The number of threads.
     """
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    processes = local_processes(os.environ)
+    share = max(1, len(os.sched_getaffinity(0)) // processes)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if local_processes == 1 and asked.isdigit() and int(asked):
+    if processes == 1 and asked.isdigit() and int(asked[:9]):
         share = min(share, int(asked))
     threads = config.threads or share
     torch.set_num_threads(threads)

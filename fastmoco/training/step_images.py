@@ -61,10 +61,14 @@ class RunImages:
         self._folder = RunFolder(run)
         self._saved = self._folder.read_config()
         config, order = self._read()
-        self._resolved: dict[str, Any] = self._saved["resolved"]
-        self.total_steps = int(self._resolved["total_steps"])
+        resolved = self._saved["resolved"]
+        where = f"{run / 'config.json'}: resolved"
+        self.total_steps = _whole(resolved, "total_steps", where)
+        self._steps_per_epoch = _whole(resolved, "steps_per_epoch", where)
+        self._ranks_at_last = _whole(resolved, "world_size", where)
         version = order.get("order_version", 1)
-        if version not in ORDER_VERSIONS:
+        data = f"{run / 'config.json'}: data"
+        if type(version) is not int or version not in ORDER_VERSIONS:
             raise RunError(
                 f"{run}: the run shuffles its images by version {version!r} of the order, which "
                 "this fastmoco does not know: use the one that trained it"
@@ -73,7 +77,9 @@ class RunImages:
         # The set, which must be the very one of the run.
         self.shards = ShardSet.open(shards or config.data.shards, cache=config.data)
         try:
-            windows = self.shards.windows(int(order.get("shuffle_window", 0)), config.data)
+            windows = self.shards.windows(
+                _whole({"shuffle_window": 0} | order, "shuffle_window", data, least=0), config.data
+            )
             same = order["digest"] in (self.shards.digest, self.shards.digest_1)
             if not same or windows.digest != order.get("order_digest", ""):
                 raise RunError(
@@ -82,10 +88,10 @@ class RunImages:
                     "original set with --shards"
                 )
             plan = Plan(
-                seed=int(order["seed"]),
+                seed=_whole(order, "seed", data, least=0),
                 windows=windows,
-                global_batch_size=int(order["global_batch_size"]),
-                order_version=int(version),
+                global_batch_size=_whole(order, "global_batch_size", data),
+                order_version=version,
             )
             self._delivered = DeliveredSamples(self.shards, plan, run_list=self._folder.quarantine)
         except BaseException:
@@ -114,7 +120,7 @@ class RunImages:
         ranks = self._delivered.of_step(step - 1, world_size=world_size)
         return StepImages(
             step=step,
-            epoch=step / int(self._resolved["steps_per_epoch"]),
+            epoch=step / self._steps_per_epoch,
             ranks=ranks if rank is None else [ranks[rank]],
             world_size=world_size,
         )
@@ -163,4 +169,19 @@ class RunImages:
         for path in list_checkpoints(self._folder.checkpoints):
             if step_of(path) >= step:
                 return int(read_state(path)["resolved"]["world_size"])
-        return int(self._resolved["world_size"])
+        return self._ranks_at_last
+
+
+def _whole(values: Any, name: str, where: str, least: int = 1) -> int:
+    """A whole number of a `config.json`, which anybody may have edited.
+
+    Raises:
+        RunError: naming the file and the field.
+    """
+    value = values.get(name) if isinstance(values, dict) else None
+    if type(value) is not int or not least <= value < 2**63:
+        raise RunError(
+            f"{where}.{name}={value!r:.80}: must be a whole number from {least} on; the "
+            "file is damaged: restore it from a copy"
+        )
+    return value

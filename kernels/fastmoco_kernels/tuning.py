@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ Tile = TypeVar("Tile", bound=tuple[int, ...])
 _log = logging.getLogger(__name__)
 _chosen: dict[tuple[str, str], tuple[int, ...]] = {}
 _read: set[Path] = set()
+_MOST_BYTES = 16 << 20
+"""Of a cache file: hundreds of thousands of choices."""
 _settled: dict[tuple[str, tuple[int | str, ...], torch.device], tuple[int, ...]] = {}
 """Choices by call, found without building the key's text and the file's path."""
 
@@ -137,10 +140,28 @@ def _load(path: Path) -> None:
         return
     _read.add(path)
     try:
-        for key, tile in json.loads(path.read_text()).items():
-            _chosen.setdefault((path.stem, str(key)), tuple(int(x) for x in tile))
-    except (OSError, ValueError, AttributeError, TypeError):
+        found = json.loads(_content(path))
+    except (OSError, ValueError, RecursionError):
         return
+    for key, tile in found.items() if isinstance(found, dict) else ():
+        if isinstance(tile, list) and all(type(x) is int and 0 < x < 1 << 31 for x in tile):
+            _chosen.setdefault((path.stem, key), tuple(tile))
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a cache file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no regular file, or larger than any that is written here.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path}: is no regular file")
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"{path}: is larger than {_MOST_BYTES} bytes")
+    return content
 
 
 def _store(path: Path) -> None:

@@ -377,8 +377,6 @@ def hash_file(source: Path | int) -> str:
         OSError: if it cannot be read.
     """
     own = not isinstance(source, int)
-    with open(
-        source if isinstance(source, int) else open_regular(source), "rb", closefd=own
-    ) as file:
+    with open(source, "rb", closefd=own, opener=lambda path, _: open_regular(path)) as file:
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()

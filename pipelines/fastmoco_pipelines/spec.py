@@ -21,6 +21,13 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SWAV_STD = (0.228, 0.224, 0.225)
 """Deviations in the official code of SwAV, which has 0.228 where others have 0.229."""
+MOST_SIDE = 16_384
+"""Pixels of the side of a view or of an evaluation image at most."""
+MOST_THREADS = 1024
+"""Threads or processes of one kind on a machine at most: a library may end the process for more."""
+MOST_BATCHES_AHEAD = 1024
+MOST_SECONDS = 10**9
+"""Of a time limit: 30 years. Clocks of the system take no more."""
 MOST_VIEWS = 255
 """Views of an image at most: a view's number is one byte of the Philox counter of its draws."""
 GPU_SUB_BATCH = 128
@@ -152,6 +159,8 @@ class ViewSpec:
     def __post_init__(self) -> None:
         require(self.copies >= 0, "copies", self.copies, "counts views; 0 leaves them out")
         require(self.size >= 1, "size", self.size, "a view is at least 1 pixel wide")
+        rule = f"a view is at most {MOST_SIDE:,} pixels wide"
+        require(self.size <= MOST_SIDE, "size", self.size, rule)
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,
@@ -438,6 +447,9 @@ class LoaderOptions(CacheSpec):
             self.prefetch,
             "counts batches; 0 leaves it to the device",
         )
+        ahead = self.prefetch
+        rule = f"at most {MOST_BATCHES_AHEAD:,} batches are made ahead"
+        require(ahead <= MOST_BATCHES_AHEAD, "prefetch", ahead, rule)
         require(
             self.sub_batch >= 0,
             "sub_batch",
@@ -470,6 +482,8 @@ class LoaderOptions(CacheSpec):
             "a share lies in [0, 1]",
         )
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "needs a time above 0 seconds")
+        rule = f"a time limit has at most {MOST_SECONDS:,} seconds"
+        require(self.timeout_s <= MOST_SECONDS, "timeout_s", self.timeout_s, rule)
         require(
             1 <= self.max_transfers <= MOST_TRANSFERS,
             "max_transfers",
@@ -523,6 +537,8 @@ class LoaderSpec(LoaderOptions):
         )
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
+        rule = f"DALI has at most {MOST_THREADS:,} threads"
+        require(self.threads <= MOST_THREADS, "threads", self.threads, rule)
         require(
             self.view_dtype in ("float32", "uint8"),
             "view_dtype",
@@ -569,6 +585,8 @@ class EvalSpec:
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "size", self.size, "an image is at least 1 pixel wide")
+        rule = f"the shorter side has at most {MOST_SIDE:,} pixels"
+        require(self.resize <= MOST_SIDE, "resize", self.resize, rule)
         require(
             self.resize >= self.size,
             "resize",
@@ -611,6 +629,8 @@ class EvalLoaderSpec(CacheSpec):
         require(self.batch_size >= 1, "batch_size", self.batch_size, "needs at least 1 image")
         require(self.device in ("cpu", "gpu"), "device", self.device, 'is "cpu" or "gpu"')
         require(self.threads >= 1, "threads", self.threads, "needs at least one thread")
+        rule = f"DALI has at most {MOST_THREADS:,} threads"
+        require(self.threads <= MOST_THREADS, "threads", self.threads, rule)
         require(
             self.limit is None or self.limit >= 1,
             "limit",

@@ -138,3 +138,67 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
 
 def test_tasks_of_every_node() -> None:
     assert tasks_per_node("8(x3),2") == [8, 8, 8, 2]
+
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "2"} | MEETING
+
+
+@pytest.mark.parametrize("garbage", ["-1", "abc", "9" * 5000, "1e3", "\u0663", "0x2", "\x1b[2J"])
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *((RANKS, name) for name in RANKS if name != "MASTER_ADDR"),
+        *((RANKS, name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+        *(({}, name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")),
+        *(({}, name) for name in launched.COUNTS_OF_STARTS),
+        *((STEP, name) for name in STEP if name.endswith(("ID", "TASKS", "NODE"))),
+    ],
+)
+def test_garbage_in_any_variable_is_refused_by_its_name(given, name, garbage) -> None:
+    if given is STEP:
+        given = STEP | {"MASTER_ADDR": "10.0.0.1"}
+        if name == "SLURM_NTASKS":  # the number of the step comes before it
+            del given["SLURM_STEP_NUM_TASKS"]
+    with pytest.raises(ValueError, match=name.replace("STEP_TASKS", "TASKS")):
+        read_launcher(given | {name: garbage})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", str(2**40)),
+        ("LOCAL_WORLD_SIZE", "0"),
+        ("MASTER_PORT", "0"),
+        ("MASTER_PORT", "99999999"),
+        ("MASTER_ADDR", "host:29500/x"),
+        ("MASTER_ADDR", "-host"),
+        ("MASTER_ADDR", "a b"),
+        ("MASTER_ADDR", "x" * 300),
+    ],
+)
+def test_numbers_and_names_that_no_launcher_sets_are_refused(name, value) -> None:
+    with pytest.raises(ValueError, match=name):
+        read_launcher(RANKS | {name: value})
+    if name == "LOCAL_WORLD_SIZE":
+        with pytest.raises(ValueError, match=name):
+            read_launcher({name: value})
+        assert launched.local_processes({name: value}) == 1
+
+
+@pytest.mark.parametrize("text", ["8(x1000000000)", "0", "8(x0)", "1(x999999),1(x999999)", "x"])
+def test_a_list_of_tasks_is_no_larger_than_a_cluster(text) -> None:
+    with pytest.raises(ValueError, match="SLURM_TASKS_PER_NODE"):
+        tasks_per_node(text)
+
+
+@pytest.mark.parametrize("address", ["::1", "fe80::1%eth0", "10.0.0.1", "node-1.cluster.example"])
+def test_addresses_of_machines_are_taken(address) -> None:
+    assert read_launcher(RANKS | {"MASTER_ADDR": address}).address == address
+
+
+def test_a_count_that_is_no_number_counts_as_none_where_it_cannot_be_refused() -> None:
+    assert launched.count_in({"A": "3"}, "A") == 3
+    assert [launched.count_in({"A": text}, "A") for text in ("abc", "-1", "9" * 5000, "")] == [
+        0
+    ] * 4

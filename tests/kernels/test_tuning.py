@@ -4,6 +4,7 @@ clock."""
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -73,12 +74,33 @@ def test_a_remembered_tile_that_is_no_candidate_any_more_is_measured_again(on_a_
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"main(4096, 256)": "x"}', '{"main(4096, 256)": null}']
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"main(4096, 256)": "x"}',
+        '{"main(4096, 256)": null}',
+        '{"main(4096, 256)": [1e400, 2]}',
+        '{"main(4096, 256)": [true, -1]}',
+        '{"main(4096, 256)": ' + "[" * 200_000,
+        " " * (17 << 20),
+    ],
+    ids=len,
 )
 def test_a_broken_file_costs_a_measurement_and_no_more(on_a_gpu, text):
     path, measured = on_a_gpu
     path.parent.mkdir()
     path.write_text(text)
+    assert _tuned() == TILES[1]
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_costs_a_measurement_and_no_more(on_a_gpu, make):
+    path, measured = on_a_gpu
+    path.parent.mkdir()
+    make(path)
     assert _tuned() == TILES[1]
     assert len(measured) == 1
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco_pipelines.inspecting import decode_pool
 from fastmoco_pipelines.processes import (
     PARENT,
     ancestors,
@@ -25,7 +24,7 @@ from fastmoco_pipelines.processes import (
     started,
     without_current_folder,
 )
-from fastmoco_pipelines.views import self_test
+from fastmoco_pipelines.views import decode_pool, self_test
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANTED = "open('EXECUTED', 'a').write(__name__)\n"

@@ -154,7 +154,7 @@ def _checked(name: str, content: Any) -> ShardIndex:
             and min(values) >= low
             and max(values) < high
         )
-        check(good, f"its column {column!r} is broken")
+        check(good, f"its column {column!r} is broken: numbers from {low} to {high - 1} are due")
     ends = map(int.__add__, columns["offset"] or (), columns["size"] or ())
     check(max(ends) <= content["tar_bytes"], "lists a sample after the end of its tar")
     skipped = content.get("skipped")

@@ -10,6 +10,7 @@ it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,6 +43,8 @@ FOREIGN_EXTENSIONS = (
     "ico",
 )
 """Images by their name, of formats that are not read."""
+_PLAIN = re.compile(r"(?:[\w-]+/)*[\w-]+(?:\.\w+)+")
+"""Names of images without anything unusual; others are looked at one by one."""
 SECOND_IMAGE = "a second image of the same key"
 NO_IMAGE_NAME = "no image by its name"
 SHARED_KEY = f"{SECOND_IMAGE}, which ends at the first dot"
@@ -121,7 +124,8 @@ def names_fault(names: Sequence[str]) -> str | None:
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         return f"{escaped(twice)!s:.80}: comes twice"
-    return next(filter(None, map(name_fault, names)), None)
+    odd = (name for name in names if _PLAIN.fullmatch(name) is None)
+    return next(filter(None, map(name_fault, odd)), None)
 
 
 def is_skipped(value: object) -> bool:

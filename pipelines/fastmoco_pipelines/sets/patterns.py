@@ -28,6 +28,8 @@ from fastmoco_pipelines.sets.folder_sets import (
 )
 from fastmoco_pipelines.text import AUTHORITY, SCHEME, STORES, escaped, redact, variable_hint
 
+MAX_BRACES = 64
+"""Opening braces of a pattern."""
 MAX_SHARDS = 1_000_000
 _MOVE_SECONDS = 3.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -146,7 +148,10 @@ def is_remote(pattern: str) -> bool:
         ValueError: for a scheme outside the allow-list, or a URL that is broken.
     """
     if pattern.startswith("{") and "://" in pattern:
-        kinds = {is_remote(name) for name in expand_braces(pattern, pattern)}
+        names = expand_braces(pattern, pattern)
+        if any(name.startswith("{") for name in names):
+            raise ValueError(f"shards={redact(pattern)!r}: a brace is not closed")
+        kinds = {is_remote(name) for name in names}
         if len(kinds) > 1:
             raise ValueError(
                 f"shards={redact(pattern)!r}: names both local files and URLs: copy all to one side"
@@ -203,6 +208,8 @@ def expand_braces(pattern: str, text: str) -> list[str]:
     Raises:
         ValueError: naming `pattern`, for a range that does not rise or more than a million names.
     """
+    if text.count("{") > MAX_BRACES:
+        raise ValueError(f"shards={redact(pattern)!r}: has more than {MAX_BRACES} braces")
     _refuse_too_many(pattern, _expanded(pattern, text))
     return list(_expanded(pattern, text))
 

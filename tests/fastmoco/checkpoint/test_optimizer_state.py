@@ -91,6 +91,40 @@ def test_optimizer_state_that_does_not_fit_is_named() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("exp_avg", torch.ones(8, 5, dtype=torch.int32), "exp_avg is torch.int32"),
+        ("exp_avg", torch.ones(8, 5, dtype=torch.bool), "exp_avg is torch.bool"),
+        ("exp_avg", None, r"0.weight lacks \['exp_avg'\]"),
+        ("step", None, r"0.weight lacks \['step'\]"),
+        ("step", torch.ones(3), r"step of shape \(3,\) is no number of steps"),
+        ("step", torch.ones(0), "is no number of steps"),
+        ("step", torch.tensor(-1.0), "is no number of steps"),
+        ("step", torch.tensor(float("nan")), "is no number of steps"),
+        ("step", torch.tensor(float("inf")), "is no number of steps"),
+        ("step", torch.tensor(1e30), "is no number of steps"),
+        ("step", torch.tensor(0.5), "is no number of steps"),
+        ("step", torch.tensor(1j), "is no number of steps"),
+    ],
+)
+def test_a_forged_state_is_refused_by_name(
+    key: str, value: torch.Tensor | None, words: str
+) -> None:
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    flat = flatten_optimizer(optimizer, model.named_parameters())
+    before = {name: tensor.clone() for name, tensor in flat.items()}
+    forged = dict(flat)
+    forged.pop(f"optimizer.0.weight.{key}")
+    if value is not None:
+        forged[f"optimizer.0.weight.{key}"] = value
+    with pytest.raises(CheckpointError, match=words):
+        restore_optimizer(optimizer, model.named_parameters(), forged)
+    assert_same(flatten_optimizer(optimizer, model.named_parameters()), before)
+
+
 def test_restored_state_is_a_copy() -> None:
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -45,6 +45,18 @@ def test_switches_of_other_readers_are_dropped_and_nothing_else() -> None:
     clean_environment(environment | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"})
 
 
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1000000000", "2,", "1e3", "\x1b[2J"])
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"])
+def test_a_number_of_threads_that_a_library_would_choke_on_is_refused(name, value) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.* must be a whole number from 1 to 1,024"):
+        clean_environment({name: value})
+
+
+@pytest.mark.parametrize("value", ["", " ", "4", "4,2", " 8 "])
+def test_a_number_of_threads_is_taken(value) -> None:
+    clean_environment({"OMP_NUM_THREADS": value})
+
+
 SECRET = "planted-token"
 URLS = [
     f"https://user:{SECRET}@host/a-{{0..3}}.tar",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -188,3 +189,28 @@ def test_a_page_into_a_pipe_that_ends_early_is_no_error(words, reader, begin):
     assert done.stderr == ""
     assert done.stdout.startswith(begin)
     assert done.returncode == 0
+
+
+def test_help_is_the_same_without_docstrings():
+    """`python -OO` leaves them out: each page reads them from the source then."""
+    script = """
+import contextlib, io, sys
+sys.argv = ["fastmoco"]
+from fastmoco.cli.main import main
+pages = [["--help"], ["recipes"], ["train", "--help"], ["plan", "swav_digits", "--help"],
+         ["data", "views", "--help"], ["data", "pack", "--help"], ["data", "check", "--help-all"]]
+print([main(words) for words in pages], sys.flags.optimize)
+"""
+    texts = [
+        subprocess.run(
+            [sys.executable, *flags, "-c", script],
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for flags in ([], ["-OO"])
+    ]
+    assert texts[0].endswith("] 0\n")
+    assert texts[1] == texts[0].removesuffix("0\n") + "2\n"

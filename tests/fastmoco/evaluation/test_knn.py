@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.evaluation.knn import knn_accuracy
+from fastmoco.evaluation.reference import plain_knn_accuracy
 
 
 def brute_force(
@@ -136,3 +137,16 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         knn_accuracy(*arguments, **options)  # type: ignore[arg-type]
+
+
+def test_memory_follows_the_labels_that_exist_not_the_largest() -> None:
+    """With a vote for each number up to the label this would take 2 TB."""
+    generator = torch.Generator().manual_seed(3)
+    bank, queries = torch.randn(64, 8, generator=generator), torch.randn(32, 8, generator=generator)
+    few = torch.randint(0, 5, (64,), generator=generator)
+    wanted = torch.randint(0, 5, (32,), generator=generator)
+    names = torch.tensor([0, 7, 16_777_215, 2**40, 2**62])
+    for count in (knn_accuracy, plain_knn_accuracy):
+        found = count(bank, names[few], queries, names[wanted], k=7, temperature=0.07)
+        assert found == count(bank, few, queries, wanted, k=7, temperature=0.07)
+        assert 0 < found < 1

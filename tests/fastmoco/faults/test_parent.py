@@ -106,7 +106,7 @@ def test_a_process_that_does_not_end_is_ended_unless_it_saves(
         pass
 
     class Saving:
-        looks = 3
+        looks = 4
 
         @property
         def saves(self) -> bool:
@@ -131,4 +131,6 @@ def test_a_process_that_does_not_end_is_ended_unless_it_saves(
             parent._end()
     finally:
         parent.leave_stopping_to(None)
-    assert done == [parent.END_SECONDS, 1.0, 1.0]  # it stops by itself: no second signal
+    # It stops by itself: no second signal.
+    between = [parent.POLL_SECONDS, parent.POLL_SECONDS]
+    assert done == [parent.END_SECONDS, *between, parent.CLOSE_SECONDS]

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import pytest
 
-from fastmoco.checkpoint import CheckpointError
+from fastmoco.checkpoint import CheckpointError, require_writable
 from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
@@ -225,8 +225,13 @@ def test_whatever_is_in_the_place_of_a_folder_is_named(
     if what == "folder":
         RunFolder(copy).acquire()
         return
-    with pytest.raises(RunError, match=f"{name}: (leads to no folder|is a file where a folder)"):
+
+    def begin() -> None:
         RunFolder(copy).acquire()
+        require_writable(copy / name, rank=0)
+
+    with pytest.raises(REFUSALS, match=f"{name}: (leads to no folder|is a file where|.*exists)"):
+        begin()
     assert untouched(precious)
 
 

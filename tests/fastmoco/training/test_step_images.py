@@ -124,6 +124,22 @@ def test_wrong_questions_are_refused(trained, digits, change, words, tmp_path):
         RunImages(run, digits[1] if "shards" in change else "").of_step(change.get("step", 1))
 
 
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        *(("resolved", name) for name in ("total_steps", "steps_per_epoch", "world_size")),
+        *(("data", name) for name in ("seed", "global_batch_size", "shuffle_window")),
+    ],
+)
+@pytest.mark.parametrize("value", ["x", [], True, -1, 1.5, 10**30])
+def test_a_field_of_another_type_is_named(trained, group, name, value, tmp_path):
+    folder = RunFolder(tmp_path)
+    saved = RunFolder(trained[0]).read_config()
+    folder.write_config(saved | {group: saved[group] | {name: value}})
+    with pytest.raises(RunError, match=rf"config.json: {group}.{name}=.*: must be a whole number"):
+        RunImages(tmp_path)
+
+
 def test_the_command_lists_spikes_and_images(trained, capsys):
     run, seen = trained
     assert main(["run", "images", str(run)]) == 0

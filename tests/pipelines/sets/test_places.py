@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.making.pack import pack_folder
 from fastmoco_pipelines.sets.folder_sets import is_part, pattern_of, sets_of_folder
-from fastmoco_pipelines.sets.patterns import expand_shards, sets_of, spells_out
+from fastmoco_pipelines.sets.patterns import expand_shards, local_names, sets_of, spells_out
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 PLACES = [
@@ -159,3 +160,10 @@ def test_names_of_parts():
     assert all(map(is_part, names.split()))
     others = "cat trains testament tester device evaluate deva 0 n1"
     assert not any(map(is_part, others.split()))
+
+
+def test_braces_that_are_never_closed_are_part_of_a_name():
+    for pattern in ("{s3://b/a.tar", "{https://user:s3cr3t@h/a.tar", "{file:///a", "{a://b,c"):
+        with pytest.raises((ValueError, ShardError)) as refused:
+            local_names(pattern)
+        assert "s3cr3t" not in str(refused.value)

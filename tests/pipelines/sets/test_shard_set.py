@@ -15,7 +15,7 @@ import pytest
 
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.sets import local_files, patterns
-from fastmoco_pipelines.sets.patterns import expand_shards
+from fastmoco_pipelines.sets.patterns import expand_shards, is_remote
 from fastmoco_pipelines.sets.shard_set import ShardError, ShardSet
 from tests.pipelines.index_forms import json_of, put_json
 
@@ -327,3 +327,13 @@ def test_shards_from_elsewhere_need_no_manifest(tmp_path, noise_image, write_tar
     index_shards(str(path))
     shards = ShardSet.open(str(path))
     assert (shards.classes, shards.labels.tolist(), shards.skipped) == ((), [4], 1)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{s3://b/a.tar", "{https://h/{{1..3}", "{https://h/a,{https://h/b}"]
+)
+def test_a_brace_that_is_not_closed_before_a_url_is_refused(pattern):
+    with pytest.raises(ValueError, match="a brace is not closed"):
+        is_remote(pattern)
+    with pytest.raises(ValueError, match="more than 64 braces"):
+        is_remote("{" * 3000 + pattern + "}" * 3000)
