@@ -15,8 +15,8 @@ pytest.importorskip("nvidia.dali")
 from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.formats.headers import structure
 from fastmoco_pipelines.sampling.order import epoch_order
-from fastmoco_pipelines.spec import GPU_SUB_BATCH
-from fastmoco_pipelines.views.dali import DecodeError, ViewPipeline
+from fastmoco_pipelines.spec import DECODE_GB, GPU_SUB_BATCH, EvalSpec
+from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline, ViewPipeline
 from fastmoco_pipelines.views.engine import Engine, parts_of
 from fastmoco_pipelines.views.graph import GPU_DECODER
 from tests.pipelines.dali_cases import draw, photographs
@@ -88,6 +88,36 @@ def test_a_budget_of_decoded_bytes_changes_no_bit(
     assert ran == list(parts_of(sizes, 5, budget))
     assert all(rows.stop - rows.start == 1 or sum(sizes[rows]) <= budget for rows in ran)
     assert (len(ran) == 11) == (share == 0.02)
+
+
+def test_plain_images_have_the_usual_budget(encoded, monkeypatch) -> None:
+    """Of evaluation and of the search for bad images."""
+    plain = EvalSpec(size=16, resize=16)
+    whole = EvalPipeline(plain, batch_size=COUNT, threads=1).run(encoded)
+    runs = []
+    outputs = Engine._outputs
+    monkeypatch.setattr(
+        Engine, "_outputs", lambda *arguments: runs.append(arguments[3]) or outputs(*arguments)
+    )
+    monkeypatch.setitem(DECODE_GB, "cpu", 1e-6)
+    assert torch.equal(EvalPipeline(plain, batch_size=COUNT, threads=1).run(encoded), whole)
+    assert len(runs) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"decode_gb": -1.0}, "decode_gb=-1.0: a size in GB"),
+        ({"decode_gb": float("nan")}, "decode_gb=nan"),
+        ({"decode_gb": 1e308}, "decode_gb=1e"),
+        ({"seconds_per_image": 0.0}, "seconds_per_image=0.0: needs a time above 0"),
+        ({"seconds_per_image": float("inf")}, "seconds_per_image=inf"),
+        ({"seconds_per_image": float("nan")}, "seconds_per_image=nan"),
+    ],
+)
+def test_budgets_and_times_that_make_no_sense_are_refused(changes, rule) -> None:
+    with pytest.raises(ValueError, match=rule):
+        LoaderSpec(shards="x", global_batch_size=2, **changes)
 
 
 def test_parts_are_as_large_as_they_may_be() -> None:
