@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -145,3 +146,21 @@ def test_an_index_of_an_earlier_state_tells_what_is_gone(pair, tmp_path):
         "4.jpg",
         "5.jpg",
     ]
+
+
+def test_labels_beyond_the_classes_of_the_manifest_are_refused_for_a_training_with_labels(
+    packed, tmp_path
+):
+    folder = shutil.copytree(packed, tmp_path / "set")
+    tar = folder / "train-000001.tar"
+    index = read_index(tar)
+    with ShardSet.open(str(folder)) as shards:
+        shards.require_labels("set", classes=3)
+    write_index(tar, replace(index, columns=index.columns | {"label": [7] * len(index)}))
+    with (
+        ShardSet.open(str(folder)) as shards,
+        pytest.raises(
+            ShardError, match=r"labels up to 7, its manifest\.json names 3 classes.*data"
+        ),
+    ):
+        shards.require_labels("set", classes=3)
