@@ -114,7 +114,7 @@ def table(result: Mapping[str, Any]) -> str:
             number(statistics.median(result["transfers"][side])),
             str(sum(result["resets"][side])),
         ]
-        for side, rates in result["images_per_s"].items()
+        for side, rates in result.get("images_per_s", {}).items()
     ]
     head = ["transfers", "images/s", "the trainer waits", "at once at most", "resets"]
     return markdown(head, rows)
@@ -128,9 +128,9 @@ def charts(result: Mapping[str, Any]) -> list[Chart]:
             min(rates),
             max(rates),
         )
-        for side, rates in result["images_per_s"].items()
+        for side, rates in result.get("images_per_s", {}).items()
     }
-    return [Bars(title="Shards from a distant server", unit="images/s", bars=bars)]
+    return [Bars(title="Shards from a distant server", unit="images/s", bars=bars)] if bars else []
 
 
 class _Server:
