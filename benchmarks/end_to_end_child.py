@@ -158,13 +158,13 @@ class BaselineSide(Side):
 
     def first_losses(self, steps: int) -> list[float]:
         """By single steps."""
-        assert self.batches is not None
+        assert self.batches is not None  # noqa: S101 - a type: begun before steps are asked for
         pairs = (next(self.batches)[:2] for _ in range(steps))
         return [self.baseline.step(*pair).item() for pair in pairs]
 
     def train(self, steps: int) -> None:
         """The loop of the baseline."""
-        assert self.batches is not None
+        assert self.batches is not None  # noqa: S101 - a type: begun before steps are asked for
         self.baseline.train(self.batches, steps)
 
     def train_here(self, steps: int) -> None:

@@ -314,7 +314,8 @@ def measure_apart(name: str, options: dict[str, Any]) -> dict[str, Any]:
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stderr is not None  # noqa: PT018
+        assert process.stdout is not None  # noqa: S101 - a type: it was opened with a pipe
+        assert process.stderr is not None  # noqa: S101 - a type: likewise
         (
             reader := threading.Thread(target=_pass_on, args=(process.stderr, words), daemon=True)
         ).start()

@@ -352,7 +352,7 @@ def test_a_closed_terminal_is_a_request_to_stop(words: list[str], tmp_path: Path
     pid, terminal = pty.fork()
     if pid == 0:
         command = [sys.executable, "-m", "fastmoco", "train", *words, "--epochs=200"]
-        os.execve(sys.executable, command, environment(TERM="xterm"))
+        os.execve(sys.executable, command, environment(TERM="xterm"))  # noqa: S606 - without a shell, as meant
     ended = 0
     try:
         until = time.monotonic() + 100

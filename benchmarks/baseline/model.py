@@ -252,16 +252,16 @@ class CPUSyncBatchNorm(nn.BatchNorm1d):
         """[B, C] -> [B, C], with equal batches on all ranks."""
         if not self.training:
             return super().forward(x)
-        assert self.num_batches_tracked is not None
+        assert self.num_batches_tracked is not None  # noqa: S101 - a type: norms here keep statistics
         self.num_batches_tracked += 1
         count = len(x) * dist.get_world_size()
         mean = all_reduce(x.sum(0)) / count  # type: ignore[no-untyped-call]
         squares = all_reduce((x - mean).square().sum(0))  # type: ignore[no-untyped-call]
         var = squares / count
         with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.momentum is not None
+            assert self.running_mean is not None  # noqa: S101 - a type: norms here keep statistics
+            assert self.running_var is not None  # noqa: S101 - a type: norms here keep statistics
+            assert self.momentum is not None  # noqa: S101 - a type: norms here keep statistics
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         x = (x - mean) * torch.rsqrt(var + self.eps)

@@ -75,7 +75,7 @@ class Baseline:
     ) -> None:
         require_written(config)
         objective = config.objective
-        assert isinstance(objective, MoCoV3Config)
+        assert isinstance(objective, MoCoV3Config)  # noqa: S101 - a type: the baseline trains MoCo v3 only
         chosen = precision or config.precision
         self.precision = chosen if chosen == "fp16" else choose_precision(chosen, device)
         self.config = config
@@ -117,7 +117,7 @@ class Baseline:
     def encoder(self) -> VisionTransformer:
         """The query side, whose features are evaluated."""
         encoder = self.model.encoder
-        assert isinstance(encoder, VisionTransformer)
+        assert isinstance(encoder, VisionTransformer)  # noqa: S101 - a type: the baseline trains ViTs only
         return encoder
 
     def load_from(self, objective: nn.Module) -> None:
@@ -137,7 +137,7 @@ class Baseline:
     def ema_momentum(self, step: int) -> float:
         """The momentum of the average that a step takes before its keys."""
         own = self.config.objective
-        assert isinstance(own, MoCoV3Config)
+        assert isinstance(own, MoCoV3Config)  # noqa: S101 - a type: the baseline trains MoCo v3 only
         return ema_momentum(
             step / self.steps_per_epoch,
             start=own.ema_momentum,
@@ -185,7 +185,7 @@ class Baseline:
 def build_model(config: Config, attention: AttentionForm) -> MoCo:
     """Encoders and heads of a config."""
     model, own = config.model, config.objective
-    assert isinstance(own, MoCoV3Config)
+    assert isinstance(own, MoCoV3Config)  # noqa: S101 - a type: the baseline trains MoCo v3 only
     size = ARCHITECTURES[model.architecture]
 
     def encoder() -> VisionTransformer:

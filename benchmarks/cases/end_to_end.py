@@ -88,8 +88,8 @@ class Child:
         Raises:
             ValueError: if the process has ended.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None  # noqa: S101 - a type: it was opened with a pipe
+        assert self._process.stdout is not None  # noqa: S101 - a type: it was opened with a pipe
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -100,7 +100,7 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None  # noqa: S101 - a type: it was opened with a pipe
         self._process.stdin.close()
         try:
             self._process.wait(60)

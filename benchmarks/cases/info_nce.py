@@ -103,7 +103,7 @@ def _separately(loss: Callable[..., Tensor], scale: float, inputs: Inputs) -> Ca
 
     def call() -> Results:
         value = sum(loss(q, keys) * scale for q, (_, keys) in zip(leaves, inputs, strict=True))
-        assert isinstance(value, Tensor)
+        assert isinstance(value, Tensor)  # noqa: S101 - a type: a sum of at least one
         found = list(torch.autograd.grad(value, leaves))
         return _named(value.detach() / scale, [dq / scale for dq in found] if scale != 1 else found)
 

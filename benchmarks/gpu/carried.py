@@ -46,7 +46,7 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
 def _unpack_one(file: Path, site: Path) -> None:
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as wheel:
-            wheel.extractall(site)
+            wheel.extractall(site)  # noqa: S202 - wheels that this project's own `carry` has fetched
         for data in site.glob("*.data"):  # files of a wheel for site-packages
             for part in ("purelib", "platlib"):
                 if (data / part).exists():

@@ -61,7 +61,7 @@ def run_lines(
             cwd=cwd,
             start_new_session=True,
         )
-        assert process.stdout is not None
+        assert process.stdout is not None  # noqa: S101 - a type: it was opened with a pipe
         reader = threading.Thread(target=_read, args=(process.stdout, file, take), daemon=True)
         reader.start()
         try:

@@ -320,12 +320,12 @@ class ResNet(nn.Module):
                 yield layer, side
             if block.downsample is not None:
                 shortcut = block.downsample[0]
-                assert isinstance(shortcut, Convolution)
+                assert isinstance(shortcut, Convolution)  # noqa: S101 - a type: of a shortcut's first layer
                 yield shortcut, before if shortcut.stride[0] == 1 else _halved(before)
 
 
 def _weight(norm: BatchNorm) -> Tensor:
-    assert norm.weight is not None
+    assert norm.weight is not None  # noqa: S101 - a type: norms here have weights
     return norm.weight
 
 

@@ -206,7 +206,7 @@ class VisionTransformer(nn.Module):
         keeping them; see `blocks`.
         """
         for block in self.blocks:
-            assert isinstance(block, Block)
+            assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
             block.recompute = what
 
     def patch_tokens(self, images: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class VisionTransformer(nn.Module):
         for block, factors in zip(self.blocks[:-1], by_block, strict=False):
             tokens, branch = block(tokens, branch, factors)
         last = self.blocks[-1]
-        assert isinstance(last, Block)
+        assert isinstance(last, Block)  # noqa: S101 - a type: all blocks are of this class
         feature: Tensor
         if self.reads_class_row:
             feature = self.norm(last.class_row(tokens, branch, by_block[-1]))
@@ -291,7 +291,7 @@ class VisionTransformer(nn.Module):
             tokens, branch = block(tokens, branch, factors)
             rows.append(self._read(tokens, branch))
         last = self.blocks[-1]
-        assert isinstance(last, Block)
+        assert isinstance(last, Block)  # noqa: S101 - a type: all blocks are of this class
         if self.reads_class_row:
             rows.append(last.class_row(tokens, branch, by_block[-1]))
         else:
@@ -385,7 +385,7 @@ class VisionTransformer(nn.Module):
             side: pixels per side of the view; default `image_size`.
         """
         first = self.blocks[0]
-        assert isinstance(first, Block)
+        assert isinstance(first, Block)  # noqa: S101 - a type: all blocks are of this class
         tokens = self.tokens if side is None else self.tokens_of(side)
         per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
         return tokens * per_token * (len(self.blocks) + 1)
@@ -493,12 +493,12 @@ class VisionTransformer(nn.Module):
 
     def _patch_positions(self, count: int) -> Tensor:
         """[1, count, E]: positions of the patch tokens of a square view with `count` of them."""
-        assert self.pos_embed is not None
+        assert self.pos_embed is not None  # noqa: S101 - a type: both callers have positions
         return resized_positions(self.pos_embed[:, self._class_tokens :], math.isqrt(count))
 
     def _learned_positions(self, count: int) -> Tensor:
         """[1, tokens, E]: trained positions, that of the class token first if there is one."""
-        assert self.pos_embed is not None
+        assert self.pos_embed is not None  # noqa: S101 - a type: both callers have positions
         if count + self._class_tokens == self.tokens:
             return self.pos_embed
         patches = self._patch_positions(count)

@@ -164,7 +164,7 @@ def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
     if trains:
         encoder.recompute(model.checkpointing)
     for block in encoder.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
         # Float8 layers of a momentum encoder are modules, which a fused block would bypass.
         block.fused = model.blocks == "fused" and (trains or model.momentum_linears == "native")
     if model.linears == "float8":
@@ -188,7 +188,7 @@ def attention_choice(
         return AttentionChoice("none", f"{config.model.architecture} has no attention")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     block = encoder.blocks[0]
-    assert isinstance(block, Block)
+    assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
     tokens = encoder.tokens
     head_dim = encoder.embed_dim // block.attn.num_heads
     return choose_attention(device, dtype, tokens, tokens, head_dim, backend=config.model.attention)

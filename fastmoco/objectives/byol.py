@@ -78,7 +78,7 @@ class BYOL(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> BYOL:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, BYOLConfig)
+        assert isinstance(own, BYOLConfig)  # noqa: S101 - a type: each class is built from its own config
         projector, predictor = forms(config.model.family, last_norm=own.last_norm)
         return cls(
             build_encoder,

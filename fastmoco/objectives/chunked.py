@@ -174,7 +174,7 @@ class ChunkedStep:
                     watched[name] = share * tensor + watched.get(name, 0.0)
                 else:
                     watched.setdefault(name, tensor)
-        assert total is not None
+        assert total is not None  # noqa: S101 - a type: a batch has a chunk at least
         return Output(total, watched)
 
     def _two_passes(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:

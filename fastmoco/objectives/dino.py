@@ -129,7 +129,7 @@ class DINO(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> DINO:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, DINOConfig)
+        assert isinstance(own, DINOConfig)  # noqa: S101 - a type: each class is built from its own config
         return cls(
             build_encoder,
             initial_weights=own.initial_weights,

@@ -123,7 +123,7 @@ class MoCo(Objective):
                 do not divide it.
         """
         own = config.objective
-        assert isinstance(own, MoCoConfig)
+        assert isinstance(own, MoCoConfig)  # noqa: S101 - a type: each class is built from its own config
         _require_whole_batches(own.queue, config.global_batch_size)
         objective = cls(
             build_encoder,

@@ -99,7 +99,7 @@ class MoCoV3(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MoCoV3:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, MoCoV3Config)
+        assert isinstance(own, MoCoV3Config)  # noqa: S101 - a type: each class is built from its own config
         return cls(
             build_encoder,
             projection_dim=config.model.projection_dim,

@@ -90,7 +90,7 @@ class ProjectorMomentum(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> ProjectorMomentum:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, ProjectorMomentumConfig)
+        assert isinstance(own, ProjectorMomentumConfig)  # noqa: S101 - a type: each class is built from its own config
         return cls(
             build_encoder,
             projection_dim=config.model.projection_dim,

@@ -156,7 +156,7 @@ class SDSSL(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> SDSSL:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, SDSSLConfig)
+        assert isinstance(own, SDSSLConfig)  # noqa: S101 - a type: each class is built from its own config
         model = config.model
         shared: dict[str, Any] = {
             "projection_dim": model.projection_dim,

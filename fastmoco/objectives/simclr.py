@@ -85,7 +85,7 @@ class SimCLR(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> SimCLR:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, SimCLRConfig)
+        assert isinstance(own, SimCLRConfig)  # noqa: S101 - a type: each class is built from its own config
         form = replace(FORMS["simclr"], layers=own.layers, last_norm_weight=own.last_norm_weight)
         return cls(
             build_encoder,

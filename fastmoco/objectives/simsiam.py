@@ -84,7 +84,7 @@ class SimSiam(Objective):
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> SimSiam:
         """The objective of a config."""
         own = config.objective
-        assert isinstance(own, SimSiamConfig)
+        assert isinstance(own, SimSiamConfig)  # noqa: S101 - a type: each class is built from its own config
         return cls(
             build_encoder,
             projection_dim=config.model.projection_dim,

@@ -139,7 +139,7 @@ class Supervised(Objective):
             ValueError: if an option has no effect, because the encoder is frozen.
         """
         own = config.objective
-        assert isinstance(own, SupervisedConfig)
+        assert isinstance(own, SupervisedConfig)  # noqa: S101 - a type: each class is built from its own config
         model, none = config.model, {"drop_path": 0, "keep_tokens": "1", "patch_schedule": ""}
         for name, value in none.items():
             if own.train_from == "head" and getattr(model, name) != value:

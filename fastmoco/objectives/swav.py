@@ -117,7 +117,7 @@ class SwAV(Objective):
             ValueError: if the queue is no multiple of the global batch, or begins after the run.
         """
         own = config.objective
-        assert isinstance(own, SwAVConfig)
+        assert isinstance(own, SwAVConfig)  # noqa: S101 - a type: each class is built from its own config
         batch = config.global_batch_size
         if own.queue % batch:
             raise ValueError(

@@ -208,7 +208,7 @@ def _small_crops(recipe: str, base: Config, *, size: int) -> Config:
     """Two small crops. Smaller ones, which show a stroke of a digit, or softer codes leave the loss
     at ln K."""
     small = replace(base.data.view1, copies=2, size=size, crop_scale=(0.3, 0.6))
-    assert isinstance(base.objective, SwAVConfig)
+    assert isinstance(base.objective, SwAVConfig)  # noqa: S101 - a type: of the recipes above
     return replace(
         base,
         recipe=recipe,

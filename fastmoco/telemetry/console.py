@@ -210,7 +210,7 @@ class Console:
         rich.show_cursor(True)  # a killed run leaves a usable terminal
 
     def _draw(self, pushed_out: str | None = None) -> None:
-        assert self._live is not None
+        assert self._live is not None  # noqa: S101 - a type: both callers have begun it
         if pushed_out is not None:
             self._live.console.print(_event(pushed_out))
         self._live.update(self._table(self._live.console.width), refresh=True)

@@ -102,7 +102,7 @@ def export_encoder(
     for note in found.notes:
         report(note)
     description = found.description
-    assert description is not None  # of every source that is loaded
+    assert description is not None  # noqa: S101 - a type: every source that is loaded has one
     if reason := refusal(to, description):
         raise CheckpointError(f"{source}: {reason}")
     if to == "moco-v3" and found.config is not None and found.config.objective.kind != "moco_v3":

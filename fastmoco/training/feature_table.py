@@ -90,6 +90,6 @@ class TablePart:
 def _loaded(cache: FeatureCache) -> tuple[Tensor, Tensor, Tensor]:
     """Features [n, E], labels [n] and numbers in the set [n] of the images that decode."""
     found: LabelledRows = cache.rows()
-    assert isinstance(found.rows, MemoryRows)
-    assert found.sample_ids is not None
+    assert isinstance(found.rows, MemoryRows)  # noqa: S101 - a type: kept in memory, as asked
+    assert found.sample_ids is not None  # noqa: S101 - a type: a cache keeps them
     return found.rows.tensor, found.labels, found.sample_ids

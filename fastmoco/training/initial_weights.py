@@ -102,7 +102,7 @@ def start_from(config: Config, objective: Objective, world: World) -> InitialWei
         error = raised
     if any_rank(error is not None, world.device):
         raise error or _elsewhere(config)
-    assert found is not None
+    assert found is not None  # noqa: S101 - a type: else the error above is raised
 
     # A node may have another file of this name.
     own = int(found.sha256[:15], 16)
@@ -148,7 +148,7 @@ def _read(config: Config, objective: Objective) -> InitialWeights:
 
 def _encoder(objective: Objective) -> nn.Module:
     encoder = objective.encoder
-    assert isinstance(encoder, nn.Module)
+    assert isinstance(encoder, nn.Module)  # noqa: S101 - a type: every objective has an encoder
     return encoder
 
 
@@ -157,7 +157,7 @@ def _heads(encoder: nn.Module) -> int | None:
     if not isinstance(encoder, VisionTransformer):
         return None
     block = encoder.blocks[0]
-    assert isinstance(block, Block)
+    assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
     return block.attn.num_heads
 
 

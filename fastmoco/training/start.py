@@ -114,7 +114,7 @@ def close_if_finished(
 
     # The id of a run that --trust has admitted is kept, as at any other start.
     folder, checkpoint = start.folder, start.checkpoint
-    assert checkpoint is not None
+    assert checkpoint is not None  # noqa: S101 - a type: the function is for starts with one
     identity = start.identity.taking_over(checkpoint.run_id)
     if world.rank == 0 and (identity.new or identity != start.identity):
         state = checkpoint.state

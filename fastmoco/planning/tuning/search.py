@@ -371,7 +371,7 @@ class Search:
         count, steps = pairs_and_steps(self._left(), self._cost)
         pairs: list[tuple[Measurement, Measurement]] = []
         for number in range(count if winner is not None else 0):
-            assert winner is not None
+            assert winner is not None  # noqa: S101 - a type: see the range
             if number and not self._fits(2 * self._cost.of(steps), self._end):
                 break
             first_default = number % 2 == 0
@@ -464,7 +464,7 @@ class Search:
     def _known(self) -> Measurement:
         """A measurement of the defaults."""
         measured = self.rows[0].measured
-        assert measured is not None
+        assert measured is not None  # noqa: S101 - a type: the defaults are measured first
         return measured
 
     def _limit(self, steps: int) -> float:

@@ -93,7 +93,7 @@ def cut_views_native(
         MemoryError: if a thread gets no memory to work in.
     """
     library = native_library()
-    assert library is not None
+    assert library is not None  # noqa: S101 - a type: callers have asked whether it is there
     name = LEVELS if out.dtype == torch.uint8 else VIEWS
     name += BICUBIC if interpolation == "bicubic" else ""
     cut = getattr(library, name, None)

@@ -146,8 +146,8 @@ class TritonBlocks:
 
     def finish(self) -> OnePass:
         """Loss and gradients, after the last block."""
-        assert self._positives is not None
-        assert self._swept is not None
+        assert self._positives is not None  # noqa: S101 - a type: a batch has a block at least
+        assert self._swept is not None  # noqa: S101 - a type: a batch has a block at least
         request = replace(self._request, positive_offset=self._first)
         with device_guard(self._q.raw[0]):
             rows, dq, _, _ = _finish(self._q, self._positives, self._swept, request)

@@ -181,7 +181,7 @@ def _flat(centre: Tensor | None) -> Tensor | None:
 def _backend(name: str, backend: str, *tensors: Tensor | None) -> str:
     """The backend; "auto" takes blocks for what the kernels cannot do, "triton" raises."""
     first = tensors[0]
-    assert first is not None
+    assert first is not None  # noqa: S101 - a type: only the later ones are optional
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     default = "triton" if triton_is_default(first.device) and not wide else "blocks"
     chosen = choose_backend(name, backend, default, BACKENDS)

@@ -157,7 +157,7 @@ _view_color = torch.library.custom_op(
 @_view_color.register_fake
 def _(images: Tensor, *arguments: object) -> Tensor:
     *_, dtype, channels_last, _ = arguments
-    assert isinstance(dtype, torch.dtype)
+    assert isinstance(dtype, torch.dtype)  # noqa: S101 - a type: by the operator's schema
     return _empty(images, dtype, bool(channels_last))
 
 

@@ -88,7 +88,8 @@ def retried(
             pause = min(
                 limits.max_delay_seconds, limits.first_delay_seconds * 2.0 ** (failures - 1)
             )
-            pause = max(pause * random.uniform(0.5, 1.0), error.retry_after)
+            share = random.uniform(0.5, 1.0)  # noqa: S311 - only spreads retries
+            pause = max(pause * share, error.retry_after)
             over = failures >= limits.attempts or wrong >= limits.wrong_attempts
             if over or time.monotonic() + pause > deadline:
                 seconds = time.monotonic() - began

@@ -214,7 +214,7 @@ def test_an_error_of_a_field_survives_a_process_boundary():
     with pytest.raises(FieldError) as caught:
         KnnConfig(k=0)
     assert str(caught.value) == "k=0: must be at least 1"  # as a program has given it
-    copy = pickle.loads(pickle.dumps(caught.value.under("knn")))
+    copy = pickle.loads(pickle.dumps(caught.value.under("knn")))  # noqa: S301 - its own bytes
     assert (str(copy), copy.name) == ("knn.k=0: must be at least 1", "knn.k")
 
 
