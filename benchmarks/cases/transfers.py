@@ -137,7 +137,7 @@ class _Server:
     """A server in a process of its own; `figures` when it has ended."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
+        assert process.stdout is not None  # noqa: S101 - a type: it was opened with a pipe
         self.url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
         self.figures: dict[str, int] = {}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.chaos.damage import Folder
 from benchmarks.chaos.processes import environment
 
-_MOVE = re.compile(r"\b(?:move|remove|delete)\b.*?\b(?:it|away|aside)\b")
+_MOVE = re.compile(r"\b(?:move|remove|delete)\b.*?\b(?:it|away|aside)\b|: Is a directory; fix it")
 _NAME = re.compile(r"[\w./-]*/[\w./-]*[\w-]")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-TOKEN = "FASTMOCO_CHAOS"
+TOKEN = "FASTMOCO_CHAOS"  # noqa: S105 - the name of a variable
 """Variable by which the processes of a command are found."""
 LEFT_SECONDS = 10.0
 """Time that all processes have to end after their command."""
@@ -195,7 +195,8 @@ def preload() -> None:
     """Import once what forked commands need."""
     import importlib
 
-    for name in ("fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"):
+    names = ("cli.main", "cli.recipe_commands", "cli.train", "training.trainer")
+    for name in (*(f"fastmoco.{name}" for name in names), "nvidia.dali"):
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
 

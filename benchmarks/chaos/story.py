@@ -24,6 +24,7 @@ SILENT_SECONDS = 60.0
 """A command that prints nothing for so long hangs."""
 _MOST_TRIES = 12
 _STEP = re.compile(rf"^step (\d+)/{STEPS} ", re.MULTILINE)
+_BANNER = re.compile(r"importing torch, then|processes on the CPU|to continue: |^step \d+/")
 _SECONDS = {"TERM": 2.2, "INT": 0.7}  # after which a second signal counts
 
 
@@ -182,7 +183,7 @@ class _Player:
         finally:
             self.told.left += command.end_left()
         self.finished = code == EXIT_FINISHED
-        outcome = self._outcome(code, command.text())
+        outcome = self._outcome(code, command.text(), limited=bool(limits))
         for event, to, at in happened:
             self.told.happened.append(
                 Happened(event=event, to=to, outcome=outcome, seconds=time.monotonic() - at)
@@ -265,13 +266,20 @@ class _Player:
             time.sleep(0.02)
         return code
 
-    def _outcome(self, code: int, text: str) -> str:
-        """How a start has ended, in words; does the cure of a refusal."""
-        if "Traceback (most recent call last)" in text:
+    def _outcome(self, code: int, text: str, *, limited: bool) -> str:
+        """How a start has ended, in words; does the cure of a refusal.
+
+        Args:
+            code: exit code.
+            text: the output.
+            limited: whether it ran under a limit. Too little memory may end it anywhere, with a
+                traceback.
+        """
+        if "Traceback (most recent call last)" in text and not limited:
             self.told.tracebacks.append(text.strip().splitlines()[-1][:300])
-        lines = [line for line in text.splitlines() if line.startswith("fastmoco: ")]
         if code == EXIT_FINISHED:
             return "finished"
+        lines = [line for line in text.splitlines() if line.strip() and not _BANNER.search(line)]
         said = f": {lines[-1].removeprefix('fastmoco: ')[:160]}" if lines else ""
         if code in (1, 2):
             self.told.refusals += code == 2

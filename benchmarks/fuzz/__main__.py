@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="TARGET:NUMBER", help="repeat one input and print it")
     options = parser.parse_args(argv)
     start = time.monotonic()
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    shared = "/dev/shm"  # noqa: S108 - a private folder of mkdtemp in it
+    memory = shared if os.access(shared, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as name:
         folder = Path(name)
         write_seeds(folder)
@@ -92,7 +93,8 @@ def rounds(inputs: int, names: Sequence[str], seed: int) -> Iterator[list[Job]]:
         due[names[0]] += done - sum(due.values())  # rounding
         jobs = [Job(name, n, seed) for name in names for n in range(given[name], due[name])]
         given = {name: max(given[name], due[name]) for name in names}
-        assert before < done
+        if before >= done:
+            raise RuntimeError("the waves of inputs do not grow")
         yield jobs
 
 

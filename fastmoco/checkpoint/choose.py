@@ -127,5 +127,5 @@ def find_checkpoint(path: Path | str, *, best: bool = False) -> Checkpoint:
     if not list_checkpoints(root):
         raise no_checkpoint(path)
     found = load_best(root) if best else load_latest(root)
-    assert found is not None
+    assert found is not None  # noqa: S101 - a type: else the error above is raised
     return found

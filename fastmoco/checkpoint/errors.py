@@ -17,6 +17,6 @@ def storage_errors() -> tuple[type[BaseException], ...]:
     The class of torch.distributed.checkpoint is among them once that package is imported; before,
     nothing can raise it.
     """
-    known = (OSError, RuntimeError, SafetensorError)
+    known = (OSError, RuntimeError, ValueError, MemoryError, SafetensorError)
     api = sys.modules.get("torch.distributed.checkpoint.api")
     return known if api is None else (*known, api.CheckpointException)

@@ -24,6 +24,8 @@ MOST_OBJECTS = 4 << 20
 """Tuples, lists, dictionaries and records of one pickle, which bounds its memory to about 1 GB."""
 LONGEST_NUMBER = 16
 """Bytes."""
+DEEPEST = 100
+"""Containers of several values inside each other."""
 
 
 class PickleError(ValueError):
@@ -173,6 +175,11 @@ class _Machine:
             raise PickleError(f"it has more than {MOST_OBJECTS} objects")
         self.stack.append(value)
 
+    def mark(self) -> None:
+        if len(self.marks) == DEEPEST:
+            raise PickleError(f"it is nested deeper than {DEEPEST}")
+        self.marks.append(len(self.stack))
+
     def to_mark(self) -> list[Any]:
         mark = self.marks.pop()
         items = self.stack[mark:]
@@ -200,6 +207,8 @@ class _Machine:
         # Writers number what they remember from 0 on, Python 2 from 1 on.
         if index > len(self.memo) + 1:
             raise PickleError(f"a memo index of {index}, and {len(self.memo)} are in use")
+        if index > MOST_OBJECTS:
+            raise PickleError(f"it remembers more than {MOST_OBJECTS} objects")
         self.memo += [None] * (index + 1 - len(self.memo))
         self.memo[index] = self.stack[-1]
 
@@ -308,7 +317,7 @@ _STEPS: dict[int, _Step] = {
         "C": lambda m: m.stack.append(m.take(m.number(1))),
         "B": lambda m: m.stack.append(m.take(m.number(4))),
         # Containers.
-        "(": lambda m: m.marks.append(len(m.stack)),
+        "(": _Machine.mark,
         ")": _push(()),
         "]": lambda m: m.made([]),
         "}": lambda m: m.made({}),

@@ -77,7 +77,7 @@ class _Reader(FileSystemReader):
         except (ValueError, MemoryError) as error:
             raise ValueError(f"the bytes of {index.fqn} are refused: {error}") from error
         entry = self._checked.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
+        assert isinstance(entry, TensorStorageMetadata)  # noqa: S101 - a type: checked when the metadata was read
         chunk = next(c for c in entry.chunks if c.offsets == index.offset)
         kind = entry.properties.dtype, chunk.sizes
         if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != kind:

@@ -138,10 +138,15 @@ def require_state(state: Mapping[str, Any], run_id: str) -> None:
         missing = [name for name in needed if name not in state.get(group, {})]
         if group not in state or missing:
             raise ValueError(f"{group} has no {', '.join(missing) or 'entries'}")
-    config, resolved = from_json(state["config"]), state["resolved"]
-    expected = resolve(
-        config, world_size=resolved["world_size"], sample_count=resolved["sample_count"]
-    )
+    resolved = state["resolved"]
+    try:
+        expected = resolve(
+            from_json(state["config"]),
+            world_size=resolved["world_size"],
+            sample_count=resolved["sample_count"],
+        )
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"config cannot be used ({type(error).__name__}: {error})") from error
     for name in ("steps_per_epoch", "total_steps"):
         if resolved[name] != getattr(expected, name):
             raise ValueError(

@@ -310,7 +310,7 @@ def _with_attributes(function: Any, _kind: Any, arguments: Any, _state: Any) -> 
     made = _CALLS.get(function.full) if isinstance(function, Name) else None
     if made in (None, _with_attributes) or not isinstance(arguments, tuple):
         raise PickleError("a tensor has attributes of an unknown kind")
-    assert made is not None
+    assert made is not None  # noqa: S101 - a type: refused above
     return made(*arguments)
 
 

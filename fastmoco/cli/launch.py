@@ -226,7 +226,7 @@ class _Group:
         adopt_orphans(True)
         try:
             # In its own session, so that Ctrl-C reaches it once, through this process.
-            self._agent = subprocess.Popen(
+            self._agent = subprocess.Popen(  # noqa: S603 - this interpreter; words go to our own parser
                 self._command, env=self._environment, start_new_session=True
             )
             if self.asked is not None:  # before there was an agent

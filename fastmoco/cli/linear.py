@@ -101,7 +101,7 @@ def eval_linear(
             )
         else:
             _require_official(lr, weight_decay, copies, precision, out)
-            assert out is not None
+            assert out is not None  # noqa: S101 - a type: required above
             with collection_paused():
                 from fastmoco.training.linear_official import OfficialOptions
 

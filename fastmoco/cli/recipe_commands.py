@@ -234,7 +234,7 @@ def _typed(args: list[str], described: Described) -> dict[str, tuple[str, ...]]:
     typed: dict[str, tuple[str, ...]] = {}
     for name, values in sort_words(args, described).values.items():
         option = described.named(name)
-        assert option is not None
+        assert option is not None  # noqa: S101 - a type: the words were sorted by these options
         if option.count == 0:
             typed[name] = (option.flag if values[0] == "True" else option.negative,)
         else:

@@ -92,7 +92,7 @@ def train(
                     trainer = Trainer.build(config, out, world, allow=allow, start=start)
     begun()
     if finished:
-        assert start.checkpoint is not None
+        assert start.checkpoint is not None  # noqa: S101 - a type: a finished run has one
         config = from_json(start.checkpoint.state["config"])  # with the shards of its folders
         return _finish(start.folder, config, world, None, process_ends, hints)
     try:

@@ -94,7 +94,7 @@ def _collect(
     found = _fill(encode, loader, loader.part if isinstance(loader, EvalLoader) else 0)
     if not len(found.rows):
         raise ValueError("the loader yields no images; is the set empty?")
-    assert isinstance(found.rows, MemoryRows)
+    assert isinstance(found.rows, MemoryRows)  # noqa: S101 - a type: kept in memory, as asked
     return found.rows.tensor, found.labels
 
 

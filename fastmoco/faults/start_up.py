@@ -133,7 +133,7 @@ class StartUp:
 
     def _report(self) -> int:
         """Print one line, leave the mark or nothing, and return the exit code."""
-        assert self._asked is not None
+        assert self._asked is not None  # noqa: S101 - a type: set by the signal that led here
         # A launcher of our own knows whether it was asked to stop, and prints the line.
         if LAUNCHER in os.environ:
             self._leave_nothing()

@@ -93,7 +93,7 @@ class CurveDrawer:
         self._next = self._began + INTERVAL_S
         with contextlib.suppress(OSError):
             # A session of its own: Ctrl-C in the terminal reaches the run alone.
-            self._child = subprocess.Popen(
+            self._child = subprocess.Popen(  # noqa: S603 - this interpreter and our own module
                 python_command("fastmoco.run.drawing", str(self._folder.path), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

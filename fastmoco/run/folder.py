@@ -145,7 +145,7 @@ class RunFolder:
         except UnfitFileError as error:
             self._remove_made()
             raise RunError(f"{error}, or choose another --out") from error
-        assert self._lock is not None
+        assert self._lock is not None  # noqa: S101 - a type: opened above
         try:
             self._require_fit()
             self.notes = self._links()
@@ -218,21 +218,11 @@ class RunFolder:
                 os.close(open_regular(path, flags, follow=False, limit=limit))
 
     def _links(self) -> list[str]:
-        """The folders of the run that are links, in sentences.
-
-        Raises:
-            UnfitFileError: if one cannot be written into.
-        """
-        folders = {self.path: "files"} | {self.path / name: name for name in FOLDERS}
-        found = []
-        for path, content in folders.items():
-            try:
-                to = linked_to(path)
-            except UnfitFileError as error:
-                raise UnfitFileError(f"cannot write {content} to {error}") from error
-            if to:
-                found.append(f"{path} is a link to {to}")
-        return found
+        """The folders of the run that are links, in sentences."""
+        folders = [self.path, *(self.path / name for name in FOLDERS)]
+        if not self.checkpoints.is_symlink():
+            folders.remove(self.checkpoints)  # a save says what it is
+        return [f"{path} is a link to {to}" for path in folders if (to := linked_to(path))]
 
     def release(self) -> None:
         """Unlock the folder."""

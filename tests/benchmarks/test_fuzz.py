@@ -62,6 +62,17 @@ def test_a_changed_tar_has_right_checksums(tmp_path):
     assert changes.change_tar(Random(1), tars()[0]) == changes.change_tar(Random(1), tars()[0])
 
 
+def test_a_pickle_is_cut_into_its_opcodes():
+    import pickletools
+
+    for name in ("DCP metadata", "torch file"):
+        for data in all_targets()[name].seeds():
+            if data[:2] != b"PK":
+                starts = [at for _, _, at in pickletools.genops(data)]
+                sizes = [len(part) for part in changes.opcodes(data)][: len(starts)]
+                assert [sum(sizes[:i]) for i in range(len(sizes))] == starts
+
+
 def hostile(_: Path, data: bytes, __: bytes) -> str:
     if data == b"crash":
         os.kill(os.getpid(), signal.SIGSEGV)

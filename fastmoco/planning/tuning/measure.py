@@ -162,7 +162,7 @@ def _run(
     It is killed with all that it has started, also when this process is interrupted.
     """
     try:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - this interpreter and our own module
             command,
             env=dict(variables),
             stdin=subprocess.PIPE,

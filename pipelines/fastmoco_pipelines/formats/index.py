@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
 from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
-from fastmoco_pipelines.formats.images import MAX_BYTES, bytes_problem, image_kind, read_header
+from fastmoco_pipelines.formats.images import bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
     CURE,
@@ -171,10 +171,10 @@ def scan_tar(
             member = sample.image
             if member is None or sample.kind:
                 continue
-            data = os.pread(file.fileno(), min(member.size, MAX_BYTES + 1), member.offset)
             try:
                 if problem := bytes_problem(member.size):
                     raise ImageRefusedError(problem)
+                data = os.pread(file.fileno(), member.size, member.offset)
                 header = read_header(data)
             except ImageRefusedError as refused:
                 index.skipped.append((member.name, str(refused)))

@@ -34,6 +34,10 @@ def is_file_name(name: object) -> bool:
     folder."""
     if not isinstance(name, str) or name in ("", ".", ".."):
         return False
+    try:
+        path_bytes(name)
+    except UnicodeEncodeError:  # half of a pair, which stands for no byte
+        return False
     return len(name) <= MAX_FILE_NAME and "/" not in name and "\0" not in name
 
 

@@ -10,6 +10,7 @@ header and reports every fault.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,8 +139,9 @@ def _walk(path: Path, file: BinaryIO, position: int) -> Iterator[TarMember]:
 
 def _next_header(file: BinaryIO, start: int) -> int | None:
     """Position of the next block with a right checksum and the mark of a tar header, or None."""
-    position = start = _padded(start)
+    position = _padded(start)
     while True:
+        position = _past_hole(file, position)
         file.seek(position)
         chunk = file.read(1 << 20)
         at = chunk.find(b"ustar")
@@ -203,8 +205,30 @@ def _check_header_is_there(path: Path, position: int, header: bytes, total: int)
         )
 
 
+def _past_hole(file: BinaryIO, position: int) -> int:
+    """Where the next bytes are that take room on the disk, a multiple of 512: holes read as zeros,
+    and a file of a few kB may have terabytes of them."""
+    descriptor = file.fileno()
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)  # which the buffer of `file` relies on
+    try:
+        found = os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        none_follow = error.errno == errno.ENXIO
+        return os.fstat(descriptor).st_size if none_follow else position
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
+    return max(position, found - found % BLOCK)
+
+
 def _check_only_zeros_follow(path: Path, position: int, file: BinaryIO) -> None:
-    while chunk := file.read(1 << 20):
+    at = position
+    while True:
+        at = _past_hole(file, at)
+        file.seek(at)
+        chunk = file.read(1 << 20)
+        if not chunk:
+            return
+        at += len(chunk)
         if chunk.strip(b"\0"):
             raise _damaged(
                 path, position, "data after the archive's end mark: a hole of zeros in the middle"

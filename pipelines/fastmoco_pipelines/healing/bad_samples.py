@@ -220,7 +220,7 @@ class BadSamples:
         self._found[sample_id] = (where, escaped(reason)[:MAX_REASON])
         with suppress(LostIndexError):  # an entry says where the sample is, by the index
             entry = Quarantine().add(**self._shards.entry(sample_id), reason=reason)  # type: ignore[arg-type]
-            assert entry is not None
+            assert entry is not None  # noqa: S101 - a type: the list is new
             self._write(entry)
 
     def _write(self, entry: QuarantineEntry) -> None:

@@ -192,7 +192,7 @@ class ProgressFile:
 
     def _write(self, lines: bytes) -> bool:
         """One write, so that a reader sees whole lines or a torn last one."""
-        assert self._descriptor is not None
+        assert self._descriptor is not None  # noqa: S101 - a type: callers have opened the file
         try:
             if os.write(self._descriptor, lines) == len(lines):
                 os.fsync(self._descriptor)

@@ -88,7 +88,7 @@ class TarCheck:
 
     def candidate(self, row: int) -> Candidate:
         """The image at a place in the index, which must be there."""
-        assert self.index is not None
+        assert self.index is not None  # noqa: S101 - a type: its caller has one
         offset, size, crc32, height, width = (
             int(self.index.columns[name][row])
             for name in ("offset", "size", "crc32", "height", "width")

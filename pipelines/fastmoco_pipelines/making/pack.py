@@ -306,7 +306,7 @@ def _prepare(source: Source, options: _Options) -> tuple[str, bytes] | str:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     kind = image_kind(data)
-    assert kind is not None
+    assert kind is not None  # noqa: S101 - a type: the check above knows the kind
     return kind, data
 
 

@@ -451,13 +451,18 @@ def _fits(item: str, pattern: str) -> bool:
     brackets fits itself."""
     if item in (pattern, unquote(pattern)):
         return True
-    names = (item, quote(item))
+    names = (item, quoted(item))
     return any(fnmatch.fnmatchcase(name, pattern or "*") for name in names)
+
+
+def quoted(name: str) -> str:
+    """A file's name in a URL; also one that is not UTF-8."""
+    return quote(name, errors="surrogateescape")
 
 
 def beside(url: str, name: str) -> str:
     """The URL of another file in a URL's folder; the query, which may hold keys to the whole
     folder, stays."""
     head, path, tail = split_url(url)
-    name = quote(name) if store_of(url).quotes_names else name
+    name = quoted(name) if store_of(url).quotes_names else name
     return f"{head}{path.rpartition('/')[0]}/{name}{tail}"

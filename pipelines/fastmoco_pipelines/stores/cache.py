@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -110,6 +111,9 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
         self.limit = limit
+        # Of files under their final names, by name and inode.
+        self._sizes: dict[tuple[str, int], int] = {}
+        self._turn = threading.Lock()
 
     @classmethod
     def open(cls, spec: CacheSpec) -> Self:
@@ -284,6 +288,31 @@ class ShardCache:
             )
         return entries
 
+    def _held(self, key: str) -> int:
+        """Bytes that the cache holds besides one shard in transfer: the sum of `_entries`, without
+        a look at files that are known."""
+        known: dict[tuple[str, int], int] = {}
+        held = 0
+        for item in os.scandir(self.folder):
+            place = (item.name, item.inode())
+            size = self._sizes.get(place)
+            if size is None:
+                match = _NAME.fullmatch(item.name)
+                if match is None or (match[4] and match[1] == key):
+                    continue
+                try:
+                    info = item.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                size = info.st_size if stat.S_ISREG(info.st_mode) else 0
+                if match[4] and not is_free(item.path):
+                    size = max(size, int(match[3]))
+            if item.name.endswith((".tar", ".doc")):
+                known[place] = size
+            held += size
+        self._sizes = known
+        return held
+
     def _remove_unfinished(self) -> None:
         """Remove small files whose process was killed while it wrote them, long ago."""
         for item in os.scandir(self.folder):
@@ -297,14 +326,14 @@ class ShardCache:
     def _make_room(self, key: str, size: int, *, have: int, keep: set[str]) -> None:
         """Evict the least recently used shards until `size` more bytes fit; none if that does not
         suffice."""
+        usage = shutil.disk_usage(self.folder)
+        lacking = size - have - max(0, usage.free - _SPARE_BYTES)
+        if max(self._held(key) + size - self.limit, lacking) <= 0:
+            return
         entries = [
             entry for entry in self._entries() if not (entry.kind == "part" and entry.key == key)
         ]
-        usage = shutil.disk_usage(self.folder)
-        over = sum(entry.size for entry in entries) + size - self.limit
-        over = max(over, size - have - max(0, usage.free - _SPARE_BYTES))
-        if over <= 0:
-            return
+        over = max(sum(entry.size for entry in entries) + size - self.limit, lacking)
         # Left-over parts first: they may never be continued. Small files last.
         known = (entry for entry in entries if entry.key not in keep and entry.kind != "from")
         last = {"part": 0, "tar": 1, "doc": 2}  # an index is small, and needed as long as its set
@@ -331,6 +360,17 @@ class ShardCache:
     @contextmanager
     def _making_room(self) -> Iterator[None]:
         """One process at a time; a stopped process does not block the others indefinitely."""
+        # The threads of a process take turns, and do not ask for the file again and again.
+        if not self._turn.acquire(timeout=_LOCK_SECONDS):
+            raise NoRoomError(f"{self.folder / 'lock'}: was held for {_LOCK_SECONDS:g} s")
+        try:
+            with self._locked():
+                yield
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
             descriptor = _opened(str(self.folder / "lock"))
         except UnfitFileError as error:

@@ -296,7 +296,7 @@ class _State:
 
     def take(self) -> int | None:
         """The next shard to fetch ahead; None when there has been none for a while."""
-        assert self.cache is not None
+        assert self.cache is not None  # noqa: S101 - a type: shards are fetched into a cache
         idle_since = time.monotonic()
         with self._work:
             while not self.stop.is_set() and self._threads <= self.pace.width:
@@ -335,7 +335,7 @@ class _State:
 
     def _bring(self, number: int, keep: Sequence[str] | set[str]) -> bool:
         """Fetch a shard; False if another thread or process does."""
-        assert self.cache is not None
+        assert self.cache is not None  # noqa: S101 - a type: shards are fetched into a cache
         shard = self.shards[number]
         part = self.cache.claim(shard.key, shard.size, keep)
         if part is None:

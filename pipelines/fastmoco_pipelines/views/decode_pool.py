@@ -204,7 +204,7 @@ class _Child:
     def __init__(self, module: str, limits: ChildLimits) -> None:
         self._limits = limits
         self._rest = b""
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and our own module
             python_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -257,12 +257,12 @@ class _Child:
         self._process.wait()
 
     def _send(self, content: Any) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None  # noqa: S101 - a type: it was opened with a pipe
         with suppress(OSError):  # if it has ended, reading finds out how
             self._process.stdin.write(json.dumps(content).encode("ascii") + b"\n")
 
     def _receive(self, seconds: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
+        assert self._process.stdout is not None  # noqa: S101 - a type: it was opened with a pipe
         descriptor = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:

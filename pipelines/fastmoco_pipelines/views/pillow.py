@@ -72,7 +72,8 @@ class PillowEngine(Engine):
         Raises:
             DecodeError: naming every row that cannot be decoded.
         """
-        assert not inputs
+        if inputs:
+            raise ValueError("views that are cut elsewhere have no inputs")
         if self._pool is None and self._threads > 1:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="fastmoco-decode")
         run = map if self._pool is None else self._pool.map

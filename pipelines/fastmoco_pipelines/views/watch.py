@@ -52,7 +52,7 @@ class _Work(threading.Thread, Generic[Result]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        assert self._call is not None
+        assert self._call is not None  # noqa: S101 - a type: given before the thread starts
         try:
             self._results.append(self._call())
         except BaseException as error:

@@ -275,6 +275,14 @@ def test_what_is_no_file_is_never_opened(folder: Path, name: str, kind: str) -> 
     assert loaded.step == 1
 
 
+@pytest.mark.parametrize("data", [b"", b"\xff" * 99])
+def test_a_file_that_changes_after_its_check_is_a_named_error(folder: Path, data: bytes) -> None:
+    loaded = load_checkpoint(folder)
+    (folder / "tensors.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"step_00000002 cannot be read any more"):
+        _ = loaded.tensors
+
+
 def reheaded(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """The same bytes of tensors behind another header."""
     data = path.read_bytes()

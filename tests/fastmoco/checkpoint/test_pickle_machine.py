@@ -63,6 +63,8 @@ def test_the_number_of_objects_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     for content in (b"]" * 101, b"(]" + b"]" * 100 + b"e", b"}" * 101, b"N\x85" * 101):
         with pytest.raises(PickleError, match="more than 100 objects"):
             read_pickle(content + b".", {})
+    with pytest.raises(PickleError, match="remembers more than 100 objects"):
+        read_pickle(b"N" + b"\x94" * 102 + b".", {})
     monkeypatch.setattr(pickle_machine, "MOST_BYTES", 1000)
     with pytest.raises(PickleError, match="more than 1000 bytes"):
         read_pickle(b"N" * 1001 + b".", {})

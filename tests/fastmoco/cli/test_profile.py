@@ -91,7 +91,7 @@ def test_ctrl_c_ends_a_profile_without_figures(
     [
         (["--data.shards", "/absent/*.tar"], "--data.shards"),
         ([], "data.shards"),
-        (["--data.images", "/tmp"], "fastmoco data pack"),
+        (["--data.images", "/tmp"], "fastmoco data pack"),  # noqa: S108 - refused unopened
         (["--data.synthetic", "--steps", "0"], "--steps 0: needs at least 1"),
     ],
 )

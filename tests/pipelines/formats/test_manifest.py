@@ -53,7 +53,16 @@ def test_what_is_written_is_taken(tmp_path):
     assert parse_sets("m", text_of({"a": bare})) == {"a": bare}
 
 
-NAMES = ["../../etc/passwd", "/etc/passwd", "a\0.tar", "..\\a.tar", "https://host/a.tar", "", ".."]
+NAMES = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\0.tar",
+    "..\\a.tar",
+    "https://host/a.tar",
+    "",
+    "..",
+    "\ud800.tar",
+]
 NUMBERS = ["3", 1e300, -1, True, None, float("nan"), float("inf"), 2**70, [3]]
 FORGED: list[tuple[Any, str]] = [
     *(({"shards": [shard(name=name)]}, "shard 0: name=") for name in [*NAMES, 7, None, "x" * 256]),

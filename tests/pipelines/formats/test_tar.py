@@ -4,14 +4,17 @@ error."""
 from __future__ import annotations
 
 import gzip
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.errors import TarError
-from fastmoco_pipelines.formats.tar import BLOCK, unsafe_name, walk_tar
+from fastmoco_pipelines.errors import ShardError, TarError
+from fastmoco_pipelines.formats.index import scan_tar
+from fastmoco_pipelines.formats.labels import LabelRule
+from fastmoco_pipelines.formats.tar import BLOCK, unsafe_name, walk_damaged, walk_tar
 
 MEMBERS = [(f"{i:03d}.jpg", bytes([i % 251]) * (100 + 613 * i)) for i in range(5)]
 
@@ -162,3 +165,35 @@ def test_random_damage_raises_nothing_but_its_own_error(tmp_path, write_tar):
 def test_unsafe_names_are_told(name):
     assert unsafe_name(name)
     assert unsafe_name("folder/..a/000123.x.jpg") is None
+
+
+@pytest.mark.parametrize("content", ["nothing", "members"])
+def test_terabytes_of_holes_are_passed_at_once(tmp_path, write_tar, content):
+    """A file of a few kB that reads as terabytes of zeros: behind the end mark, or all of it."""
+    path = tmp_path / "x.tar"
+    if content == "members":
+        write_tar(path, [("a.jpg", b"x" * 700)])
+        assert [member.name for member in walk_tar(path)] == ["a.jpg"]
+    else:
+        path.touch()
+    os.truncate(path, 1 << 42)
+    members, faults = walk_damaged(path)
+    assert len(members) == (content == "members")
+    assert faults == []
+    with open(path, "r+b") as file:
+        file.seek(1 << 41)
+        file.write(b"x" * 512)
+    members, (fault,) = walk_damaged(path)
+    assert "after the archive's end mark" in fault.reason
+    assert len(members) == (content == "members")
+
+
+def test_a_member_of_terabytes_is_left_out_unread(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 1 << 41
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "x.tar"
+    path.write_bytes(header)
+    os.truncate(path, len(header) + (1 << 41) + 1024)
+    with pytest.raises(ShardError, match=r"x\.tar: holds no usable image \(a\.jpg: "):
+        scan_tar(path, LabelRule())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from fastmoco_pipelines.healing import healer
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.sets import host_table, local_files, local_set, records, shard_set
+from fastmoco_pipelines.sets.records import SHARD
 from fastmoco_pipelines.sets.shard_set import ShardSet
 
 
@@ -536,3 +538,35 @@ def test_threads_and_one_thread_read_the_same(monkeypatch):
         assert any("fastmoco-index" in name for name in threads) == bool(switches)
         with pytest.raises(ShardError, match="the first fault"):
             local_set.in_threads(waits, items)
+
+
+def kept_set(classes: object, rows: bytes) -> bytes:
+    content = json.dumps(classes).encode() + b"\n" + rows
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+ROWS = np.ones(2, dtype=SHARD).tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        kept_set(["cat"], ROWS[:-1]),
+        kept_set(["cat"], ROWS * 2),
+        kept_set(["cat"], b""),
+        kept_set("cat", ROWS),
+        kept_set([1], ROWS),
+        kept_set({"cat": 0}, ROWS),
+        kept_set(["cat"], ROWS)[1:],
+        b"",
+        None,
+    ],
+    ids=["odd", "more", "none", "text", "numbers", "object", "hash", "empty", "pipe"],
+)
+def test_a_kept_set_of_another_form_is_none(tmp_path, content):
+    path = tmp_path / "x.set"
+    path.write_bytes(kept_set(["cat"], ROWS))
+    assert host_table._load(path, 2).classes == ("cat",)
+    path.unlink()
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    assert host_table._load(path, 2) is None

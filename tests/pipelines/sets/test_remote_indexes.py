@@ -3,6 +3,7 @@ was opened."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from dataclasses import replace
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines.errors import LostIndexError, StoppedError
+from fastmoco_pipelines.errors import LostIndexError, ShardError, StoppedError
 from fastmoco_pipelines.formats.index import (
+    build_index,
     index_path,
     json_path,
     read_index,
@@ -26,6 +28,7 @@ from tests.pipelines.http_fault_server import FaultServer, stall
 from tests.pipelines.stores.test_http_faults import HASTY, QUICK
 
 PATTERN = "train-{000000..000002}.tar"
+TAR = "train-000001.tar"
 
 
 @pytest.fixture
@@ -150,3 +153,36 @@ def test_a_conversion_leaves_the_folder_of_a_server_alone(server, folder, tmp_pa
     opened(server, tmp_path).close()
     assert not [path for path in folder.glob("*.tar") if index_path(path).exists()]
     assert all(json_path(path).exists() for path in folder.glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("manifest.json", b'{"a":' * 200_000, r"manifest\.json: is not valid JSON .*deeper"),
+        ("manifest.json", b"\xff", r"manifest\.json: .*0xff is not UTF-8"),
+        ("manifest.json", "shards", r"shard 0: name='\.\./x\.tar' is not the name of a file"),
+        ("manifest.json", 3000, r"manifest\.json: is larger than 2000 bytes"),
+        (f"{TAR}.index", 3000, r"index: is larger than 2000 bytes"),
+        (f"{TAR}.index.json", b"[" * 200_000, r"json: is not valid JSON .*deeper"),
+        (f"{TAR}.index.json", 3000, r"json: is larger than 2000 bytes"),
+    ],
+    ids=["deep", "no text", "a path", "large", "large index", "deep index", "large JSON"],
+)
+def test_documents_of_a_server_keep_the_limits_of_local_ones(
+    folder, server, tmp_path, monkeypatch, name, content, words
+):
+    if content == "shards":
+        sets = {"train": {"classes": [], "shards": [{"name": "../x.tar"}]}}
+        text = {"format": "fastmoco-manifest", "version": 1, "sets": sets}
+        content = json.dumps(text).encode()
+    if isinstance(content, int):
+        content = b" " * content
+        for limit in ("MAX_INDEX_BYTES", "MAX_JSON_BYTES", "MAX_MANIFEST_BYTES"):
+            monkeypatch.setattr(f"fastmoco_pipelines.sets.remote_set.{limit}", 2000)
+    if name.endswith("json"):
+        index_path(folder / TAR).unlink()
+    (folder / name).write_bytes(content)
+    if name == "manifest.json":
+        write_index(folder / TAR, build_index(folder / TAR))
+    with pytest.raises(ShardError, match=words):
+        opened(server, tmp_path)
