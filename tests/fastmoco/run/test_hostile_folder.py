@@ -386,6 +386,7 @@ def test_a_link_in_the_folder_ends_the_command_with_2(
     assert untouched(precious)
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_curves_are_drawn_of_whatever_is_in_the_config_and_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
