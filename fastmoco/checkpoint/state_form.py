@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from fastmoco.config import resolve
 from fastmoco.config.serial import from_json
+from fastmoco_pipelines.spec import FieldError
 
 LARGEST = 2**62
 """No count of steps, images or bytes is larger."""
@@ -145,6 +146,10 @@ def require_state(state: Mapping[str, Any], run_id: str) -> None:
             world_size=resolved["world_size"],
             sample_count=resolved["sample_count"],
         )
+    except FieldError as error:
+        raise ValueError(
+            f"{error}; if another version of fastmoco has written it, use that one"
+        ) from error
     except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"config cannot be used ({type(error).__name__}: {error})") from error
     for name in ("steps_per_epoch", "total_steps"):

@@ -138,6 +138,7 @@ STATES = [
     (put("config.data.shards", 5), "config.data.shards"),
     (put("config.batch.cuda_graphs", "no"), "config.batch.cuda_graphs"),
     (put("config.forged", 1), "unknown fields"),
+    (put("config.of_tomorrow", 1), "if another version of fastmoco has written it, use that one"),
     (put("config.optim", []), "config.optim"),
     (put("resolved", ...), "resolved has no world_size"),
     (put("resolved", None), "resolved is None: it must be an object"),
