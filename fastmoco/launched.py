@@ -167,8 +167,7 @@ def _whole(given: Mapping[str, str], name: str) -> int | None:
 def local_processes(environment: Mapping[str, str]) -> int:
     """Processes of the run on this machine, as torchrun's variable or `Launched.variables` say; 1 for
     a process on its own, whatever a platform has left."""
-    text = environment.get("LOCAL_WORLD_SIZE", "").strip()
-    return max(1, int(text)) if re.fullmatch(r"[0-9]{1,9}", text) else 1
+    return max(1, count_in(environment, "LOCAL_WORLD_SIZE"))
 
 
 def count_in(environment: Mapping[str, str], name: str) -> int:

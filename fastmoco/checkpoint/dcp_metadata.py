@@ -35,6 +35,8 @@ from fastmoco.checkpoint.pickle_machine import (
 from fastmoco_pipelines.small_files import UnfitFileError, read_small
 
 MOST_DIMENSIONS = 64
+LARGEST = 512 << 20
+"""Bytes of the largest table that is read: of a large model on some thousand ranks."""
 _HERE = metadata.__name__
 _PLACE = f"{filesystem.__name__}._StorageInfo"
 _DTYPES = {
@@ -71,6 +73,17 @@ _CALLS: Calls = {
 }
 
 
+def most_bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
+    """The longest table of a checkpoint with these files.
+
+    It has about 200 bytes for each part of a tensor, and each tensor has as many parts as ranks. A
+    part takes more than a kilobyte of its own file, so that a forged table cannot be longer than its
+    checkpoint is large.
+    """
+    parts = sum(file["bytes"] for name, file in files.items() if name.endswith(".distcp"))
+    return max(MOST_BYTES, min(parts // 4, LARGEST))
+
+
 def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadata:
     """Read and check the metadata of a folder whose files have all been verified.
 
@@ -83,7 +96,8 @@ def read_metadata(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Metadat
         OSError: if the file cannot be read.
     """
     try:
-        found, _ = read_pickle(read_small(path, MOST_BYTES, follow=False), _CALLS)
+        most = most_bytes(files)
+        found, _ = read_pickle(read_small(path, most, follow=False), _CALLS, most=most)
         return _metadata(found, files)
     except UnfitFileError:
         raise

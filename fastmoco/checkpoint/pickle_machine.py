@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 Content: TypeAlias = bytes | bytearray | mmap.mmap
 
 MOST_BYTES = 32 << 20
-"""Longest pickle that is read. The table of a checkpoint has about 150 bytes for each part of a
-tensor, which are as many as ranks."""
+"""Longest pickle that is read, unless its reader says otherwise."""
 MOST_OBJECTS = 4 << 20
-"""Tuples, lists, dictionaries and records of one pickle, which bounds its memory to about 1 GB."""
+"""Tuples, lists, dictionaries and records of a pickle of `MOST_BYTES`, which bounds its memory to
+about 1 GB; a longer one may have as many more."""
 LONGEST_NUMBER = 16
 """Bytes."""
 DEEPEST = 100
@@ -78,6 +78,7 @@ def read_pickle(
     at: int = 0,
     end: int | None = None,
     persistent: Callable[[Any], Any] | None = None,
+    most: int | None = None,
 ) -> tuple[Any, int]:
     """Read the pickle at a byte of some content.
 
@@ -85,8 +86,9 @@ def read_pickle(
         content: may be longer.
         calls: the names that it may contain.
         at: byte at which it begins.
-        end: byte behind the last one that may belong to it; by default and at most `MOST_BYTES` on.
+        end: byte behind the last one that may belong to it; by default and at most `most` on.
         persistent: gives the object of a persistent id, and must check the id; None: there are none.
+        most: bytes; default `MOST_BYTES`.
 
     Returns:
         What it contains, made of None, bool, int, float, str, bytes, tuple, list, dict, `Name`,
@@ -97,8 +99,9 @@ def read_pickle(
         UnknownNameError: for a name that is not in `calls`.
         PickleError: naming the byte, if it is damaged, unknown or too large.
     """
-    end = min(len(content), len(content) if end is None else end, at + MOST_BYTES)
-    machine = _Machine(content, at, end, calls, persistent)
+    most = MOST_BYTES if most is None else most
+    end = min(len(content), len(content) if end is None else end, at + most)
+    machine = _Machine(content, at, end, calls, persistent, most)
     return machine.run(), machine.at
 
 
@@ -116,6 +119,7 @@ class _Machine:
         end: int,
         calls: Calls,
         persistent: Callable[[Any], Any] | None,
+        most: int,
     ) -> None:
         self.content = content
         self.at = at
@@ -126,6 +130,8 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.objects = 0
+        self.most = most
+        self.most_objects = MOST_OBJECTS * most // MOST_BYTES
 
     def run(self) -> Any:
         content, end = self.content, self.end
@@ -147,7 +153,7 @@ class _Machine:
             if isinstance(error, UnknownNameError) or str(error).startswith("byte "):
                 raise
             raise PickleError(f"byte {self.at}: {error}") from None
-        raise PickleError(f"byte {self.at}: it ends too early, or has more than {MOST_BYTES} bytes")
+        raise PickleError(f"byte {self.at}: it ends too early, or has more than {self.most} bytes")
 
     # What opcodes have in common.
 
@@ -171,8 +177,8 @@ class _Machine:
 
     def made(self, value: Any) -> None:
         self.objects += 1
-        if self.objects > MOST_OBJECTS:
-            raise PickleError(f"it has more than {MOST_OBJECTS} objects")
+        if self.objects > self.most_objects:
+            raise PickleError(f"it has more than {self.most_objects} objects")
         self.stack.append(value)
 
     def mark(self) -> None:
@@ -207,8 +213,8 @@ class _Machine:
         # Writers number what they remember from 0 on, Python 2 from 1 on.
         if index > len(self.memo) + 1:
             raise PickleError(f"a memo index of {index}, and {len(self.memo)} are in use")
-        if index > MOST_OBJECTS:
-            raise PickleError(f"it remembers more than {MOST_OBJECTS} objects")
+        if index > self.most_objects:
+            raise PickleError(f"it remembers more than {self.most_objects} objects")
         self.memo += [None] * (index + 1 - len(self.memo))
         self.memo[index] = self.stack[-1]
 

@@ -30,7 +30,6 @@ from fastmoco.checkpoint.folder import (
     sweep,
     write_text,
 )
-from fastmoco.checkpoint.pickle_machine import MOST_BYTES
 from fastmoco.checkpoint.ranks import on_every_rank, on_first_rank, rank_in, size_of
 from fastmoco.checkpoint.whole_file import write_whole
 from fastmoco_kernels.tensors import is_dtensor
@@ -103,6 +102,7 @@ def save_checkpoint(
             write_whole(writing / TENSORS, tensors)
         parts = on_every_rank(lambda: _fingerprints(writing, rank_in(group), sharded), group)
         files = {name: file for part in parts for name, file in sorted(part.items())}
+        _require_readable(files)
         run_id = str(state.get("run_id", ""))
         saved_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         marker = marker_text(
@@ -154,10 +154,19 @@ def _fingerprints(writing: Path, rank: int, sharded: bool) -> dict[str, dict[str
         mine += [METADATA, STATE] if sharded else [TENSORS, STATE]
     for name in mine:
         (writing / name).chmod(0o600)
-        most = {METADATA: MOST_BYTES, STATE: SMALL_BYTES}.get(name)
-        if most is not None and (writing / name).stat().st_size > most:
-            raise CheckpointError(f"{name} is larger than the {most} bytes that a load reads")
     return {name: fingerprint(writing / name) for name in mine}
+
+
+def _require_readable(files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a checkpoint that a load would refuse."""
+    limits = {STATE: SMALL_BYTES}
+    if METADATA in files:
+        from fastmoco.checkpoint.dcp_metadata import most_bytes
+
+        limits[METADATA] = most_bytes(files)
+    for name, most in limits.items():
+        if files[name]["bytes"] > most:
+            raise CheckpointError(f"{name} is larger than the {most} bytes that a load reads")
 
 
 def _finish(

@@ -173,7 +173,7 @@ def _mark_stopped(out: Path) -> None:
     """Mark a run as stopped if its folder is there and free, and it is not finished."""
     if out.is_dir() and not (out / "DONE").exists():
         folder = RunFolder(out)
-        with contextlib.suppress(RunError):
+        with contextlib.suppress(RunError, OSError):
             folder.acquire()
             folder.mark("PREEMPTED")
             folder.release()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastmoco.cli.commands import COMMANDS, Command, group_of
-from fastmoco.cli.environment import clean_environment
+from fastmoco.cli.environment import clean_environment, without_modules_here
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import (
@@ -25,7 +25,7 @@ from fastmoco.errors import (
 )
 from fastmoco.faults.parent import follow_launcher
 from fastmoco.streams import shown_streams
-from fastmoco_pipelines.processes import is_orphan, without_current_folder
+from fastmoco_pipelines.processes import is_orphan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process_ends = argv is None
     if process_ends:
         follow_launcher()
-    with shown_streams(for_good=process_ends):
+    with shown_streams(for_good=process_ends), without_modules_here(for_good=process_ends):
         code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
     if process_ends and is_orphan():
         # Nobody reads its output, and Python takes seconds to put away what torch has made.
@@ -56,7 +56,6 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     try:
         prepare_streams()
         clean_environment(os.environ)
-        without_current_folder(os.environ)
         args = prepare_words(args)
     except ValueError as error:
         say(str(error))

@@ -27,9 +27,7 @@ class Terminal(Console):
         """Segments of content as they may be shown; rich's own control codes as they are."""
         for segment in super().render(renderable, options):
             text, style, control = segment
-            yield (
-                segment if control or text.isprintable() else Segment(shown(text, keep=KEPT), style)
-            )
+            yield segment if control else Segment(shown(text, keep=KEPT), style)
 
     def on_broken_pipe(self) -> None:
         """Raise an error, where rich would end the process."""

@@ -54,11 +54,13 @@ def test_a_table_on_a_terminal_keeps_its_own_codes_alone():
     with Live(console=terminal, auto_refresh=False) as live:
         live.update(table, refresh=True)
         terminal.print(HOSTILE, markup=False)
+        terminal.print("https://user:SECRET@host/y?token=SECRET")
     written = stream.getvalue()
     assert "\x1b[?25l" in written  # rich hides the cursor
     assert "b\\x1b[2J\\x9b" in written
     assert "\\x1b]0;owned" in written  # rich leaves out the bell
     assert "\\u202e https://host/x" in written
+    assert "https://host/y" in written
     assert "SECRET" not in written
     assert "\x1b[2J" not in written
     assert "\x9b" not in written

@@ -101,8 +101,10 @@ def test_what_is_no_file_costs_a_measurement_and_no_more(on_a_gpu, make):
     path, measured = on_a_gpu
     path.parent.mkdir()
     make(path)
+    before = len(os.listdir("/proc/self/fd"))
     assert _tuned() == TILES[1]
     assert len(measured) == 1
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_nothing_is_measured_where_the_clock_must_not_decide(on_a_gpu, monkeypatch):

@@ -24,7 +24,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fastmoco.checkpoint import CheckpointError, dcp_metadata, load_checkpoint, load_latest
+from fastmoco.checkpoint import (
+    CheckpointError,
+    dcp_metadata,
+    load_checkpoint,
+    load_latest,
+    pickle_machine,
+)
+from fastmoco.checkpoint.dcp_metadata import read_metadata
 from fastmoco.checkpoint.folder import fingerprint, marker_text
 from tests.checkpoint_content import assert_same, content, group_of_one, save
 from tests.hostile_pickles import HOSTILE
@@ -275,6 +282,22 @@ def test_a_metadata_that_asks_for_more_than_it_is_falls_back(folder: Path) -> No
         (folder / ".metadata").write_bytes(b"\x80\x04" + body)
         vouch(folder)
         refused(folder, rf"\.metadata is refused: .*{re.escape(words)}")
+
+
+def test_a_table_may_be_as_long_as_its_ranks_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of ranks write more than the usual limit; a forged table has no such parts."""
+    files = json.loads((folder / "COMMITTED").read_text())["files"]
+    size = files[".metadata"]["bytes"]
+    assert size < dcp_metadata.most_bytes(files)
+    for module in (dcp_metadata, pickle_machine):
+        monkeypatch.setattr(module, "MOST_BYTES", size // 2)
+    monkeypatch.setattr(pickle_machine, "MOST_OBJECTS", size // 16)
+    assert_same(load_checkpoint(folder).tensors, content(2))
+    few = {name: file | {"bytes": size} for name, file in files.items()}
+    with pytest.raises(ValueError, match="a file of this kind at most"):
+        read_metadata(folder / ".metadata", few)
 
 
 def test_memory_that_runs_out_is_a_refusal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

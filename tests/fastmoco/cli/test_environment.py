@@ -4,6 +4,7 @@ names no impostor."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +53,27 @@ def test_a_number_of_threads_that_a_library_would_choke_on_is_refused(name, valu
         clean_environment({name: value})
 
 
-@pytest.mark.parametrize("value", ["", " ", "4", "4,2", " 8 "])
+@pytest.mark.parametrize("value", ["", " ", "4", "4,2", "4, 2", " 8 "])
 def test_a_number_of_threads_is_taken(value) -> None:
     clean_environment({"OMP_NUM_THREADS": value})
+
+
+def test_a_limit_of_threads_may_be_large() -> None:
+    clean_environment({"OMP_THREAD_LIMIT": "2147483647"})
+    with pytest.raises(ValueError, match="OMP_THREAD_LIMIT='many'"):
+        clean_environment({"OMP_THREAD_LIMIT": "many"})
+
+
+def test_a_program_that_calls_a_command_keeps_its_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "src:.")
+    monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    before = dict(os.environ)
+    for words in (["recipes"], ["--nothing"]):
+        main(words)
+        assert dict(os.environ) == before
 
 
 SECRET = "planted-token"
