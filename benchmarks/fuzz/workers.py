@@ -32,6 +32,7 @@ MEMORY_BYTES = 2 << 30
 MOST_MIB = 1024
 """More memory than this for one input is a violation."""
 _BATCH = 32
+_START_SECONDS = 30.0  # of a library
 
 
 class Job(NamedTuple):
@@ -133,7 +134,8 @@ class _Worker:
     def send(self, jobs: list[Job]) -> None:
         """Order the next inputs."""
         self.jobs = jobs
-        self.deadline = time.monotonic() + SECONDS
+        starts = any(all_targets()[job.target].warm_up is not None for job in jobs)
+        self.deadline = time.monotonic() + SECONDS + (_START_SECONDS if starts else 0.0)
         with suppress(BrokenPipeError):  # its end is found when its answers are read
             os.write(self._orders, json.dumps(jobs).encode("ascii") + b"\n")
 
@@ -178,7 +180,9 @@ def _work(folder: Path, orders: int, answers: int) -> None:
             for name, number, seed in json.loads(line):
                 if name not in seeds:
                     seeds[name] = read_seeds(folder, name)
-                    targets[name].warm_up()  # libraries are loaded before memory is limited
+                    warm_up = targets[name].warm_up
+                    if warm_up is not None:  # before memory is limited
+                        warm_up()
                 if not limited:
                     limit_memory(MEMORY_BYTES, file_bytes=8 << 20)
                     limited = True
