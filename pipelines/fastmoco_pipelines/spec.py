@@ -26,8 +26,6 @@ MOST_SIDE = 16_384
 MOST_THREADS = 1024
 """Threads or processes of one kind on a machine at most: a library may end the process for more."""
 MOST_BATCHES_AHEAD = 1024
-MOST_SECONDS = 10**9
-"""Of a time limit: 30 years. Clocks of the system take no more."""
 MOST_VIEWS = 255
 """Views of an image at most: a view's number is one byte of the Philox counter of its draws."""
 GPU_SUB_BATCH = 128
@@ -40,8 +38,8 @@ SECONDS_PER_IMAGE = 30.0
 """Time that one image may take to decode: the largest that is let in takes a few seconds."""
 MOST_SECONDS = 1_000_000
 """Longest time that can be asked for: eleven days."""
-
 MOST_TRANSFERS = 256
+"""Shards of a server that a process can be asked to fetch at once."""
 MAX_TRANSFERS = 32
 """Shards of a server that a process fetches ahead at once, at most."""
 
@@ -466,7 +464,7 @@ class LoaderOptions(CacheSpec):
             0 < self.seconds_per_image <= MOST_SECONDS,
             "seconds_per_image",
             self.seconds_per_image,
-            f"needs a time above 0 and at most {MOST_SECONDS} seconds",
+            f"needs a time above 0 and at most {MOST_SECONDS:,} seconds",
         )
         window = self.shuffle_window
         require(
