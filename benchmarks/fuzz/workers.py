@@ -166,6 +166,7 @@ class _Worker:
 def _work(folder: Path, orders: int, answers: int) -> None:
     """The child: answer until the other side closes."""
     faulthandler.disable()  # a crash is counted, not shown
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     quiet = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(quiet, descriptor)
