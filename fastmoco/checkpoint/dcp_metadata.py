@@ -80,7 +80,7 @@ def most_bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
     part takes more than a kilobyte of its own file, so that a forged table cannot be longer than its
     checkpoint is large.
     """
-    parts = sum(file["bytes"] for name, file in files.items() if name.endswith(".distcp"))
+    parts = sum(int(file["bytes"]) for name, file in files.items() if name.endswith(".distcp"))
     return max(MOST_BYTES, min(parts // 4, LARGEST))
 
 
