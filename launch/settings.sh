@@ -2,18 +2,20 @@
 # Settings that the launch scripts share; sourced, not run. Variables that are set
 # already keep their values.
 
-# Nothing from the current folder runs, be it a module or a program: an empty or relative part of
-# these lists would be there.
+# Nothing from the current folder runs, be it a module or a program: an empty part of these lists, or
+# a relative one of PATH, would be there.
 absolute() {
     local part parts kept=""
     IFS=: read -ra parts <<<"$1"
     for part in "${parts[@]}"; do
+        # A folder that somebody has named stays, e.g. `src`.
+        [[ -z $part || $part == /* || -z $2 || $part -ef . ]] || part=$2/$part
         [[ $part != /* ]] || kept+=":$part"
     done
     echo "${kept#:}"
 }
-PATH=$(absolute "$PATH")
-[[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH")
+PATH=$(absolute "$PATH" "")
+[[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH" "$PWD")
 # `python -m` would look there first.
 export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"
 

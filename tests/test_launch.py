@@ -142,7 +142,7 @@ def quick_script(name: str, folder: Path, python: str, *words: str) -> int:
         (place / name_).chmod(0o700)
     variables = {
         "PATH": f".:{programs}::/usr/bin:/bin:",
-        "PYTHONPATH": ":/x:.",
+        "PYTHONPATH": ":/x:./.:src:../hostile",
         "OUT": str(folder / "run"),
         "SLURM_JOB_ID": "7",
     }
@@ -156,7 +156,8 @@ def test_a_script_runs_nothing_from_the_current_folder(name: str, tmp_path: Path
     (tmp_path / "run").mkdir()
     assert quick_script(name, tmp_path, seen, "r", "--out", str(tmp_path / "run")) == 0
     path = f"{tmp_path}/programs:/usr/bin:/bin"
-    assert (tmp_path / "run" / "seen").read_text() == f"1 /x {path}\n"
+    modules = f"/x:{tmp_path}/hostile/src"
+    assert (tmp_path / "run" / "seen").read_text() == f"1 {modules} {path}\n"
     assert not (tmp_path / "EXECUTED").exists()
 
 

@@ -32,16 +32,13 @@ from fastmoco.checkpoint.pickle_machine import (
     UnknownNameError,
     read_pickle,
 )
+from fastmoco.checkpoint.torch_file import DTYPES, MOST_DIMENSIONS
 from fastmoco_pipelines.small_files import UnfitFileError, read_small
 
-MOST_DIMENSIONS = 64
 LARGEST = 512 << 20
 """Bytes of the largest table that is read: of a large model on some thousand ranks."""
 _HERE = metadata.__name__
 _PLACE = f"{filesystem.__name__}._StorageInfo"
-_DTYPES = {
-    f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)
-}
 
 
 def _shape(numbers: object = ()) -> torch.Size:
@@ -57,7 +54,7 @@ _CALLS: Calls = {
     "torch.Size": _shape,
     "torch.serialization._get_layout": None,
     _PLACE: None,
-    **dict.fromkeys(_DTYPES),
+    **dict.fromkeys(DTYPES),
     **{
         f"{_HERE}.{name}": None
         for name in (
@@ -80,7 +77,7 @@ def most_bytes(files: Mapping[str, Mapping[str, Any]]) -> int:
     part takes more than a kilobyte of its own file, so that a forged table cannot be longer than its
     checkpoint is large.
     """
-    parts = sum(int(file["bytes"]) for name, file in files.items() if name.endswith(".distcp"))
+    parts: int = sum(file["bytes"] for name, file in files.items() if name.endswith(".distcp"))
     return max(MOST_BYTES, min(parts // 4, LARGEST))
 
 
@@ -250,8 +247,8 @@ def _dtype(name: str, properties: object) -> torch.dtype:
         layout = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if isinstance(layout, Record) and layout.arguments != ("torch.strided",):
             raise ValueError(f"entry {_quoted(name)} is not dense")
-        if isinstance(found, Name) and found.full in _DTYPES:
-            return _DTYPES[found.full]
+        if isinstance(found, Name) and found.full in DTYPES:
+            return DTYPES[found.full]
     raise ValueError(f"entry {_quoted(name)} has no dtype")
 
 

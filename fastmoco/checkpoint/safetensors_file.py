@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastmoco.checkpoint.torch_file import MOST_DIMENSIONS
 from fastmoco_pipelines.files import read_at, utf8_name
 from fastmoco_pipelines.small_files import json_of, open_regular
 from fastmoco_pipelines.text import escaped
 
 MOST_HEADER_BYTES = 32 << 20
 """A tensor has about a hundred."""
-MOST_DIMENSIONS = 64
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -39,9 +39,10 @@ MOST_DIRECTORY_BYTES = 64 << 20
 REBUILT = "torch._utils._rebuild_"
 """What the names of tensors that are not plain begin with: sparse, quantised, without data."""
 
-_DTYPES = {
+DTYPES = {
     f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)
 }
+"""By their full names."""
 _STORAGES: dict[str, torch.dtype] = {
     f"torch.{kind}Storage": dtype
     for kind, dtype in {
@@ -295,7 +296,7 @@ def _of_dtype(
     storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     """A tensor in bytes without a dtype of their own."""
-    found = _DTYPES.get(dtype.full) if isinstance(dtype, Name) else None
+    found = DTYPES.get(dtype.full) if isinstance(dtype, Name) else None
     if found is None:
         raise PickleError("a tensor has no dtype")
     return _tensor(storage, offset, size, stride, found)
@@ -340,7 +341,7 @@ _CALLS: Calls = {
     "collections.OrderedDict": _dictionary,
     "collections.Counter": _dictionary,
     "_codecs.encode": _encoded,
-    **dict.fromkeys(_DTYPES),
+    **dict.fromkeys(DTYPES),
     **dict.fromkeys(_STORAGES),
     # What has no use here stays a record.
     **dict.fromkeys(

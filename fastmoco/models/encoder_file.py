@@ -29,11 +29,9 @@ from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.small_files import json_of
-from fastmoco_pipelines.spec import EvalSpec
+from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
 CHANNELS = 3
-MOST_PIXELS = 1 << 14
-"""Longest side of an image that a file may ask for."""
 EVALUATED = "evaluated"
 """In the header of a full state of fastmoco: the network that its run evaluates."""
 UNSEEN = ("heads", "image_size", "resize", "mean", "std")
@@ -370,8 +368,8 @@ def stated_image(
     Raises:
         ValueError: naming the value that no preparation has.
     """
-    if resize > MOST_PIXELS:
-        raise ValueError(f"resize={resize}: at most {MOST_PIXELS} pixels")
+    if resize > MOST_SIDE:
+        raise ValueError(f"resize={resize}: at most {MOST_SIDE} pixels")
     if not all(map(math.isfinite, (*mean, *std))):
         raise ValueError(f"mean={mean}, std={std}: must be finite numbers")
     return EvalSpec(size=size, resize=resize, mean=mean, std=std)

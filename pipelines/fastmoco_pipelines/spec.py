@@ -37,7 +37,7 @@ of the largest that are let in; on a GPU, where runs are small and windows count
 SECONDS_PER_IMAGE = 30.0
 """Time that one image may take to decode: the largest that is let in takes a few seconds."""
 MOST_SECONDS = 1_000_000
-"""Longest time that can be asked for: eleven days."""
+"""Of a time limit: eleven days. Waits of the system take little more."""
 MOST_TRANSFERS = 256
 """Shards of a server that a process can be asked to fetch at once."""
 MAX_TRANSFERS = 32
