@@ -230,7 +230,8 @@ class RunFolder:
         lock = self._lock
         self._lock = None
         if lock is not None:
-            os.close(lock)
+            with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
+                os.close(lock)
 
     def withdraw(self) -> None:
         """Unlock the folder after a refused start, and leave it as it was before `acquire`.
@@ -242,8 +243,10 @@ class RunFolder:
             return
         with contextlib.suppress(OSError, UnfitFileError):  # the refusal is what the user must read
             for path, file in self._before.items():
-                if path.name != "lock" or not self._made_lock:
+                if path.name != "lock":
                     file.restore(path)
+                elif not self._made_lock:
+                    file.restore(path, self._lock)
         self._remove_made()
         self.release()
 
@@ -324,14 +327,24 @@ class _File:
             return cls(refused=True)
         return cls(content, (found.st_atime_ns, found.st_mtime_ns))
 
-    def restore(self, path: Path) -> None:
-        """Make the file again what it was."""
+    def restore(self, path: Path, held: int | None = None) -> None:
+        """Make the file again what it was.
+
+        Args:
+            path: of the file.
+            held: a descriptor of it that holds its lock. It is then written in place: who opens a
+                new file of this name would have the folder at once.
+        """
         if self.refused:
             return
         if self.content is None:
             path.unlink(missing_ok=True)
         elif _File.read(path) != self:
-            write_file(path, self.content, mode=0o600)
+            if held is None:
+                write_file(path, self.content, mode=0o600)
+            else:
+                os.ftruncate(held, 0)
+                os.write(held, self.content)
             os.utime(path, ns=self.times, follow_symlinks=False)
 
 

@@ -134,7 +134,8 @@ class _Followed:
     def __init__(self, process: int) -> None:
         self._process = process
         self._direct = os.getppid()
-        self._ended = process not in ancestors()
+        # Without /proc only the parent can be looked for.
+        self._ended = process not in ancestors() and started(os.getpid()) is not None
         self._started = started(process)
 
     def has_ended(self) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco_pipelines import processes
 from fastmoco_pipelines.processes import (
     PARENT,
     ancestors,
@@ -246,6 +247,19 @@ def test_a_child_ends_with_its_parent_and_not_with_the_thread_that_started_it(
         # Until the child, too, has closed it.
         assert select.select([parent.stdout], [], [], 60)[0]
         assert parent.stdout.read() == ""
+
+
+def test_without_proc_a_launcher_further_up_counts_as_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is no parent, and nothing else can be asked: the parent alone is followed."""
+    further_up = os.getpid()  # no process above this one
+    assert processes._Followed(further_up).has_ended()
+    monkeypatch.setattr(processes, "_stat", lambda process: [])
+    followed = processes._Followed(further_up)
+    assert not followed.has_ended()
+    followed._direct = 0  # the parent was another one
+    assert followed.has_ended()
 
 
 def test_relatives_are_found() -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from fastmoco.cli.train import train
+from fastmoco.errors import RunError
+from fastmoco.run import folder as run_folder
 from fastmoco.run.folder import RunFolder
 from tests.command_line import main
 from tests.fault_runs import environment
@@ -233,3 +235,27 @@ def test_a_lock_that_another_start_removes_is_taken_again(tmp_path):
         first.acquire()
     second.release()
     assert held.exists()
+
+
+def test_a_refused_start_keeps_the_lock_until_all_is_put_back(tmp_path, monkeypatch):
+    """A new file in the place of the lock would be free at once, while others are put back."""
+    folder, other = RunFolder(tmp_path), RunFolder(tmp_path)
+    for name in ("lock", "starts.json"):
+        (tmp_path / name).write_text("{}")
+    before = (tmp_path / "lock").stat()
+    folder.acquire()
+    (tmp_path / "starts.json").write_text("[]")
+    restored = []
+
+    def write_file(path, *_, **__):
+        with pytest.raises(RunError, match="in use"):
+            other.acquire()
+        restored.append(path.name)
+
+    monkeypatch.setattr(run_folder, "write_file", write_file)
+    folder.withdraw()
+    assert restored == ["starts.json"]
+    assert (tmp_path / "lock").read_text() == "{}"
+    assert (tmp_path / "lock").stat().st_ino == before.st_ino
+    other.acquire()
+    other.release()

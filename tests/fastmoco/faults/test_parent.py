@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch  # noqa: F401 (as an agent has)
@@ -115,12 +116,13 @@ def test_a_process_that_does_not_end_is_ended_unless_it_saves(
 
     done: list[object] = []
     monkeypatch.setattr(parent, "end_by_signal", lambda: done.append("signal"))
-    monkeypatch.setattr(parent.time, "sleep", done.append)
+    # Of this module alone: other threads of the tests sleep too.
+    monkeypatch.setattr(parent, "time", SimpleNamespace(sleep=done.append))
 
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(parent.os, "_exit", end)
+    monkeypatch.setattr(parent, "os", SimpleNamespace(_exit=end))
     with pytest.raises(Ended, match="1"):
         parent._end()
     assert done == ["signal", parent.END_SECONDS]
