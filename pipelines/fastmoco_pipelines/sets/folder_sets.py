@@ -158,7 +158,8 @@ def refuse_odd(path: str) -> None:
         os.close(open_regular(path))
     except FileNotFoundError:
         raise ValueError(
-            f"{escaped(path)}: is a link to nothing: remove it, or bring back the file that it names"
+            f"{escaped(path)}: is a link to nothing: remove it, bring back the file that it names, or "
+            "spell out the shards to use, e.g. train-{000000..000003}.tar"
         ) from None
     except OSError as error:
         raise ValueError(
