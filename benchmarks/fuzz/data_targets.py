@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -31,6 +31,7 @@ from fastmoco_pipelines.formats.index_file import HEAD_BYTES, IndexFile, to_byte
 from fastmoco_pipelines.formats.index_json import json_content
 from fastmoco_pipelines.formats.labels import Found, LabelRule, number_labels, read_labels
 from fastmoco_pipelines.formats.manifest import (
+    HIDDEN,
     MOVING,
     NAME,
     FolderOfShards,
@@ -156,7 +157,8 @@ def _manifests() -> list[bytes]:
         "skipped": [["a/b.gif", "a reason"]],
         "options": {"seed": 0, "max_side": None},
     }
-    sets = {"train": entry, "test": {**entry, "shards": shards[:1]}}
+    test = {**entry, "samples": 3, "class_counts": [1, 2], "shards": shards[:1], "skipped": []}
+    sets = {"train": entry, "test": test}
     return [samples.compact({"format": "fastmoco-manifest", "version": 1, "sets": sets})]
 
 
@@ -178,7 +180,7 @@ def _read_manifest(folder: Path, data: bytes, _: bytes) -> str:
 
 def _movings() -> list[bytes]:
     entry = json.loads(_manifests()[0])["sets"]["train"]
-    content = {"set": "train", "entry": entry, "folder": ".train.1.making", "old": ["x.tar"]}
+    content = {"set": "train", "entry": entry, "folder": f"{HIDDEN}train", "old": ["x.tar"]}
     return [samples.compact(content)]
 
 
@@ -228,12 +230,12 @@ _TERMS = {"shards": "x-*.tar", "decode": True, "versions": {"fastmoco": "1"}}
 
 def _progresses() -> list[bytes]:
     fault = Fault.of("x.tar", "000.jpg", "damaged image", "a reason", offset=512)
-    result = TarResult(promised=3, delivered=2, faults=[fault], entries=_entries()[:1])
     lines = [{"format": FORMAT, "version": VERSION, "terms": _TERMS}]
-    lines += [
-        {"tar": f"x-{i}.tar", "state": {"bytes": 20480, "mtime": 1}, "result": asdict(result)}
-        for i in range(3)
-    ]
+    for i in range(3):
+        entry = replace(_entries()[0], shard=f"x-{i}.tar")
+        result = TarResult(promised=3, delivered=2, quarantined=1, faults=[fault], entries=[entry])
+        state = {"bytes": 20480, "mtime": 1}
+        lines.append({"tar": f"x-{i}.tar", "state": state, "result": asdict(result)})
     return [b"".join(sealed_json(line) + b"\n" for line in lines)]
 
 
@@ -379,6 +381,7 @@ _SECRET = "s3cr3t"  # noqa: S105 - must be shown nowhere
 
 def _patterns() -> list[bytes]:
     found = [
+        "train-*.tar",
         "train-{000000..000099}.tar",
         "{a,b}/x-*.tar",
         "file:///data/x.tar",
@@ -404,11 +407,12 @@ def _read_pattern(folder: Path, data: bytes, _: bytes) -> str:
         else:
             inside = f"{folder}/{pattern.lstrip('/')}" if "/" in pattern else pattern
             os.chdir(folder)
+            (folder / "train-000000.tar").touch()
             spells_out(inside), sets_of(inside)
             local_names(inside)
     except ValueError as error:
         whole = re.match(r"https?://[\w.~-]*:" + _SECRET + r"@[\w.]+[:/]", pattern)
-        if whole and _SECRET in str(error):
+        if whole and f":{_SECRET}@" in str(error):
             return f"VIOLATION: a secret is shown: {error!a}"
         raise
     return "accepted"

@@ -386,7 +386,7 @@ def _commands() -> list[bytes]:
         "quickstart_digits --out r --epochs 0.5 --optim.warmup-epochs 0 --global-batch-size 64",
         "vit_s16_e300_b1024 --out r --data.shards a-{0..9}.tar --gpus 2 --optim.lr=1e-4",
         f"quickstart_digits --out r --data.shards https://u:{_SECRET}@h/a.tar?token={_SECRET} --seed 3",
-        "byol_digits --out r --model.image-size 16 --model.patch-size 2 --no-data.view1.flip --trust",
+        "byol_digits --out r --model.image-size 16 --model.patch-size 2 --trust",
         "dino_digits --out=r --threads 1 --allow optim.lr epochs --checkpoint.every-steps 3",
     )
     return [line.replace(" ", "\0").encode() for line in words]

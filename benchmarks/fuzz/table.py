@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,11 +20,34 @@ def all_targets() -> dict[str, Target]:
 
 
 def write_seeds(folder: Path) -> None:
-    """Write the sound inputs of every target, so that all children have the same ones."""
+    """Write the sound inputs of every target, so that all processes have the same ones, and give
+    one to each parser: what it imports late is there before processes are forked.
+
+    Raises:
+        RuntimeError: naming the target whose parser refuses it.
+    """
     for name, target in all_targets().items():
         (folder / name).mkdir()
-        for number, content in enumerate(target.seeds()):
+        seeds = target.seeds()
+        for number, content in enumerate(seeds):
             (folder / name / f"{number:03d}").write_bytes(content)
+        if target.warm_up is not None:  # no threads before a fork
+            continue
+        with tempfile.TemporaryDirectory(dir=folder) as own, _working_in(own):
+            try:
+                target.read(Path(own), seeds[0], seeds[0])
+            except target.refusals as error:
+                raise RuntimeError(f"{name}: the sound input is refused: {error}") from error
+
+
+@contextmanager
+def _working_in(folder: str) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def read_seeds(folder: Path, name: str) -> list[bytes]:

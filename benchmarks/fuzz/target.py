@@ -10,6 +10,8 @@ from random import Random
 Read = Callable[[Path, bytes, bytes], str]
 """Gives an input to a parser: an empty folder to write to, the input, the sound one that it was made
 of. Returns what came of it; a text that begins with `VIOLATION` breaks a rule."""
+LARGEST = 4 << 20
+"""Bytes of an input; what is longer is cut."""
 Change = Callable[[Random, bytes, list[bytes]], bytes]
 """Changes a sound input; the last argument has all of the target."""
 
@@ -24,7 +26,7 @@ class Target:
         change: makes an input of one.
         read: calls the parser.
         refusals: errors by which it may refuse an input.
-        warm_up: loads what would count as the memory of the first input.
+        warm_up: starts a library with threads, which a fork does not take over; None: there is none.
     """
 
     share: float
@@ -32,7 +34,7 @@ class Target:
     change: Change
     read: Read
     refusals: tuple[type[BaseException], ...] = ()
-    warm_up: Callable[[], None] = lambda: None
+    warm_up: Callable[[], None] | None = None
 
 
 def random_of(seed: int, target: str, number: int) -> Random:
@@ -46,4 +48,4 @@ def input_of(
     """An input, and the sound one that it was made of."""
     rng = random_of(seed, name, number)
     sound = rng.choice(seeds)
-    return targets[name].change(rng, sound, seeds), sound
+    return targets[name].change(rng, sound, seeds)[:LARGEST], sound

@@ -26,12 +26,13 @@ from benchmarks.fuzz.target import Target, input_of
 from fastmoco_pipelines.views.decode_child import limit_memory, limit_time
 
 SECONDS = 5.0
-"""Longest time of one input."""
+"""Longest processor time of one input, or sleep."""
 MEMORY_BYTES = 2 << 30
 """The limit of the operating system on the growth of a process."""
 MOST_MIB = 1024
 """More memory than this for one input is a violation."""
 _BATCH = 32
+_START_SECONDS = 30.0  # of a library
 
 
 class Job(NamedTuple):
@@ -107,6 +108,7 @@ class _Worker:
         self.jobs: list[Job] = []
         self.ended = False
         self.deadline = 0.0
+        self._before = self._looked = 0.0
         self._rest = b""
         orders, self._orders = os.pipe()
         self.answers, answers = os.pipe()
@@ -123,27 +125,46 @@ class _Worker:
 
     @property
     def late(self) -> bool:
-        """Whether an answer is overdue that has not come either."""
-        return (
-            bool(self.jobs)
-            and time.monotonic() > self.deadline
-            and not select.select([self.answers], [], [], 0)[0]
-        )
+        """Whether an answer is overdue: this process has used the time of an input, or sleeps. One
+        that waits for a processor, or is stopped for a moment, is not."""
+        if not self.jobs or time.monotonic() < self.deadline:
+            return False
+        if select.select([self.answers], [], [], 0)[0]:
+            return False
+        state, used = self._now()
+        asleep = state == "S" and used == self._looked
+        self._looked = used
+        self.deadline = time.monotonic() + 1.0
+        return asleep or used - self._before >= SECONDS
+
+    def _now(self) -> tuple[str, float]:
+        """State of the process, and its processor time in s."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        ticks = os.sysconf("SC_CLK_TCK")
+        return fields[0], (int(fields[11]) + int(fields[12])) / ticks
 
     def send(self, jobs: list[Job]) -> None:
         """Order the next inputs."""
         self.jobs = jobs
-        self.deadline = time.monotonic() + SECONDS
+        starts = any(all_targets()[job.target].warm_up is not None for job in jobs)
+        self._wait(SECONDS + (_START_SECONDS if starts else 0.0))
         with suppress(BrokenPipeError):  # its end is found when its answers are read
             os.write(self._orders, json.dumps(jobs).encode("ascii") + b"\n")
+
+    def _wait(self, seconds: float) -> None:
+        """Look at the process after so long, unless it answers before."""
+        self.deadline = time.monotonic() + seconds
+        self._looked = -1.0
+        self._before = self._now()[1] + seconds - SECONDS
 
     def receive(self) -> Iterator[tuple[Job, Outcome]]:
         """The answers that have come."""
         chunk = os.read(self.answers, 1 << 16)
         self.ended = not chunk
         *lines, self._rest = (self._rest + chunk).split(b"\n")
+        if lines:
+            self._wait(SECONDS)
         for line in lines:
-            self.deadline = time.monotonic() + SECONDS
             yield self.jobs.pop(0), Outcome(*json.loads(line))
 
     def close(self) -> Outcome:
@@ -164,6 +185,7 @@ class _Worker:
 def _work(folder: Path, orders: int, answers: int) -> None:
     """The child: answer until the other side closes."""
     faulthandler.disable()  # a crash is counted, not shown
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     quiet = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(quiet, descriptor)
@@ -178,7 +200,9 @@ def _work(folder: Path, orders: int, answers: int) -> None:
             for name, number, seed in json.loads(line):
                 if name not in seeds:
                     seeds[name] = read_seeds(folder, name)
-                    targets[name].warm_up()  # libraries are loaded before memory is limited
+                    warm_up = targets[name].warm_up
+                    if warm_up is not None:  # before memory is limited
+                        warm_up()
                 if not limited:
                     limit_memory(MEMORY_BYTES, file_bytes=8 << 20)
                     limited = True

@@ -177,9 +177,14 @@ def _follow_image_size(config: Config, args: list[str]) -> Config:
         given[key] = inline or value
     size = given.get("--model.image-size")
     patch = given.get("--model.patch-size", str(config.model.patch_size))
-    if size is None or not (size.isdigit() and patch.isdigit()):
+    if size is None or not (_is_small(size) and _is_small(patch)):
         return config
     return with_image_size(config, int(size), patch_size=int(patch))
+
+
+def _is_small(text: str) -> bool:
+    """Whether a text is a number of pixels; of any other the option itself is refused."""
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def recipes(args: list[str]) -> int:

@@ -84,7 +84,8 @@ def require_limit(name: str, value: object, *, least: int = 0) -> None:
         return
     most = MOST.get(name.rpartition(".")[2], MOST_NUMBER)
     for one in _numbers(value):
-        require(math.isfinite(one), name, value, "must be finite")
+        # A whole number is finite, and may be too large to be asked.
+        require(isinstance(one, int) or math.isfinite(one), name, value, "must be finite")
         require(one <= most, name, value, f"must be at most {most:,}")
         rule = "must be from 0 on" if least == 0 else f"must be at least {least:,}"
         require(one >= least, name, value, rule)

@@ -105,19 +105,21 @@ def read_small(path: Path | str, limit: int = SMALL_BYTES, *, follow: bool = Tru
         OSError: if it cannot be read.
     """
     descriptor = open_regular(path, follow=follow, limit=limit)
-    content = b""
+    parts = []
+    length = 0
     try:
         size = os.fstat(descriptor).st_size  # in /proc a file may say 0 and go on
-        while len(content) <= limit:
-            part = os.read(descriptor, min(limit + 1 - len(content), max(size + 1, 1 << 16)))
+        while length <= limit:
+            part = os.read(descriptor, min(limit + 1 - length, max(size + 1, 1 << 16)))
             if not part:
                 break
-            content += part
+            parts.append(part)
+            length += len(part)
     finally:
         os.close(descriptor)
-    if len(content) > limit:
-        raise UnfitFileError(_too_large(path, len(content), limit))
-    return content
+    if length > limit:
+        raise UnfitFileError(_too_large(path, length, limit))
+    return b"".join(parts)
 
 
 def text_of(content: bytes, name: Path | str) -> str:

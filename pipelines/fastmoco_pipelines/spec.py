@@ -39,6 +39,7 @@ SECONDS_PER_IMAGE = 30.0
 MOST_SECONDS = 1_000_000
 """Of a time limit: eleven days. Waits of the system take little more."""
 MOST_TRANSFERS = 256
+"""Shards of a server that a process can be asked to fetch at once."""
 MAX_TRANSFERS = 32
 """Shards of a server that a process fetches ahead at once, at most."""
 

@@ -174,14 +174,15 @@ def check_folders(folders: Iterable[FolderOfShards]) -> tuple[str, ...]:
                         "there too; or, for a new run, spell out the shards to use, e.g. "
                         f"{name}-{{000000..000003}}.tar."
                     )
-                if shard in folder.samples and folder.samples[shard] != count:
+                if count is not None and folder.samples.get(shard, count) != count:
                     raise ShardError(
                         f"{shard}: {folder.samples[shard]} samples, but {count} in {NAME}: run "
                         "`fastmoco data index` on the shards, which corrects it, or pack it again."
                     )
-            total = sum(count or 0 for count in listed.values())
-            labelled = sum(entry.get("class_counts", ()))
-            if entry.get("samples", total) != total or labelled > total:
+            counts = [count for count in listed.values() if count is not None]
+            whole = len(counts) == len(listed)  # else the total is not known
+            total, labelled = sum(counts), sum(entry.get("class_counts", ()))
+            if whole and (entry.get("samples", total) != total or labelled > total):
                 raise ShardError(
                     f"{folder.where}/{NAME}: set {name!r} has {entry.get('samples')} samples, "
                     f"{labelled} of them of a class, and its shards {total}: {_CURE}."
@@ -200,7 +201,7 @@ def write_sets(folder: Path, sets: dict[str, dict[str, Any]]) -> Path:
     it lists the first ones and counts the others.
 
     Raises:
-        ShardError: for a set that no reader would take, e.g. with a backslash in a shard's name.
+        ShardError: for a set that no reader would take, e.g. one named `..`.
     """
     for name, entry in sets.items():
         if problem := set_problem(name, entry):
@@ -262,14 +263,14 @@ def _shard_problem(shard: Any) -> str | None:
     if not isinstance(shard, dict):
         return "is not an object"
     name = shard.get("name")
-    if not isinstance(name, str) or not is_file_name(name) or "\\" in name:
-        return f"name={name!a:.80} is not the name of a file: without /, \\ and zeros"
+    if not isinstance(name, str) or not is_file_name(name) or ".." in name.split("\\"):
+        return f"name={name!a:.80} is not the name of a file: without /, ..\\ and zeros"
     for field, most in _MOST.items():
         if field in shard and not _is_count(shard[field], most):
             return f"{field}={shard[field]!a:.40} is not a whole number from 0 to {most}"
     sha256 = shard.get("sha256", "0" * 64)
     good = isinstance(sha256, str) and _SHA256.fullmatch(sha256)
-    return None if good else "'sha256' is not 64 hexadecimal digits"
+    return None if good else "'sha256' is not 64 hexadecimal digits in lower case"
 
 
 def _is_count(value: Any, most: int) -> bool:

@@ -250,7 +250,8 @@ def _index(
             write_json_index(path, read_any_index(path))
     sizes = dict(zip(tars.paths, tars.sizes, strict=True))
     _write_manifests(list(found), numbered, sizes, hashes)
-    _correct_packed(list(found), damaged, sizes, hashes)
+    counts = {path: len(raw) for path, raw in found.items()}
+    _correct_packed(counts, damaged, sizes, hashes)
 
     # A damaged tar is reported after the others have been indexed.
     if failures:
@@ -418,11 +419,15 @@ def _write_manifests(
 
 
 def _correct_packed(
-    tars: Sequence[Path], damaged: Sequence[Path], sizes: dict[Path, int], hashes: dict[Path, str]
+    counts: dict[Path, int],
+    damaged: Sequence[Path],
+    sizes: dict[Path, int],
+    hashes: dict[Path, str],
 ) -> None:
     """The entries of tars in the manifests of packed sets, where a tar was salvaged or is another
-    than the one that is listed: what it holds now, so that a loader takes it for that shard."""
-    for folder, group in groupby(sorted(tars), key=lambda path: path.parent):
+    than the one that is listed: what it holds now, so that a loader takes it for that shard.
+    `counts`: samples of each tar."""
+    for folder, group in groupby(sorted(counts), key=lambda path: path.parent):
         sets = read_sets(folder)
         listed = {
             shard["name"]: (shard.get("samples"), shard.get("bytes"))
@@ -433,7 +438,7 @@ def _correct_packed(
             path.name: path
             for path in group
             if path.name in listed
-            and (path in damaged or listed[path.name] != (len(read_any_index(path)), sizes[path]))
+            and (path in damaged or listed[path.name] != (counts[path], sizes[path]))
         }
         packed = [entry for entry in sets.values() if not _is_from_here(entry)]
         packed = [e for e in packed if salvaged.keys() & {shard["name"] for shard in e["shards"]}]
@@ -444,7 +449,7 @@ def _correct_packed(
                 with suppress(ShardError):
                     labels.update(read_any_index(folder / shard["name"]).columns["label"])
                 if path is not None:
-                    shard["samples"] = len(read_any_index(path))
+                    shard["samples"] = counts[path]
                     shard["bytes"] = sizes[path]
                     shard["sha256"] = hashes.get(path) or hash_file(path)
             entry["samples"] = sum(shard.get("samples") or 0 for shard in entry["shards"])

@@ -136,8 +136,8 @@ def files_of(folder: str, pattern: str) -> Iterator[str]:
     is a file, so that a hundred thousand need no further look.
 
     Raises:
-        ValueError: for a named pipe, a device, a socket or a link to nothing, which would be left
-            out unnoticed.
+        ValueError: for a named pipe, a device, a socket or a link to nothing or to what cannot be
+            read, which would be left out unnoticed.
     """
     for path, is_file in _entries(folder, pattern):
         if is_file:
@@ -158,7 +158,12 @@ def refuse_odd(path: str) -> None:
         os.close(open_regular(path))
     except FileNotFoundError:
         raise ValueError(
-            f"{escaped(path)}: is a link to nothing: remove it, or bring back the file that it names"
+            f"{escaped(path)}: is a link to nothing: remove it, bring back the file that it names, or "
+            "spell out the shards to use, e.g. train-{000000..000003}.tar"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{escaped(path)}: cannot be read ({error.strerror}): make it readable, or remove it"
         ) from None
 
 
@@ -175,4 +180,12 @@ def _entries(folder: str, pattern: str) -> Iterator[tuple[str, bool]]:
         for item in items:
             fits = fnmatch.fnmatchcase(item.name, pattern)
             if fits and (hidden or not item.name.startswith(".")):
-                yield os.path.join(folder, item.name), item.is_file()
+                yield os.path.join(folder, item.name), _is_file(item)
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    """False also for a link that cannot be followed: to itself, or into a closed folder."""
+    try:
+        return item.is_file()
+    except OSError:
+        return False

@@ -7,9 +7,11 @@ import errno
 import logging
 import os
 import resource
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +47,7 @@ _CURE_INDEX = f"If its tar can be read, {CURE}."
 _CURE_TAR = "Copy the tar again from its source, or leave it out."
 _CURE_FOLDER = f"Move this folder away; where it has the name of an index, {CURE}."
 _CHUNK = 128  # shards for one task of a thread: a task costs more than the header of a shard
+_list_lock = threading.Lock()
 T = TypeVar("T")
 
 
@@ -180,14 +183,27 @@ def _is_checked(tar: str, header: IndexHeader, identity: tuple[int, str]) -> boo
     """Whether `data check` has compared this state of a tar with this index of an earlier one: the
     list beside it has what is lost."""
     folder, name = os.path.split(tar)
-    lists, _ = read_list(Path(folder) / QUARANTINE)
-    known = (name, *identity, header.records_hash) in lists.checked
+    path = os.path.join(folder, QUARANTINE)
+    try:
+        state = file_state(os.stat(path))
+    except OSError:
+        return False
+    with _list_lock:  # many threads ask, for many tars of one list
+        checked = _checked_tars(path, state)
+    known = (name, *identity, header.records_hash) in checked
     if known:
         logging.getLogger(__name__).warning(
             f"{name}: has changed since it was indexed; by {QUARANTINE}, which `fastmoco data check` "
             "has written since, the images that are left are used"
         )
     return known
+
+
+@lru_cache(maxsize=4)
+def _checked_tars(path: str, state: tuple[int, ...]) -> Collection[tuple[str, int, str, str]]:
+    """The tars of a list that were checked; `state` of its file changes with it."""
+    del state
+    return frozenset(read_list(Path(path))[0].checked)
 
 
 def _binary_header(path: Path) -> tuple[IndexHeader, os.stat_result] | None:

@@ -84,7 +84,7 @@ def _all_names(pattern: str, plain: str, several: bool) -> list[str]:
         return _tars_of_folder(pattern, plain, several)
     if os.path.isfile(plain):
         return [plain]
-    _refuse_too_many(pattern, _expanded(pattern, _split_known("", plain)[1]))
+    _refuse_too_many(pattern, _split_known("", plain)[1])
     names = set(_walked(pattern, "", plain, exact=True))
     if not names:
         raise ValueError(
@@ -208,15 +208,34 @@ def expand_braces(pattern: str, text: str) -> list[str]:
     Raises:
         ValueError: naming `pattern`, for a range that does not rise or more than a million names.
     """
-    if text.count("{") > MAX_BRACES:
-        raise ValueError(f"shards={redact(pattern)!r}: has more than {MAX_BRACES} braces")
-    _refuse_too_many(pattern, _expanded(pattern, text))
+    _refuse_too_many(pattern, text)
     return list(_expanded(pattern, text))
 
 
-def _refuse_too_many(pattern: str, names: Iterator[str]) -> None:
-    if sum(1 for _ in islice(names, MAX_SHARDS + 1)) > MAX_SHARDS:
+def _refuse_too_many(pattern: str, text: str) -> None:
+    if text.count("{") > MAX_BRACES:
+        raise ValueError(f"shards={redact(pattern)!r}: has more than {MAX_BRACES} braces")
+    # Sixty lists would take minutes to count.
+    names = islice(_expanded(pattern, text), MAX_SHARDS + 1)
+    if _product(text) > MAX_SHARDS or sum(1 for _ in names) > MAX_SHARDS:
         raise ValueError(f"shards={redact(pattern)!r}: names more than {MAX_SHARDS} shards")
+
+
+def _product(text: str) -> int:
+    """The lengths of all lists and ranges, multiplied: how many names there are, unless braces
+    within others make up a further range."""
+    product = 1
+    found = _BRACES.search(text)
+    while found is not None:
+        inside = found[1]
+        low, _, high = inside.partition("..")
+        if _is_range(low, high):
+            product *= int(high) - int(low) + 1
+        else:
+            product *= inside.count(",") + 1
+        text = text[: found.start()] + text[found.end() :]  # its commas are not those around it
+        found = _BRACES.search(text)
+    return product
 
 
 def _expanded(pattern: str, text: str) -> Iterator[str]:
@@ -233,13 +252,7 @@ def _alternatives(pattern: str, text: str, match: re.Match[str]) -> Iterator[str
     """The text with each of the parts that one pair of braces stands for."""
     low, dots, high = match.group(1).partition("..")
     if dots:
-        if not (
-            low.isdecimal()
-            and high.isdecimal()
-            and len(low + high) < 40
-            and int(low) <= int(high)
-            and int(high) - int(low) < MAX_SHARDS
-        ):
+        if not _is_range(low, high):
             raise ValueError(
                 f"shards={redact(pattern)!r}: {match.group(0)} is not a rising range of numbers "
                 "like {000..127}"
@@ -249,6 +262,11 @@ def _alternatives(pattern: str, text: str, match: re.Match[str]) -> Iterator[str
     else:
         parts = match.group(1).split(",")
     return (text[: match.start()] + part + text[match.end() :] for part in parts)
+
+
+def _is_range(low: str, high: str) -> bool:
+    numbers = low.isdecimal() and high.isdecimal() and len(low + high) < 40
+    return numbers and 0 <= int(high) - int(low) < MAX_SHARDS
 
 
 def _lists(text: str) -> re.Match[str] | None:

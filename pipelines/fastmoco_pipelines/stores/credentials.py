@@ -182,6 +182,8 @@ def _netrc_login(host: str, variables: Mapping[str, str]) -> tuple[str, str, str
     """(user, password, file) of the entry of a host; an entry `default` is no entry of any host."""
     home = Path(variables.get("HOME") or Path.home())
     given = variables.get("NETRC")
+    if given == os.devnull:  # as one says that there is none
+        return None
     path = Path(given).expanduser() if given else home / ".netrc"
     try:
         state = path.stat()

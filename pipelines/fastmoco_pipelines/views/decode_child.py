@@ -103,8 +103,13 @@ def _examine(
     decoder: Decoder, said: int, path: str, offset: int, size: int, crc32: int | None
 ) -> dict[str, Any]:
     """`kind` is empty for a good image; `listed`: an index would list it."""
-    with open(path, "rb") as file:
-        data = os.pread(file.fileno(), min(size, MAX_BYTES + 1), offset)
+    try:
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), min(size, MAX_BYTES + 1), offset)
+    except OSError as error:  # no fault of the image, which must not be blamed for a crash
+        what = f"cannot be read ({error.strerror})"
+        known = {"crc32": crc32, "listed": True, "shape": None}
+        return known | {"kind": "unreadable", "reason": what}
     answer: dict[str, Any] = {
         "crc32": zlib.crc32(data),
         "listed": False,

@@ -23,9 +23,17 @@ from fastmoco.config import (
     OptimConfig,
     resolve,
 )
+from fastmoco.config.limits import require_limit
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.serial import differences, flatten, from_json, marked, may_change, to_json
-from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, near_recipes, with_image_size
+from fastmoco.recipes import (
+    EXPECTED,
+    RECIPES,
+    get_recipe,
+    near_recipes,
+    quickstart_digits,
+    with_image_size,
+)
 from fastmoco_pipelines.spec import FieldError, LoaderOptions, Resume, ViewSpec
 
 
@@ -376,3 +384,18 @@ def test_a_resnet_takes_images_and_small_views_of_any_size():
     Config(model=model, data=data)
     with pytest.raises(ValueError, match=r"more_views.0.size=101: must be at most"):
         Config(model=model, data=replace(data, more_views=(ViewSpec(size=101),)))
+
+
+def test_a_whole_number_beyond_all_floats_is_refused_by_its_limit():
+    with pytest.raises(FieldError, match=r"x=1000000000.*must be at most"):
+        require_limit("x", 10**400)
+
+
+@pytest.mark.parametrize("value", [5, ["a.tar"], {"a": 1}, None, True])
+@pytest.mark.parametrize("name", ["data.shards", "knn.test_shards", "recipe"])
+def test_a_text_of_a_stored_config_is_a_text(name, value):
+    stored = to_json(quickstart_digits())
+    group, _, field = name.rpartition(".")
+    (stored[group] if group else stored)[field] = value
+    with pytest.raises(ValueError, match=f"config.{name}=.*must be a text"):
+        from_json(stored)

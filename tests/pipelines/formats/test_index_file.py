@@ -385,3 +385,17 @@ def test_names_out_of_place_are_refused(index):
 def test_a_name_that_is_too_long_is_refused_when_it_is_written(index):
     with pytest.raises(ShardError, match="too long for an index"):
         to_bytes(replace(index, tar="x" * 5000))
+
+
+def test_a_table_of_paths_that_is_too_short_is_refused(index):
+    """The last section of the file, with a right hash."""
+    whole = to_bytes(replace(index, paths=[f"{i}.jpg" for i in range(len(index))]))
+    place = IndexFile("x", whole).header.sections["paths"]
+    short = whole[place.start : place.start + 8]
+
+    def edit(header):
+        header["sections"]["paths"][1:] = [len(short), hashlib.sha256(short).hexdigest()]
+
+    file = IndexFile("x.index", resealed(whole[: place.start + 8], edit))
+    with pytest.raises(ShardError, match="its names are broken"):
+        file.paths()

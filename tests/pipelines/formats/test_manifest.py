@@ -127,6 +127,22 @@ def test_counts_that_do_not_add_up_are_refused(changes):
         check_folders([folder(**changes)])
 
 
+@pytest.mark.parametrize("counts", [{}, {"samples": 3}])
+def test_shards_without_counts_are_not_added_up(counts):
+    """As other programs write them."""
+    shards = [{"name": "a-0.tar", **counts}, {"name": "a-1.tar"}]
+    sets = parse_sets("m", text_of({"a": entry(shards=shards)}))
+    samples = {"a-0.tar": 3, "a-1.tar": 3}
+    folder = FolderOfShards(where="f", sets=sets, samples=samples, present=lambda name: False)
+    assert check_folders([folder]) == ("cat", "dog")
+
+
+def test_a_backslash_is_a_character_of_a_name(tmp_path):
+    sets = {"a": entry(shards=[shard(0, name="a\\b.tar", samples=6)])}
+    write_sets(tmp_path, sets)
+    assert read_sets(tmp_path) == sets
+
+
 def test_more_skipped_files_than_a_manifest_holds_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "MAX_BYTES", 2000)
     monkeypatch.setattr(manifest, "_MANY_SKIPPED", 2)

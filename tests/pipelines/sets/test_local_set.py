@@ -21,10 +21,12 @@ from fastmoco_pipelines.formats.index import (
     index_path,
     json_path,
     read_index,
+    tar_hash,
     write_index,
     write_json_index,
 )
 from fastmoco_pipelines.formats.index_file import IndexFile
+from fastmoco_pipelines.formats.quarantine import CheckedTar, Quarantine, quarantine_path
 from fastmoco_pipelines.healing import healer
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.healing.culprit import Suspects
@@ -99,6 +101,36 @@ def test_a_stale_or_broken_json_form_is_refused(folder):
     with pytest.raises(ShardError, match=r"train-000000\.tar\.index\.json: is not an index"):
         ShardSet.open(str(folder))
     assert not index_path(first).exists()
+
+
+def test_the_list_of_checked_tars_is_read_once_for_all(folder, monkeypatch):
+    lists = []
+    read = local_set.read_list
+    monkeypatch.setattr(local_set, "read_list", lambda path: lists.append(path) or read(path))
+    tars = sorted(folder.glob("*.tar"))
+    for tar in tars:
+        with tar.open("ab") as file:
+            file.write(bytes(512))
+    quarantine_path(folder).write_text("{}\n")
+    with pytest.raises(ShardError, match="was made for another state"):
+        ShardSet.open(str(folder))
+    assert len(tars) > 1
+    assert len(lists) == 1
+    checked = []
+    for tar in tars:
+        header = IndexFile(tar.name, index_path(tar).read_bytes()).header
+        checked.append(
+            CheckedTar(
+                shard=tar.name,
+                tar_bytes=tar.stat().st_size,
+                tar_hash=tar_hash(tar),
+                records=header.records_hash,
+                when="",
+            )
+        )
+    Quarantine(checked=checked).write(quarantine_path(folder))
+    ShardSet.open(str(folder)).close()
+    assert len(lists) == 2
 
 
 def test_labels_that_are_written_while_the_json_form_is_read_stay(folder, monkeypatch):

@@ -155,11 +155,12 @@ def test_a_lock_that_is_no_file_is_named(folder, kind):
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "more.tar"])
-@pytest.mark.parametrize("kind", [*KINDS, "nowhere"])
+@pytest.mark.parametrize("kind", [*KINDS, "nowhere", "itself"])
 def test_a_shard_that_is_no_file(folder, kind, name):
     """Also one more than the manifest lists: left out unnoticed, its images would be missing."""
     nowhere = (lambda path: path.symlink_to("/nowhere.tar"), "is a link to nothing")
-    make, words = (KINDS | {"nowhere": nowhere})[kind]
+    itself = (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels")
+    make, words = (KINDS | {"nowhere": nowhere, "itself": itself})[kind]
     put(folder / name, make)
     for pattern in (str(folder), f"{folder}/*.tar", f"{folder}/{name}"):
         for use in (ShardSet.open, index_shards):

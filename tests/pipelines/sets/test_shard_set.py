@@ -90,6 +90,20 @@ def test_a_pattern_of_too_many_names_is_refused_before_they_are_all_made(monkeyp
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("many", ["{a,b}" * 60, "{a,b,{c," * 15 + "}}" * 15, "{0..9}{a,b}" * 20])
+def test_braces_are_counted_before_a_name_is_made(many, monkeypatch):
+    monkeypatch.setattr(patterns, "_alternatives", None)
+    with pytest.raises(ValueError, match="names more than 1000000 shards"):
+        expand_shards(f"/data/{many}.tar")
+    with pytest.raises(ValueError, match="names more than 1000000 shards"):
+        patterns.expand_braces(many, f"https://host/{many}.tar")
+
+
+def test_a_local_pattern_has_so_many_braces_too():
+    with pytest.raises(ValueError, match="more than 64 braces"):
+        expand_shards("/data/" + "{1..1}" * 1500)
+
+
 @pytest.mark.parametrize("scheme", ["http", "https", "s3", "gs", "ftp", "HTTP", "unknown+x"])
 def test_other_schemes_are_refused_without_printing_secrets(scheme):
     words = "not supported yet" if scheme in ("ftp", "unknown+x") else "this needs local files"

@@ -346,6 +346,13 @@ def test_credentials_that_are_no_file_are_said_and_not_waited_for(
     assert words in caplog.text
 
 
+def test_no_netrc_file_is_said_by_the_null_device(tmp_path, caplog):
+    url = "https://host/x.tar"
+    environment = {"NETRC": os.devnull, "HOME": str(tmp_path)}
+    assert credentials_for(url, url, environment).headers == {}
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "FASTMOCO_CLIENT_CERT"])
 def test_certificates_that_are_no_file_are_not_waited_for(tmp_path, variable):
     os.mkfifo(tmp_path / "pipe")

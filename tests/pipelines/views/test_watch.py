@@ -19,6 +19,7 @@ from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import EvalSpec, LoaderSpec, moco_v3_views
 from fastmoco_pipelines.views import watch
 from fastmoco_pipelines.views.dali import EvalPipeline
+from fastmoco_pipelines.views.decode_child import Decoder, _examine
 from fastmoco_pipelines.views.decode_pool import ChildLimits, DecodePool
 from fastmoco_pipelines.views.engine import Engine
 from fastmoco_pipelines.views.watch import StuckError, endless_images, watched
@@ -137,6 +138,13 @@ def test_those_that_do_not_end_in_a_process_of_their_own_are_found(tmp_path, mon
         1: "the decoder's process ended (SIGABRT)",
         3: "the decoder did not finish within 3 s",
     }
+
+
+def test_a_file_that_cannot_be_read_is_no_crash_of_its_decoder(tmp_path) -> None:
+    answer = _examine(Decoder(), -1, str(tmp_path / "gone"), 0, 9, 7)
+    assert answer["kind"] == "unreadable"
+    assert answer["crc32"] == 7
+    assert "No such file" in answer["reason"]
 
 
 def test_where_no_process_starts_the_decoder_is_waited_for(monkeypatch) -> None:
