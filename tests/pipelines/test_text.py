@@ -157,3 +157,10 @@ def test_nothing_in_a_text_steers_a_terminal():
     assert shown_lines("a\nfastmoco: forged\n  b https://u:SECRET@h") == (
         "a\\nfastmoco: forged\n  b https://h"
     )
+
+
+@pytest.mark.parametrize("end", ["=", "@ ", "/x@y"])
+def test_a_long_text_takes_no_longer_than_its_length(end: str) -> None:
+    """A user might begin behind each comma: 200 kB took two minutes."""
+    text = "a:b," * 50_000 + end
+    assert shown(text) == text
