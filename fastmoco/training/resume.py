@@ -217,7 +217,7 @@ def require_same_config(
             if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)
         ]
         hint = (
-            f", give --allow {' '.join(could)} if you mean it"
+            f", give --allow {' '.join([*named, *could])} if you mean it"
             if len(could) == len(changed) and config.recipe not in WITHOUT_ALLOW
             else ""
         )
