@@ -127,7 +127,7 @@ def describe_launcher(environment: Mapping[str, str]) -> str:
     if "TORCHELASTIC_RUN_ID" in given:
         return "torchrun has started this process (TORCHELASTIC_RUN_ID is set)"
     if _is_srun_task(given):
-        return f"srun has started {_srun_tasks(given)} tasks (SLURM_STEP_NUM_TASKS)"
+        return f"srun has started {_srun_tasks(given)} tasks ({_tasks_variable(given)})"
     for size, rank in _MPI:
         if (_whole(given, size) or 1) > 1 and rank in given:
             return f"mpirun has started {given[size]} processes ({size})"
@@ -216,7 +216,13 @@ def _refuse_mpi(given: Mapping[str, str]) -> None:
 
 
 def _srun_tasks(given: Mapping[str, str]) -> int:
-    return _whole(given, "SLURM_STEP_NUM_TASKS") or _whole(given, "SLURM_NTASKS") or 1
+    return _whole(given, _tasks_variable(given)) or 1
+
+
+def _tasks_variable(given: Mapping[str, str]) -> str:
+    """The variable that counts the tasks of srun: of the step, else of the job."""
+    of_step = "SLURM_STEP_NUM_TASKS"
+    return of_step if _whole(given, of_step) else "SLURM_NTASKS"
 
 
 def _is_srun_task(given: Mapping[str, str]) -> bool:
@@ -247,7 +253,7 @@ def _by_srun(given: Mapping[str, str]) -> Launched:
     """
     rank = _whole(given, "SLURM_PROCID") or 0
     tasks = _srun_tasks(given)
-    _require_processes("SLURM_STEP_NUM_TASKS", tasks)
+    _require_processes(_tasks_variable(given), tasks)
     world_size = _whole(given, "WORLD_SIZE") or tasks
     if world_size != tasks:
         raise ValueError(

@@ -85,8 +85,10 @@ def require_writable(root: Path, rank: int) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_text(probe, "can this run save?")
     except OSError as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        cure = "move it away" if in_the_way else "free space"
         raise CheckpointError(
-            f"cannot write checkpoints to {root}: {error}; free space or choose another --out"
+            f"cannot write checkpoints to {root}: {error}; {cure} or choose another --out"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -53,6 +53,14 @@ class Checkpoint:
     skipped: tuple[tuple[Path, str], ...] = ()
     metadata: Metadata | None = None
 
+    @property
+    def cure(self) -> str:
+        """What to do where its tensors do not fit the model, in sentences."""
+        return (
+            f"Was the model changed since the save? If not, restore {self.path.name} from a copy, or "
+            "remove it to continue from an earlier checkpoint."
+        )
+
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, unsharded, on the CPU, contiguous, in the dtype in which
@@ -81,17 +89,13 @@ class Checkpoint:
         """
         missing = [name for name in targets if name not in self.entries]
         if missing:
-            raise CheckpointError(
-                f"{self.path} has no {missing[:5]}; was the model changed since the save?"
-            )
+            raise CheckpointError(f"{self.path} has no {missing[:5]}. {self.cure}")
         for name, target in targets.items():
             entry = self.entries[name]
             if (entry.shape, entry.dtype) != (target.shape, target.dtype):
                 raise CheckpointError(
                     f"{self.path}: {name} is {entry.dtype} of shape {tuple(entry.shape)}, the model "
-                    f"has {target.dtype} of shape {tuple(target.shape)}; was the model changed "
-                    f"since the save? If not, restore {self.path.name} from a copy, or remove it to "
-                    "continue from an earlier checkpoint"
+                    f"has {target.dtype} of shape {tuple(target.shape)}. {self.cure}"
                 )
         plain = {name: target.detach() for name, target in targets.items()}
         try:

@@ -77,8 +77,7 @@ def restore_optimizer(
     named = {name: p for name, p in named_parameters if id(p) in held}
     if unknown := saved.keys() - named.keys():
         raise CheckpointError(
-            f"the optimizer state does not fit the model: without parameter {sorted(unknown)[:5]}; "
-            "was the model changed since the save?"
+            f"the optimizer state does not fit the model: without parameter {sorted(unknown)[:5]}"
         )
 
     kinds = {frozenset(entries) for entries in saved.values()}
@@ -87,7 +86,7 @@ def restore_optimizer(
         most = max(saved.values(), key=len)
         raise CheckpointError(
             f"the optimizer state of {least} lacks {sorted(most.keys() - saved[least].keys())}, which "
-            "others have; take an earlier checkpoint"
+            "others have"
         )
 
     # Copy to the devices on which the optimizer expects its state.
@@ -99,15 +98,13 @@ def restore_optimizer(
             if key != "step" and tensor.shape != parameter.shape:
                 raise CheckpointError(
                     f"optimizer.{name}.{key} has shape {tuple(tensor.shape)}, the parameter has "
-                    f"{tuple(parameter.shape)}; "
-                    "was the model changed since the save?"
+                    f"{tuple(parameter.shape)}"
                 )
             if key == "step":
                 _require_count(f"optimizer.{name}.{key}", tensor)
             elif not tensor.is_floating_point():
                 raise CheckpointError(
-                    f"optimizer.{name}.{key} is {tensor.dtype}, which no state of an optimizer is; "
-                    "take an earlier checkpoint"
+                    f"optimizer.{name}.{key} is {tensor.dtype}, which no state of an optimizer is"
                 )
             group = held[id(parameter)]
             if key == "step" and "step" in group:
@@ -125,9 +122,7 @@ def _require_count(name: str, tensor: Tensor) -> None:
     """Refuse a number of steps that no run has done."""
     value = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else -1.0
     if not (0 <= value < 2**53 and value == int(value)):
-        raise CheckpointError(
-            f"{name} of shape {tuple(tensor.shape)} is no number of steps; take an earlier checkpoint"
-        )
+        raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is no number of steps")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Tensor]]:

@@ -99,7 +99,7 @@ def describe_start(processes: int, device: str, gpus: int) -> str:
                 f"--gpus {processes}: this machine shows no GPU{limit}; "
                 f"{processes} {plural} on the CPU with gloo"
             )
-        raise RunError(f"--gpus {processes}: this machine shows no GPU{limit}")
+        raise RunError(f"--gpus {processes}: this machine shows no GPU{limit}; use --device cpu")
     if processes > gpus:
         count = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
         raise RunError(

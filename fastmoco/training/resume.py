@@ -200,8 +200,12 @@ def require_same_config(
             f"--allow {' '.join(fixed)}: cannot change within a run; fields that can: {those}"
         )
     saved = from_json(checkpoint.state["config"], file=checkpoint.path / STATE)
-    every = differences(saved, config)
-    changed = [line for line in every if line.partition(":")[0] not in named]
+    # `precision` is compared as it was resolved: the cure is to name it where it was `auto`.
+    changed = [
+        line
+        for line in differences(saved, config)
+        if not _is_among(line.partition(":")[0], ("precision", *named))
+    ]
     before = checkpoint.state["resolved"]["precision"]
     if before != precision:
         cure = f" (give --precision {before})" if config.recipe not in WITHOUT_ALLOW else ""
@@ -213,7 +217,7 @@ def require_same_config(
             if may_change(config, name := line.partition(":")[0], Resume.WITH_ALLOW)
         ]
         hint = (
-            f", give --allow {' '.join(could)} if you mean it"
+            f", give --allow {' '.join([*named, *could])} if you mean it"
             if len(could) == len(changed) and config.recipe not in WITHOUT_ALLOW
             else ""
         )
@@ -222,6 +226,11 @@ def require_same_config(
             f"Repeat the original command to continue it{hint}, "
             "or choose another --out for a new run"
         )
+
+
+def _is_among(name: str, fields: Sequence[str]) -> bool:
+    """Whether a field of a config is one of these, or in one of these groups."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def shuffle_window(checkpoint: Checkpoint | None) -> int | None:

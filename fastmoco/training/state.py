@@ -77,7 +77,10 @@ def restore(
     checkpoint.read_into(moments | rng)
 
     # Put them in place.
-    restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
+    try:
+        restore_optimizer(optimizer.inner, objective.named_parameters(), moments)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}. {checkpoint.cure}") from error
     for name, state in rng.items():
         try:
             if name.startswith("rng.cpu"):
@@ -86,8 +89,8 @@ def restore(
                 torch.cuda.set_rng_state(state)
         except (RuntimeError, TypeError) as error:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is no state of random numbers: {error}. Restore "
-                "the folder from a copy, or remove it to continue from an earlier checkpoint."
+                f"{checkpoint.path}: {name} is no state of random numbers: {error}. "
+                f"{checkpoint.cure}"
             ) from error
 
     if next_ema_momentum is not None and not checkpoint.state.get("twin_advanced", False):
@@ -121,8 +124,7 @@ def restore_model(objective: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     if beyond:
         raise CheckpointError(
-            f"{checkpoint.path} contains {beyond[:5]}, which the model lacks; "
-            "was the model changed since the save?"
+            f"{checkpoint.path} contains {beyond[:5]}, which the model lacks. {checkpoint.cure}"
         )
     checkpoint.read_into(targets)
 
@@ -133,8 +135,7 @@ def _require_bytes(checkpoint: Checkpoint, name: str) -> None:
     if entry.dtype != torch.uint8 or entry.dim() != 1 or entry.numel() > MOST_RNG_BYTES:
         raise CheckpointError(
             f"{checkpoint.path}: {name} is {entry.dtype} of shape {tuple(entry.shape)}, which is no "
-            "state of random numbers. Restore the folder from a copy, or remove it to continue from "
-            "an earlier checkpoint."
+            f"state of random numbers. {checkpoint.cure}"
         )
 
 
@@ -178,6 +179,6 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         if own.is_floating_point() and not bool(torch.isfinite(own).all()):
             raise RunError(
                 f"{name} is not finite: this state is not saved, and earlier checkpoints are kept. "
-                "Continue from them in a new --out, with a lower --optim.lr or a longer "
-                "--optim.warmup-epochs"
+                "Continue from them with a lower --optim.lr (and --allow optim.lr) or a longer "
+                "--optim.warmup-epochs (and --allow optim.warmup_epochs)"
             )

@@ -264,9 +264,13 @@ def _cure(trunk: Mapping[str, Tensor], weights: EncoderWeights) -> str:
             f"give --model.patch-size {theirs.patch_size}"
         )
     if ("cls_token" in trunk) and "cls_token" not in weights.trunk:
-        return "The file has no class token: give --model.pooling mean or norm_mean"
+        pooling = "norm_mean" if "norm.weight" in weights.trunk else "mean"
+        return f"The file has no class token: give --model.pooling {pooling}"
     if "norm.weight" in weights.trunk and "norm.weight" not in trunk:
-        return "model.pooling=mean has no final norm, which the file has: give norm_mean"
+        return (
+            "model.pooling=mean has no final norm, which the file has: "
+            "give --model.pooling norm_mean"
+        )
     return "Give a file of this architecture, or the options that the file was trained with"
 
 
