@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -70,6 +71,8 @@ class StartUp:
         for number in to_handle():
             self._previous[number] = signal.signal(number, self._on_signal)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         self._thread = threading.Thread(target=self._listen, name="fastmoco-start", daemon=True)
         self._thread.start()
         return self
@@ -86,6 +89,7 @@ class StartUp:
         # First the handlers: a signal that arrives meanwhile still ends the start.
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
         self._over.set()
         signal.set_wakeup_fd(self._wakeup_before)
         self._sender.close()
@@ -111,6 +115,12 @@ class StartUp:
         if self._asked is None and not self._leaving:
             self._asked = signal.Signals(number)
             raise Asked
+
+    def _on_unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        """A signal that arrives in a destructor is lost there, without a traceback: the thread that
+        reads the signals ends the process."""
+        if not isinstance(lost.exc_value, Asked):
+            self._unraisable(lost)
 
     def _listen(self) -> None:
         """End the process if the main thread has not done so some time after a signal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -104,3 +105,29 @@ def test_a_restart_of_workers_has_not_begun(
     with StartUp() as start:
         start.end()
     assert not (tmp_path / BEGUN).exists()
+
+
+def test_a_signal_in_a_destructor_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+
+    class Closes:
+        def __init__(self, error: bool) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            if self.error:
+                raise ValueError
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    with StartUp() as start:
+        Closes(error=True)
+        assert [type(one.exc_value) for one in lost] == [ValueError]
+        Closes(error=False)
+        assert start._asked is signal.SIGUSR2
+        start.end()
+    assert len(lost) == 1
+    assert sys.unraisablehook == lost.append
+    assert "Traceback" not in capfd.readouterr().err
