@@ -12,12 +12,13 @@ READY := $(VENV)/.ready-$(DALI)
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
 
-# One thread a worker: threads that wait for each other by spinning are slow beside any other job.
+# One thread a worker: threads that wait for each other by spinning are slow beside any other job. One worker more than
+# two cores: many tests wait for processes.
 test: $(READY)  ## every test that this machine can run, but for the long ones
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 --dist loadfile -m "not long"
 
 long: $(READY)  ## the tests that make test leaves out
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m long
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 --dist loadfile -m long
 
 faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults
