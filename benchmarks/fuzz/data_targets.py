@@ -411,8 +411,10 @@ def _read_pattern(folder: Path, data: bytes, _: bytes) -> str:
             spells_out(inside), sets_of(inside)
             local_names(inside)
     except ValueError as error:
+        # The password where a password is due; a copy of it in a path is a name like others.
         whole = re.match(r"https?://[\w.~-]*:" + _SECRET + r"@[\w.]+[:/]", pattern)
-        if whole and f":{_SECRET}@" in str(error):
+        once = pattern.partition("?")[0].count(_SECRET) == 1
+        if whole and once and f":{_SECRET}@" in str(error):
             return f"VIOLATION: a secret is shown: {error!a}"
         raise
     return "accepted"
