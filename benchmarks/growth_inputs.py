@@ -100,7 +100,8 @@ def make_set(folder: Path, samples: int, *, per_shard: int = 2500, form: str = "
     for number, first in enumerate(range(0, samples, per_shard)):
         count = min(per_shard, samples - first)
         size = rng.integers(60_000, 160_000, count)
-        offset = np.cumsum([512, *(size[:-1] + 2048)])
+        # Whole blocks, and those of a label and two headers, to the next image.
+        offset = np.cumsum([512, *(-(-size[:-1] // 512) * 512 + 1536)])
         tar = folder / f"train-{number:06d}.tar"
         tar_bytes = int(offset[-1] + size[-1]) + 8192
         columns = {

@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import re
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +84,7 @@ class RunFolder:
         self._config = path / "config.json"
         self.notes: list[str] = []
         self._lock: int | None = None
+        self._give_back: Callable[[], object] = lambda: None
         self._made: list[Path] = []
         self._made_lock = False
         self._before: dict[Path, _File] = {}
@@ -179,6 +182,7 @@ class RunFolder:
                 mine = try_lock(descriptor, fcntl.LOCK_EX)
                 if mine and is_named(descriptor, str(lock)):
                     self._lock, descriptor = descriptor, -1  # held open until the run ends
+                    self._give_back = weakref.finalize(self, os.close, self._lock)
                     return
                 owner = os.pread(descriptor, 20, 0).strip()
             finally:
@@ -227,11 +231,9 @@ class RunFolder:
     def release(self) -> None:
         """Unlock the folder."""
         self._before = {}
-        lock = self._lock
         self._lock = None
-        if lock is not None:
-            with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
-                os.close(lock)
+        with contextlib.suppress(OSError):  # on a full disk; it is closed all the same
+            self._give_back()
 
     def withdraw(self) -> None:
         """Unlock the folder after a refused start, and leave it as it was before `acquire`.

@@ -140,7 +140,7 @@ class _SeenError(Exception):
 def test_every_child_is_started_so(
     who: str, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f":{os.environ.get('PYTHONPATH', '')}:.")
+    monkeypatch.setenv("PYTHONPATH", f":{os.environ.get('PYTHONPATH', '')}:{ROOT}:.")
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     seen: dict[str, object] = {}
 
