@@ -37,8 +37,8 @@ from fastmoco.models.vit import ARCHITECTURES, ViTArchitecture
 from fastmoco.objectives.build import build_objective
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch, build_loader
+from fastmoco_pipelines.loading.step_parts import AUGMENT, DECODE, READ, PartFigures, collecting
 from fastmoco_pipelines.spec import moco_v3_views
-from fastmoco_pipelines.step_parts import AUGMENT, DECODE, READ, PartFigures, collecting
 
 FASTMOCO = ("fastmoco", "fastmoco compiled")
 BASELINE = ("baseline eager", "baseline sdpa", "baseline compiled")

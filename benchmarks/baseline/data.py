@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from benchmarks.baseline.views import Parameters, make_view, parameters
 from fastmoco.config import Config
+from fastmoco_pipelines.loading.step_parts import AUGMENT, DECODE, READ, part
 from fastmoco_pipelines.sampling.stand_ins import Plan
 from fastmoco_pipelines.sets.patterns import expand_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import ViewSpec
-from fastmoco_pipelines.step_parts import AUGMENT, DECODE, READ, part
 from fastmoco_pipelines.views.draws import draw_batch
 
 Item = tuple[int, Parameters, Parameters]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from fastmoco_pipelines.step_parts import EMA, KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import EMA, KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 AttentionForm = Literal["sdpa", "explicit"]
 

@@ -23,7 +23,7 @@ from benchmarks.baseline.optim import LARS, ema_momentum, learning_rate
 from fastmoco.config import Config, MoCoV3Config
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.vit import ARCHITECTURES
-from fastmoco_pipelines.step_parts import BACKWARD, LOG, OPTIMIZER, TRANSFER, part
+from fastmoco_pipelines.loading.step_parts import BACKWARD, LOG, OPTIMIZER, TRANSFER, part
 
 LOGGER = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "fp64", "bf16", "fp16"]

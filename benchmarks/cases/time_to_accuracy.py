@@ -26,7 +26,7 @@ from benchmarks.shown import Chart, Lines, markdown
 from fastmoco.config import Config
 from fastmoco.planning.costs import part_flops
 from fastmoco.recipes import with_image_size
-from fastmoco_pipelines.step_parts import LOSS
+from fastmoco_pipelines.loading.step_parts import LOSS
 
 __all__ = ["DEFAULTS", "NAME", "QUICK", "charts", "run", "table"]
 

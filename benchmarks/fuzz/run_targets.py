@@ -45,6 +45,7 @@ from fastmoco.checkpoint.loading import load_checkpoint
 from fastmoco.checkpoint.shards import write_shards
 from fastmoco.checkpoint.whole_file import write_whole
 from fastmoco.cli.recipe_commands import TrainArguments, parse_config
+from fastmoco.config.launched import describe_launcher, first_host, read_launcher, tasks_per_node
 from fastmoco.config.resolve import resolve
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed.mesh import World
@@ -52,7 +53,6 @@ from fastmoco.errors import EXIT_REFUSED, RunError
 from fastmoco.evaluation.feature_cache import FeatureCache, FeaturePart
 from fastmoco.evaluation.interface import saved_states
 from fastmoco.faults.restarts import require_progress
-from fastmoco.launched import describe_launcher, first_host, read_launcher, tasks_per_node
 from fastmoco.models.encoder_file import EncoderDescription, encoder_header, load_encoder
 from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.names import HF_VIT

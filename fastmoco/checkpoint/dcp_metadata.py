@@ -33,7 +33,7 @@ from fastmoco.checkpoint.pickle_machine import (
     read_pickle,
 )
 from fastmoco.checkpoint.torch_file import DTYPES, MOST_DIMENSIONS
-from fastmoco_pipelines.small_files import UnfitFileError, read_small
+from fastmoco_pipelines.files.small import UnfitFileError, read_small
 
 LARGEST = 512 << 20
 """Bytes of the largest table that is read: of a large model on some thousand ranks."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastmoco.checkpoint.torch_file import MOST_DIMENSIONS
 from fastmoco_pipelines.files import read_at, utf8_name
-from fastmoco_pipelines.small_files import json_of, open_regular
+from fastmoco_pipelines.files.small import json_of, open_regular
 from fastmoco_pipelines.text import escaped
 
 MOST_HEADER_BYTES = 32 << 20

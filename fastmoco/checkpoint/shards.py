@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from fastmoco.checkpoint.torch_file import torch_content
 from fastmoco_pipelines.files import read_at
-from fastmoco_pipelines.small_files import open_regular
+from fastmoco_pipelines.files.small import open_regular
 
 
 class _Writer(FileSystemWriter):

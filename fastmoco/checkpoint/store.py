@@ -33,7 +33,7 @@ from fastmoco.checkpoint.folder import (
 from fastmoco.checkpoint.ranks import on_every_rank, on_first_rank, rank_in, size_of
 from fastmoco.checkpoint.whole_file import write_whole
 from fastmoco_kernels.tensors import is_dtensor
-from fastmoco_pipelines.small_files import SMALL_BYTES
+from fastmoco_pipelines.files.small import SMALL_BYTES
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 

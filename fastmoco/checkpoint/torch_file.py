@@ -28,7 +28,7 @@ from fastmoco.checkpoint.pickle_machine import (
     Record,
     read_pickle,
 )
-from fastmoco_pipelines.small_files import open_regular
+from fastmoco_pipelines.files.small import open_regular
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """As a pickle, at the beginning of the older form."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, EXIT_STOPPED, RunError, say
-from fastmoco.streams import as_shown
+from fastmoco.errors.streams import as_shown
 from fastmoco_pipelines.processes import (
     PARENT,
     POLL_SECONDS,

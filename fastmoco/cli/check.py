@@ -192,7 +192,7 @@ def _print_report(report: CheckReport, shown: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fastmoco.telemetry.terminal import Terminal
+    from fastmoco.errors.terminal import Terminal
 
     console = Terminal(soft_wrap=True, highlight=False)
     if report.faults:
@@ -291,7 +291,7 @@ def _nothing_found(report: CheckReport) -> str:
 def _print_stats(stats: ShardStats) -> None:
     from rich.table import Table
 
-    from fastmoco.telemetry.terminal import Terminal
+    from fastmoco.errors.terminal import Terminal
 
     console = Terminal(highlight=False)
     skipped = f", {counted(stats.skipped, 'member')} skipped" if stats.skipped else ""

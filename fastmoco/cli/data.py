@@ -327,7 +327,7 @@ def progress_bar(
         TransferSpeedColumn,
     )
 
-    from fastmoco.telemetry.terminal import Terminal
+    from fastmoco.errors.terminal import Terminal
 
     console = Terminal(sys.stderr)
     if not console.is_terminal:

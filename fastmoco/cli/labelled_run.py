@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import knn_sets
 from fastmoco.cli.output import training_beside_result
+from fastmoco.config.launched import read_launcher
 from fastmoco.errors import EXIT_FINISHED, say
-from fastmoco.launched import read_launcher
 
 if TYPE_CHECKING:
     from fastmoco.config import Config

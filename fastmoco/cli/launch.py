@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from fastmoco.cli.agent import LOG, death
+from fastmoco.config.launched import describe_launcher
 from fastmoco.errors import (
     ASKED_TO_END,
     BEGUN,
@@ -40,7 +41,6 @@ from fastmoco.errors import (
 from fastmoco.faults.parent import adopt_orphans
 from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS, to_handle
 from fastmoco.faults.start_up import ended_early
-from fastmoco.launched import describe_launcher
 from fastmoco.run.folder import MARKS, RunFolder
 from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.processes import child_environment, children, python_command

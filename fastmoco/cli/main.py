@@ -23,8 +23,8 @@ from fastmoco.errors import (
     reader_is_gone,
     say,
 )
+from fastmoco.errors.streams import shown_streams
 from fastmoco.faults.parent import follow_launcher
-from fastmoco.streams import shown_streams
 from fastmoco_pipelines.processes import is_orphan
 
 

@@ -62,9 +62,9 @@ def _is_folder_of_images(source: str) -> bool:
 def _for_folder(folder: str) -> str:
     """The command for a folder of images, by their number and the sizes of some of them."""
     from fastmoco.cli.data import suggested
+    from fastmoco_pipelines.files.small import read_small
     from fastmoco_pipelines.formats.images import read_header
     from fastmoco_pipelines.making.sources import find_sources
-    from fastmoco_pipelines.small_files import read_small
 
     found = find_sources(Path(folder), follow_links=False)
     sources, classes = found.images, found.classes

@@ -15,7 +15,7 @@ from dataclasses import replace
 from fastmoco.cli.commands import GROUPS, Command, group_of
 from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices, docstring
 from fastmoco.cli.output import until_closed
-from fastmoco.streams import raw
+from fastmoco.errors.streams import raw
 from fastmoco_pipelines.text import first_sentence, without_secrets
 
 HELP = ("-h", "--help", "--help-all")

@@ -18,9 +18,9 @@ from fastmoco.config.phases import Phase, Phases
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 
 if TYPE_CHECKING:
+    from fastmoco.errors.terminal import Terminal
     from fastmoco.planning.costs import StepCosts
     from fastmoco.planning.plan import StateBytes, StepPlan
-    from fastmoco.telemetry.terminal import Terminal
     from fastmoco_pipelines.loading.memory import LoaderBytes
 
 PLANNED_THREADS = 14
@@ -526,7 +526,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from fastmoco.telemetry.terminal import Terminal
+    from fastmoco.errors.terminal import Terminal
 
     # Wide enough for the largest batches: rich shortens numbers that do not fit.
     console = Terminal(highlight=False, width=max(100, Terminal().width))

@@ -236,7 +236,7 @@ def print_step(step: dict[str, Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from fastmoco.telemetry.terminal import Terminal
+    from fastmoco.errors.terminal import Terminal
 
     console = Terminal(highlight=False)
     print(

@@ -209,7 +209,7 @@ class _Shown:
             return
         from rich.live import Live
 
-        from fastmoco.telemetry.terminal import Terminal
+        from fastmoco.errors.terminal import Terminal
 
         console = Terminal(self._stream, highlight=False)
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:

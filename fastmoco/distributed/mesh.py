@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from fastmoco.config.launched import Launched, read_launcher
 from fastmoco.errors import RunError, say
-from fastmoco.launched import Launched, read_launcher
 
 WAIT_SECONDS = 20.0
 """Time after which a process reports that it waits for the others at the start."""

@@ -32,8 +32,8 @@ from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
 from fastmoco_pipelines.files import lock_path, remove, write_file, write_json
+from fastmoco_pipelines.files.small import linked_to, open_regular, read_small
 from fastmoco_pipelines.loading.batch import EvalBatch
-from fastmoco_pipelines.small_files import linked_to, open_regular, read_small
 
 BATCH = EVAL_BATCH
 """Images of a batch; a part has whole batches, but for the last one of a set."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastmoco.config.launched import count_in
 from fastmoco.errors import ASKED_TO_END, EXIT_REFUSED, LAUNCHER, RunError, say
 from fastmoco.faults.first_cause import PeerError
-from fastmoco.launched import count_in
 from fastmoco.run.folder import RunFolder, read_object
 
 MOST_STARTS = 3

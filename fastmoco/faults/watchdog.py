@@ -24,7 +24,7 @@ from fastmoco.distributed.store import StoreTimeoutError, connect
 from fastmoco.errors import EXIT_FAILED, say
 from fastmoco.faults.first_cause import report
 from fastmoco.faults.pulse import Pulse
-from fastmoco_pipelines.small_files import UnfitFileError, json_of
+from fastmoco_pipelines.files.small import UnfitFileError, json_of
 
 
 class Watchdog:

@@ -28,7 +28,7 @@ from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files import hash_file
-from fastmoco_pipelines.small_files import json_of
+from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
 CHANNELS = 3

@@ -16,7 +16,7 @@ from fastmoco.objectives.interface import Features, Inputs, Objective, Output, P
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.recipes.byol import BYOLConfig
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 FLOOR = 1e-12
 """Least square of a length that a row is divided by."""

@@ -46,7 +46,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.objectives.prepare import PrepareViews, as_they_are
-from fastmoco_pipelines.step_parts import BACKWARD, QUERY_FORWARD, TRANSFER, part
+from fastmoco_pipelines.loading.step_parts import BACKWARD, QUERY_FORWARD, TRANSFER, part
 
 RandomState = tuple[Tensor, Tensor | None]
 

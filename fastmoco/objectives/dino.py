@@ -29,7 +29,7 @@ from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_size, by_view
 from fastmoco.recipes.dino import DINOConfig, InitialWeights
 from fastmoco_kernels import soft_cross_entropy_of_rows
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 LARGE = 2
 """The first views of an image, those of full size: the momentum encoder sees them alone."""

@@ -33,7 +33,7 @@ from fastmoco.models.encoder import Coupling, Encoder, Parts
 from fastmoco.models.token_drop import TokenDraws, shrunk
 from fastmoco.optim.groups import WHOLE, ParameterGroup
 from fastmoco_kernels import ema_update_
-from fastmoco_pipelines.step_parts import EMA, part
+from fastmoco_pipelines.loading.step_parts import EMA, part
 
 __all__ = [
     "START",

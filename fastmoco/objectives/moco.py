@@ -26,7 +26,7 @@ from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import plain_projection, two_views
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco_kernels import queued_info_nce_loss
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 HEADS = {"linear": FORMS["moco_v1"], "mlp": FORMS["moco_v2"]}
 

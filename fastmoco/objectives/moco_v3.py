@@ -18,7 +18,7 @@ from fastmoco.objectives.interface import Features, Inputs, Objective, Output, P
 from fastmoco.objectives.key_comparison import info_nce_reference, start_comparing
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
 class MoCoV3(Objective):

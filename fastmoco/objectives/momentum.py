@@ -16,7 +16,7 @@ from fastmoco.models.encoder import Coupling, Encoder, TokenEncoder, with_heads
 from fastmoco.objectives.interface import Features, Inputs, Progress
 from fastmoco.objectives.view_pairs import two_views
 from fastmoco.optim.schedule import ema_momentum
-from fastmoco_pipelines.step_parts import KEY_FORWARD, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, QUERY_FORWARD, part
 
 
 class Average:

@@ -21,7 +21,7 @@ from fastmoco.objectives.key_comparison import info_nce_reference, start_compari
 from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import by_view, encoded_views, two_views
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
 class ProjectorMomentum(Objective):

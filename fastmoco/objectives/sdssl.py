@@ -45,7 +45,7 @@ from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.objectives.watched import feature_deviation
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
-from fastmoco_pipelines.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 UNDECAYED = ParameterGroup(weight_decay_scale=0.0)
 

@@ -21,7 +21,7 @@ from fastmoco.models.heads import FORMS, HeadForm, build_head
 from fastmoco.objectives.interface import Features, Inputs, Objective, Output, Progress
 from fastmoco.objectives.view_pairs import by_view, encoded_views
 from fastmoco.recipes.simclr import SimCLRConfig
-from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
 FLOOR = 1e-12
 """Least length that a row is divided by."""

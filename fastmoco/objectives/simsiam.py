@@ -25,7 +25,7 @@ from fastmoco.objectives.view_pairs import by_view, encoded_views, plain_project
 from fastmoco.objectives.watched import feature_deviation
 from fastmoco.optim.groups import WHOLE
 from fastmoco.recipes.simsiam import SimSiamConfig
-from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
 FLOOR = 1e-8
 """Least length that a row is divided by."""

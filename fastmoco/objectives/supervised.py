@@ -34,7 +34,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.recipes.supervised import SupervisedConfig
-from fastmoco_pipelines.step_parts import AUGMENT, LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import AUGMENT, LOSS, QUERY_FORWARD, part
 
 MIX_TAG = 0x6D6978
 """"mix": second word of the Philox key, so that no other use of the seed shares a stream with

@@ -30,7 +30,7 @@ from fastmoco.objectives.view_pairs import by_size
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels import soft_cross_entropy
 from fastmoco_kernels.tensors import local
-from fastmoco_pipelines.step_parts import LOSS, QUERY_FORWARD, part
+from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
 ASSIGNED = 2
 """The first views of an image, those of full size, get codes; all views predict them."""

@@ -13,7 +13,7 @@ from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels import LARS, AdamWEMA, ema_update_
 from fastmoco_kernels.tensors import local
-from fastmoco_pipelines.step_parts import EMA, part
+from fastmoco_pipelines.loading.step_parts import EMA, part
 
 Pair = tuple[Tensor, Tensor]
 """An average and its weight."""

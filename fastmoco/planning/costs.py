@@ -29,8 +29,14 @@ from fastmoco.objectives.interface import Coupling, Features, Inputs, Objective,
 from fastmoco.objectives.prepare import PrepareViews, view_preparation
 from fastmoco.planning.live_bytes import LiveBytes
 from fastmoco_kernels.info_nce import cost as loss_cost
+from fastmoco_pipelines.loading.step_parts import (
+    BACKWARD,
+    QUERY_FORWARD,
+    Collector,
+    collecting,
+    part,
+)
 from fastmoco_pipelines.spec import each_view
-from fastmoco_pipelines.step_parts import BACKWARD, QUERY_FORWARD, Collector, collecting, part
 
 SIZES = (4096, 8192)
 """Batch sizes that are measured, large enough that activations, not weights, determine the peak."""
@@ -279,7 +285,7 @@ def part_flops(
     phase: Phase | None = None,
 ) -> dict[str, float]:
     """FLOPs of the matrix products, convolutions and attention of a step, by part
-    (`fastmoco_pipelines.step_parts`).
+    (`fastmoco_pipelines.loading.step_parts`).
 
     Args:
         config: its model, heads and views are used.

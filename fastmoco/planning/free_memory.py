@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.launched import local_processes
+from fastmoco.config.launched import local_processes
 
 
 def free_bytes(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fastmoco.errors import OWNED, RunError, tell_launcher
 from fastmoco.run.metrics_file import MOST_BYTES, Tell, cut_back, read_values
 from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, try_lock, write_file
-from fastmoco_pipelines.small_files import (
+from fastmoco_pipelines.files.small import (
     SMALL_BYTES,
     UnfitFileError,
     linked_to,

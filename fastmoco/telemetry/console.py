@@ -24,8 +24,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastmoco.streams import raw
-from fastmoco.telemetry.terminal import Terminal
+from fastmoco.errors.streams import raw
+from fastmoco.errors.terminal import Terminal
 from fastmoco_pipelines.text import shown, shown_lines
 
 EVENTS_SHOWN = 6

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fastmoco_pipelines.files import utf8_name
-from fastmoco_pipelines.small_files import open_regular
+from fastmoco_pipelines.files.small import open_regular
 
 
 class JsonlSink:

@@ -24,8 +24,8 @@ from fastmoco.objectives.chunked import ChunkedStep, require_separable
 from fastmoco.objectives.interface import START, Objective, Output, Progress
 from fastmoco.objectives.prepare import view_preparation
 from fastmoco.planning.choose import choose_plan
+from fastmoco_pipelines.loading.step_parts import BACKWARD, TRANSFER, part
 from fastmoco_pipelines.spec import each_view
-from fastmoco_pipelines.step_parts import BACKWARD, TRANSFER, part
 
 
 class ForwardBackward:

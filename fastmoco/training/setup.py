@@ -16,11 +16,11 @@ import torch
 
 import fastmoco
 from fastmoco.config import Config, Resolved
+from fastmoco.config.launched import local_processes
 from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.accuracy import AccuracyMonitor
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.launched import local_processes
 from fastmoco.models.encoder import Encoder
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of

@@ -18,7 +18,7 @@ from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_kernels.tensors import local, sent
 from fastmoco_pipelines import Batch
-from fastmoco_pipelines.step_parts import OPTIMIZER, TRANSFER, part
+from fastmoco_pipelines.loading.step_parts import OPTIMIZER, TRANSFER, part
 
 
 class StepResult(NamedTuple):

@@ -50,7 +50,7 @@ from fastmoco.training.step import StepResult, TrainStep
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_pipelines import Batch, Loader, ShardError, SyntheticLoader
 from fastmoco_pipelines.loading.arenas import keep_freed_memory
-from fastmoco_pipelines.step_parts import LOG, part
+from fastmoco_pipelines.loading.step_parts import LOG, part
 from fastmoco_pipelines.text import counted
 
 

@@ -12,7 +12,7 @@ from benchmarks.command import main
 from benchmarks.end_to_end_child import check, open_side, parts
 from benchmarks.photos import sample_shards
 from fastmoco.models.vit import ARCHITECTURES
-from fastmoco_pipelines.step_parts import PARTS
+from fastmoco_pipelines.loading.step_parts import PARTS
 
 OPTIONS = {**end_to_end.DEFAULTS, **end_to_end.QUICK}
 EQUALITY = {**equality.DEFAULTS, **equality.QUICK, "batch": 16, "steps": 3, "loader_steps": 1}

@@ -8,8 +8,8 @@ import sys
 from rich.live import Live
 from rich.table import Table
 
-from fastmoco.streams import as_shown, raw, shown_streams
-from fastmoco.telemetry.terminal import Terminal
+from fastmoco.errors.streams import as_shown, raw, shown_streams
+from fastmoco.errors.terminal import Terminal
 
 HOSTILE = "\x1b]0;owned\x07 \u202e https://user:SECRET@host/x?token=SECRET"
 SHOWN = "\\x1b]0;owned\\x07 \\u202e https://host/x"

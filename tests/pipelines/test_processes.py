@@ -173,8 +173,12 @@ def test_one_place_starts_interpreters() -> None:
         *(ROOT / "pipelines").rglob("*.py"),
         *(ROOT / "kernels").rglob("*.py"),
     ]
-    users = {path.name for path in sources if "sys.executable" in path.read_text()}
-    assert users == {"processes.py", "next_steps.py"}
+    users = {
+        f"{path.parent.name}/{path.name}"
+        for path in sources
+        if "sys.executable" in path.read_text()
+    }
+    assert users == {"fastmoco_pipelines/processes.py", "cli/next_steps.py"}
     starts = re.compile(r"os\.(exec|spawn|posix_spawn|fork|popen|system)\w*\(|multiprocessing\.")
     assert not [path.name for path in sources if starts.search(path.read_text())]
 

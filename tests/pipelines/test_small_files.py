@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco_pipelines.small_files import (
+from fastmoco_pipelines.files.small import (
     JSON_DEPTH,
     UnfitFileError,
     json_of,

@@ -29,7 +29,7 @@ from fastmoco.models.weights.names import (
     unwrapped,
 )
 from fastmoco.models.weights.reading import RawWeights
-from fastmoco_pipelines.small_files import json_of
+from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
 Which = Literal["base", "momentum"]

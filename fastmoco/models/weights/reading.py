@@ -19,7 +19,7 @@ from fastmoco.checkpoint.pickle_machine import UnknownNameError
 from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.checkpoint.torch_file import distinct_bytes, is_tensor_of_another_kind, read_torch
 from fastmoco_pipelines.files import hash_file
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_json
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_json
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of Hugging Face, the preferred first."""

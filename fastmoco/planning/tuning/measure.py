@@ -22,8 +22,8 @@ from fastmoco.config import Config
 from fastmoco.config.serial import PATTERNS, to_json
 from fastmoco.planning.tuning.settings import Settings
 from fastmoco_pipelines import OPENMP_SPINS
+from fastmoco_pipelines.files.small import UnfitFileError, read_json
 from fastmoco_pipelines.processes import child_environment, python_command
-from fastmoco_pipelines.small_files import UnfitFileError, read_json
 
 CHILD = "fastmoco.training.step_rate"
 """The module that measures; a string, because it is above this room."""

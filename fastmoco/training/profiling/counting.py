@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastmoco_pipelines.step_parts import Collector
+from fastmoco_pipelines.loading.step_parts import Collector
 
 _WAITS = {
     "_local_scalar_dense": "item",

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch._C._autograd import DeviceType
 
-from fastmoco_pipelines.step_parts import DECODE, OPTIMIZER, RANGE
+from fastmoco_pipelines.loading.step_parts import DECODE, OPTIMIZER, RANGE
 
 _SYNCHRONISING = (
     "cudaStreamSynchronize",

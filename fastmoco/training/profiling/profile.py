@@ -38,8 +38,8 @@ from fastmoco_kernels.ema.op import bytes_moved as ema_bytes
 from fastmoco_kernels.info_nce import cost as loss_cost
 from fastmoco_kernels.lars.op import lars_bytes
 from fastmoco_pipelines import Loader
-from fastmoco_pipelines.small_files import open_regular
-from fastmoco_pipelines.step_parts import (
+from fastmoco_pipelines.files.small import open_regular
+from fastmoco_pipelines.loading.step_parts import (
     EMA,
     LOSS,
     OPTIMIZER,

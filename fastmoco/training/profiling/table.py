@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmoco.training.profiling.profile import REST, PartRow, StepProfile
-from fastmoco_pipelines.step_parts import EMA, OPTIMIZER
+from fastmoco_pipelines.loading.step_parts import EMA, OPTIMIZER
 
 
 def table(profile: StepProfile) -> str:

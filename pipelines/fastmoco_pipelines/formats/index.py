@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
 from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small, reason_of
 from fastmoco_pipelines.formats.images import bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,
@@ -38,7 +39,6 @@ from fastmoco_pipelines.formats.members import (
 )
 from fastmoco_pipelines.formats.paths import DAMAGED, MAX_LIST_BYTES, parse_list
 from fastmoco_pipelines.formats.tar import OUTSIDE, walk_damaged, walk_tar
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small, reason_of
 
 END_BYTES = 4096
 """At each end of a tar: what `tar_hash` is a hash of."""

@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, reason_of
 from fastmoco_pipelines.formats.images import (
     BOMB_PIXELS,
     MAX_BYTES,
@@ -51,7 +52,6 @@ from fastmoco_pipelines.formats.labels import MAX_LABEL
 from fastmoco_pipelines.formats.members import is_skipped, name_fault, names_fault, split_name
 from fastmoco_pipelines.formats.paths import is_file_name, path_bytes, path_text
 from fastmoco_pipelines.formats.tar import BLOCK
-from fastmoco_pipelines.small_files import UnfitFileError, json_of, reason_of
 from fastmoco_pipelines.text import escaped
 
 SUFFIX = ".index"

@@ -17,12 +17,12 @@ from typing import Any
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import is_sealed
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, reason_of
 from fastmoco_pipelines.formats.images import MAX_BYTES
 from fastmoco_pipelines.formats.index_file import COLUMNS, CURE, ShardIndex
 from fastmoco_pipelines.formats.labels import MAX_LABEL
 from fastmoco_pipelines.formats.members import is_skipped, names_fault, split_name
 from fastmoco_pipelines.formats.paths import is_file_name, path_bytes, path_text
-from fastmoco_pipelines.small_files import UnfitFileError, json_of, reason_of
 
 FORMAT = "fastmoco-index"
 VERSION = 1

@@ -37,8 +37,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.formats.paths import is_file_name
-from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.text import escaped
 
 NAME = "quarantine.jsonl"

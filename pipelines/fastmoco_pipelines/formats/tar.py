@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastmoco_pipelines.errors import TarError
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular
 
 BLOCK = 512
 MAX_NAME_BYTES = 65536

@@ -35,7 +35,6 @@ from fastmoco_pipelines.formats.quarantine import (
     read_list,
 )
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.text import counted, escaped
 
 UNREADABLE = "unreadable: "
@@ -228,7 +227,7 @@ class BadSamples:
             return
         try:
             append_entry(self._run_list, entry)
-        except (OSError, UnfitFileError) as error:
+        except (OSError, ValueError) as error:  # ValueError: it is no regular file
             # the list is a memory: without it the sample is found again
             why = getattr(error, "strerror", None) or error
             self._news.append(f"cannot write {self._run_list} ({why})")

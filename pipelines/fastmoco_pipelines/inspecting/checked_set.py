@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.formats.manifest import NAME as MANIFEST
 from fastmoco_pipelines.formats.manifest import read_sets
 from fastmoco_pipelines.formats.quarantine import (
@@ -26,7 +27,6 @@ from fastmoco_pipelines.inspecting.tars import LocalCheckTars, RemoteCheckTars
 from fastmoco_pipelines.sets.patterns import is_remote, without_scheme
 from fastmoco_pipelines.sets.remote_set import fetch_lists
 from fastmoco_pipelines.sets.whole_tars import whole_names
-from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores.retries import Limits
 from fastmoco_pipelines.text import redact

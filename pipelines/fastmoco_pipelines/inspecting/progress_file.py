@@ -30,8 +30,8 @@ from fastmoco_pipelines.files import (
     try_lock,
     user_state,
 )
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.inspecting.report import TarResult
-from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.text import escaped, shard_name
 
 FORMAT = "fastmoco-check-progress"

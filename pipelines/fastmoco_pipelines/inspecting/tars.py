@@ -18,6 +18,7 @@ from threading import Event
 from typing import Any
 
 from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.formats.index import (
     END_BYTES,
     fits_tar,
@@ -29,7 +30,6 @@ from fastmoco_pipelines.formats.index import (
 from fastmoco_pipelines.formats.index_file import IndexFile, IndexHeader
 from fastmoco_pipelines.sets.remote_set import THREADS
 from fastmoco_pipelines.sets.whole_tars import Copy, LocalTars, RemoteTars
-from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.stores.transfer import read_range
 from fastmoco_pipelines.views.decode_pool import Item
 

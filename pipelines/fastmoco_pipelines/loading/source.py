@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines import step_parts
 from fastmoco_pipelines.errors import DecodeError
 from fastmoco_pipelines.healing.healer import Healer, Trial
+from fastmoco_pipelines.loading import step_parts
 from fastmoco_pipelines.loading.batch import Batch
 from fastmoco_pipelines.loading.stages import (
     AUGMENT,

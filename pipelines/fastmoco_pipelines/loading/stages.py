@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fastmoco_pipelines import step_parts
+from fastmoco_pipelines.loading import step_parts
 
 READ, DRAW = "read", "draw"
 DECODE, AUGMENT, TRANSFER, HEAL = "decode", "augment", "transfer", "heal"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.files import is_named, remove, try_lock, write_json
+from fastmoco_pipelines.files.small import open_regular
 from fastmoco_pipelines.formats.index import index_path, json_path
 from fastmoco_pipelines.formats.manifest import (
     HIDDEN,
@@ -28,7 +29,6 @@ from fastmoco_pipelines.formats.manifest import (
     read_moving,
     write_sets,
 )
-from fastmoco_pipelines.small_files import open_regular
 from fastmoco_pipelines.text import counted, escaped
 
 LOCK = ".fastmoco-lock"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fastmoco_pipelines.files.small import open_regular
 from fastmoco_pipelines.formats.manifest import read_sets
-from fastmoco_pipelines.small_files import open_regular
 from fastmoco_pipelines.text import escaped
 
 _PART = re.compile(

@@ -31,8 +31,8 @@ from fastmoco_pipelines.files import (
     user_cache,
     write_file,
 )
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular
 from fastmoco_pipelines.sets.records import SHARD
-from fastmoco_pipelines.small_files import UnfitFileError, json_of, open_regular
 
 FEWEST_SHARDS = 1024
 """Sets with fewer are opened in less time than this would save."""

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import OWN_TROUBLE, read_at
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once
 # seconds before a local file is tried again: file systems on a network have hiccups

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
 from fastmoco_pipelines.files import file_state, map_file, read_at, write_new_file
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular
 from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
 from fastmoco_pipelines.formats.index_file import (
     CURE,
@@ -39,7 +40,6 @@ from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, spells_out
 from fastmoco_pipelines.sets.records import SHARD, shard_row
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
 
 THREADS = 16
 _TRIES = 3  # of an index that another process writes meanwhile

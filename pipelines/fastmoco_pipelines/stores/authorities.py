@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Mapping
 
 from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular
 
 BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 CLIENT = "FASTMOCO_CLIENT_CERT"

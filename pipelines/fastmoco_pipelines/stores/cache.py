@@ -41,8 +41,8 @@ from fastmoco_pipelines.files import (
     user_cache,
     write_file,
 )
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small
 from fastmoco_pipelines.formats.index_file import MAX_INDEX_BYTES
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small
 from fastmoco_pipelines.spec import CacheSpec
 
 _NAME = re.compile(r"([0-9a-f]{64})\.(?:(tar)|(\d{1,15})\.(part)|(from)|(doc))")

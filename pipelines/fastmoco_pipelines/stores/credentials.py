@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.small_files import UnfitFileError, read_small
+from fastmoco_pipelines.files.small import UnfitFileError, read_small
 from fastmoco_pipelines.stores.proxies import DEFAULT_PORTS
 
 HEADERS = "FASTMOCO_HTTP_HEADERS"

@@ -20,9 +20,9 @@ import torch
 from fastmoco.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastmoco.checkpoint import folder as checkpoint_folder
 from fastmoco.cli.agent import describe_start
+from fastmoco.config.launched import describe_launcher, read_launcher
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
-from fastmoco.launched import describe_launcher, read_launcher
 from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import with_image_size
 from fastmoco.run.folder import RunFolder

@@ -18,7 +18,7 @@ from fastmoco.cli.recipe_commands import ConfigArguments, parse_config
 from fastmoco.errors import EXIT_INTERRUPTED
 from fastmoco.planning.costs import measure_costs
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines.step_parts import (
+from fastmoco_pipelines.loading.step_parts import (
     BACKWARD,
     EMA,
     KEY_FORWARD,

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from fastmoco.config.launched import Launched
 from fastmoco.distributed import mesh
-from fastmoco.launched import Launched
 
 pytestmark = pytest.mark.faults
 

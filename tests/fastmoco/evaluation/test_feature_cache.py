@@ -23,8 +23,8 @@ from fastmoco.evaluation.feature_cache import (
     encoder_digest,
     share_of,
 )
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.batch import EvalBatch
-from fastmoco_pipelines.small_files import UnfitFileError
 
 IMAGES = 37
 BAD = {3, 8, 9, 10, 11, 30}

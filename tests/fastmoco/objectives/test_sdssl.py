@@ -42,7 +42,7 @@ from fastmoco.optim.build import build_optimizer
 from fastmoco.planning.costs import part_flops
 from fastmoco.recipes import EXPECTED, get_recipe
 from fastmoco.recipes.sdssl import SDSSLConfig
-from fastmoco_pipelines.step_parts import QUERY_FORWARD
+from fastmoco_pipelines.loading.step_parts import QUERY_FORWARD
 from tests.distributed.run_trainer import CONFIG
 from tests.fastmoco.objectives import test_conformance as conformance
 from tests.golden_objective import error, read_sibling

@@ -32,7 +32,7 @@ from fastmoco.run.metrics_file import LONGEST, last_step, read_spikes
 from fastmoco.telemetry.sinks import JsonlSink
 from fastmoco.training.profiling.profile import output_to
 from fastmoco.training.start import find_start
-from fastmoco_pipelines.small_files import UnfitFileError
+from fastmoco_pipelines.files.small import UnfitFileError
 
 REFUSALS = (RunError, CheckpointError, UnfitFileError)
 PRECIOUS = "all of it\n" * 100

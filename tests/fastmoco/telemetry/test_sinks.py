@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
-from fastmoco_pipelines.small_files import UnfitFileError
+from fastmoco_pipelines.files.small import UnfitFileError
 
 
 def rows(path: Path) -> list[dict[str, float]]:

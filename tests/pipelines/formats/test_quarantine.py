@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.formats.quarantine import (
     Quarantine,
     append_entry,
     quarantine_path,
     read_list,
 )
-from fastmoco_pipelines.small_files import UnfitFileError
 from fastmoco_pipelines.text import escaped
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small
 from fastmoco_pipelines.formats.index import index_path, json_path, tar_hash
 from fastmoco_pipelines.formats.manifest import MOVING, NAME, read_moving, read_sets
 from fastmoco_pipelines.formats.quarantine import quarantine_path, read_list
@@ -21,7 +22,6 @@ from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.making.indexing import index_shards
 from fastmoco_pipelines.making.one_writer import LOCK, one_writer
 from fastmoco_pipelines.sets.shard_set import ShardSet
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular, read_small
 
 
 def pipe(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.training.profiling.counting import StepCounter
-from fastmoco_pipelines.step_parts import BACKWARD, LOSS, collecting, part
+from fastmoco_pipelines.loading.step_parts import BACKWARD, LOSS, collecting, part
 
 WAITS: dict[str, Callable[[Tensor], object]] = {
     "item": lambda x: x[0].item(),

@@ -11,7 +11,7 @@ import torch
 from torch._C._autograd import DeviceType
 
 from fastmoco.training.profiling.events import by_part
-from fastmoco_pipelines.step_parts import (
+from fastmoco_pipelines.loading.step_parts import (
     AUGMENT,
     BACKWARD,
     DECODE,

@@ -16,7 +16,7 @@ from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import StepPlan
 from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco.training.profiling.profile import _flops
-from fastmoco_pipelines.step_parts import LOSS
+from fastmoco_pipelines.loading.step_parts import LOSS
 
 IMAGES, KEPT = 24, 14
 OTHERS = IMAGES - KEPT

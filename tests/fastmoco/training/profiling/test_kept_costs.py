@@ -22,7 +22,7 @@ from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco.training.profiling.counting import StepCounter
 from fastmoco.training.profiling.profile import memory
 from fastmoco.training.trainer import Trainer
-from fastmoco_pipelines.step_parts import collecting
+from fastmoco_pipelines.loading.step_parts import collecting
 
 RECORD = Path(__file__).with_name("operators.json")
 AGAIN = "FASTMOCO_RECORD_OPERATORS"

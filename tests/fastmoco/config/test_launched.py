@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fastmoco import launched
-from fastmoco.launched import Launched, describe_launcher, first_host, read_launcher, tasks_per_node
+from fastmoco.config import launched
+from fastmoco.config.launched import (
+    Launched,
+    describe_launcher,
+    first_host,
+    read_launcher,
+    tasks_per_node,
+)
 
 pytestmark = pytest.mark.faults
 

@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.text import escaped
-
 SMALL_BYTES = 64 << 20
 """Largest file that is read as a whole, unless its reader says otherwise."""
 JSON_DEPTH = 32
@@ -39,7 +37,7 @@ class UnfitFileError(ValueError):
 
 def reason_of(error: UnfitFileError, name: Path | str) -> str:
     """What is wrong with a file, without its name, for messages that name it themselves."""
-    return str(error).removeprefix(f"{escaped(str(name))}: ")
+    return str(error).removeprefix(f"{_plain(str(name))}: ")
 
 
 def open_regular(
@@ -137,7 +135,7 @@ def text_of(content: bytes, name: Path | str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UnfitFileError(
-            f"{escaped(str(name))}: line {line}, byte {error.start}: {content[error.start]:#04x} is "
+            f"{_plain(str(name))}: line {line}, byte {error.start}: {content[error.start]:#04x} is "
             "not UTF-8 text"
         ) from None
 
@@ -161,16 +159,15 @@ def json_of(
     try:
         found = json.loads(text, **(_STRICT if strict else {}))
     except UnfitFileError as error:
-        raise UnfitFileError(f"{escaped(str(name))}: {error}") from None
+        raise UnfitFileError(f"{_plain(str(name))}: {error}") from None
     except json.JSONDecodeError as error:
         raise UnfitFileError(
-            f"{escaped(str(name))}: line {error.lineno}, column {error.colno}: not JSON: "
-            f"{error.msg}"
+            f"{_plain(str(name))}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from None
     except RecursionError:
         raise UnfitFileError(_too_deep(name, depth)) from None
     except ValueError:  # a whole number with more digits than Python converts
-        raise UnfitFileError(f"{escaped(str(name))}: not JSON: a number is too long") from None
+        raise UnfitFileError(f"{_plain(str(name))}: not JSON: a number is too long") from None
     # A walk is due only where there are enough brackets for the depth.
     if text.count("[") + text.count("{") > depth and _is_deeper(found, depth):
         raise UnfitFileError(_too_deep(name, depth))
@@ -227,7 +224,7 @@ def linked_to(folder: Path) -> str:
         found = os.lstat(folder)
     except FileNotFoundError:
         return ""
-    name = escaped(str(folder))
+    name = _plain(str(folder))
     link = stat.S_ISLNK(found.st_mode)
     if link and found.st_uid not in (0, os.geteuid()):
         raise UnfitFileError(
@@ -245,7 +242,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twin = max(counts, key=counts.__getitem__)
-        raise UnfitFileError(f"{escaped(twin[:200])} has two values")
+        raise UnfitFileError(f"{_plain(twin[:200])} has two values")
     return found
 
 
@@ -261,6 +258,11 @@ _STRICT: dict[str, Any] = {
     "parse_constant": _finite,
     "parse_float": _finite,
 }
+
+
+def _plain(name: str) -> str:
+    """A name that cannot steer a terminal."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _is_deeper(content: Any, depth: int) -> bool:
@@ -288,29 +290,29 @@ def _require_regular(path: Path | str, follow: bool) -> None:
 
 def _link(path: Path | str) -> str:
     return (
-        f"{escaped(str(path))}: is a symbolic link where a file is due, and is not followed: it "
+        f"{_plain(str(path))}: is a symbolic link where a file is due, and is not followed: it "
         "could choose any file; remove it, or put the file itself in its place"
     )
 
 
 def _second_name(path: Path | str) -> str:
     return (
-        f"{escaped(str(path))}: has a second name (a hard link), and a write would change that one "
+        f"{_plain(str(path))}: has a second name (a hard link), and a write would change that one "
         "too; replace it by a copy of its own"
     )
 
 
 def _too_large(path: Path | str, size: int, limit: int) -> str:
     return (
-        f"{escaped(str(path))}: has {size:,} bytes, a file of this kind at most {limit:,}: it is "
+        f"{_plain(str(path))}: has {size:,} bytes, a file of this kind at most {limit:,}: it is "
         "not what its name says; move it away"
     )
 
 
 def _other_kind(path: Path | str, kind: int) -> str:
     what = next((name for test, name in _KINDS if test(kind)), "no regular file")
-    return f"{escaped(str(path))}: is {what} where a file is due; move it away"
+    return f"{_plain(str(path))}: is {what} where a file is due; move it away"
 
 
 def _too_deep(name: Path | str, depth: int) -> str:
-    return f"{escaped(str(name))}: lists and objects are nested deeper than {depth}"
+    return f"{_plain(str(name))}: lists and objects are nested deeper than {depth}"

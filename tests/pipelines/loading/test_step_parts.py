@@ -8,8 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from fastmoco_pipelines import step_parts
-from fastmoco_pipelines.step_parts import (
+from fastmoco_pipelines.loading import step_parts
+from fastmoco_pipelines.loading.step_parts import (
     BACKWARD,
     DECODE,
     LOSS,

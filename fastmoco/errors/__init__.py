@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from fastmoco_pipelines.small_files import UnfitFileError, open_regular
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular
 from fastmoco_pipelines.text import escaped, shown, shown_lines, variable_hint
 
 EXIT_FINISHED = 0

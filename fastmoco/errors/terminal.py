@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from fastmoco.streams import KEPT, raw
+from fastmoco.errors.streams import KEPT, raw
 from fastmoco_pipelines.text import shown
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmoco_pipelines.small_files import open_regular
+from fastmoco_pipelines.files.small import open_regular
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _mmap = _LIBC.mmap
