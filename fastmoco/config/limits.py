@@ -13,7 +13,7 @@ from fastmoco_pipelines.spec import MOST_SIDE, MOST_THREADS, MOST_VIEWS, require
 MOST_WIDTH = 32_768
 """Channels: a layer of so many has 4 GiB of weights. Published heads have at most 8,192."""
 MOST_ROWS = 1 << 20
-"""Prototypes, classes, or vectors of a queue. Published runs have at most 131,072."""
+"""Prototypes or classes. Published runs have at most 65,536."""
 MOST_NUMBER = 10**9
 """Of a field without a limit of its own: in seconds 30 years, and no product of two overflows."""
 MOST: Mapping[str, int] = {
@@ -36,7 +36,7 @@ MOST: Mapping[str, int] = {
     "predictor_hidden_dim": MOST_WIDTH,
     "projection_dim": MOST_WIDTH,
     "prototypes": MOST_ROWS,
-    "queue": MOST_ROWS,
+    "queue": 1 << 46,  # one that does not fit into the memory is refused with what it would take
     "resize": MOST_SIDE,
     "rows": 1024,
     "seed": 2**63 - 1,
