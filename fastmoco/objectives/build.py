@@ -78,7 +78,9 @@ def build_objective(config: Config, device: torch.device) -> Objective:
     try:
         return build_model(config).to(device, dtype)
     except RuntimeError as error:
-        wanted = re.search(r"(?:tried to allocate|out of memory|size calculation overflowed)[^.]*", str(error))
+        wanted = re.search(
+            r"(?:tried to allocate|out of memory|size calculation overflowed)[^.]*", str(error)
+        )
         if wanted is None:
             raise
         raise ValueError(
