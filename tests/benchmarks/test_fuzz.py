@@ -12,6 +12,8 @@ from random import Random
 
 import pytest
 
+pytest.importorskip("tyro", reason="tyro is not installed")  # of the options, a target
+
 from benchmarks.fuzz import changes, workers
 from benchmarks.fuzz.__main__ import Count, main, report, rounds
 from benchmarks.fuzz.table import all_targets
