@@ -290,6 +290,17 @@ def living(out: Path) -> list[int]:
     return found
 
 
+def kill_beside_a_stopped_worker(one: FaultRun, workers: list[int], out: Path) -> None:
+    """Kill a launcher one of whose workers is stopped; nothing of the run may be left of it."""
+    os.kill(max(workers), signal.SIGSTOP)
+    one.process.kill()
+    until = time.monotonic() + 60
+    while living(out) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert living(out) == []
+    assert (out / "PREEMPTED").exists()
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
@@ -303,13 +314,7 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(
         one.wait_for_step(2)
         workers = [pid for pid in living(out) if pid != one.process.pid]
         assert len(workers) == 3
-        os.kill(max(workers), signal.SIGSTOP)
-        one.process.kill()
-        until = time.monotonic() + 60
-        while living(out) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert living(out) == []
-        assert (out / "PREEMPTED").exists()
+        kill_beside_a_stopped_worker(one, workers, out)
         assert one.text().rstrip().splitlines()[-1].startswith("SIGTERM: saved step")
     finally:
         for pid in living(out):
@@ -331,13 +336,7 @@ def test_a_killed_torchrun_leaves_no_process_and_a_saved_run(
         one.wait_for_step(2)
         workers = [pid for pid in living(out) if pid != one.process.pid]
         assert len(workers) == 2
-        os.kill(max(workers), signal.SIGSTOP)
-        one.process.kill()
-        until = time.monotonic() + 60
-        while living(out) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert living(out) == []
-        assert (out / "PREEMPTED").exists()
+        kill_beside_a_stopped_worker(one, workers, out)
         assert "saved step" in one.text()
     finally:
         for pid in living(out):
