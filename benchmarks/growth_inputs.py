@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco_pipelines.files import write_file, write_json
+from fastmoco_pipelines.files.whole import write_file, write_json
 from fastmoco_pipelines.formats.index import index_path, json_path
 from fastmoco_pipelines.formats.index_file import ShardIndex, to_bytes
 from fastmoco_pipelines.formats.index_json import json_content

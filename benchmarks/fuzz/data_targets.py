@@ -23,7 +23,7 @@ from benchmarks.fuzz.changes import (
 )
 from benchmarks.fuzz.target import Change, Target
 from fastmoco_pipelines.errors import ImageRefusedError, LabelError, ShardError
-from fastmoco_pipelines.files import SEAL, sealed_json
+from fastmoco_pipelines.files.whole import SEAL, sealed_json
 from fastmoco_pipelines.formats.headers import plain_image
 from fastmoco_pipelines.formats.images import image_kind, read_header
 from fastmoco_pipelines.formats.index import index_path, json_path

@@ -18,7 +18,7 @@ from benchmarks.fuzz import samples
 from benchmarks.fuzz.changes import change_bytes, change_tar
 from benchmarks.fuzz.target import Target
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
-from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.files.whole import sealed_json
 from fastmoco_pipelines.formats.images import read_header
 from fastmoco_pipelines.formats.index import (
     build_index,

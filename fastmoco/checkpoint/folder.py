@@ -18,8 +18,8 @@ from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.state_form import is_count, require_state
-from fastmoco_pipelines.files import hash_file, remove, write_file
 from fastmoco_pipelines.files.small import UnfitFileError, json_of, read_json, read_small
+from fastmoco_pipelines.files.whole import hash_file, remove, write_file
 from fastmoco_pipelines.text import escaped
 
 TENSORS, METADATA, STATE, MARKER = "tensors.safetensors", ".metadata", "state.json", "COMMITTED"

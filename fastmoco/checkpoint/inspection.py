@@ -22,7 +22,7 @@ from fastmoco.checkpoint.folder import (
 )
 from fastmoco.checkpoint.loading import Checkpoint, load_checkpoint
 from fastmoco.checkpoint.whole_file import write_whole
-from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.files.whole import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)

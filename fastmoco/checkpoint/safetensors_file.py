@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmoco.checkpoint.torch_file import MOST_DIMENSIONS
-from fastmoco_pipelines.files import read_at, utf8_name
 from fastmoco_pipelines.files.small import json_of, open_regular
+from fastmoco_pipelines.files.whole import read_at, utf8_name
 from fastmoco_pipelines.text import escaped
 
 MOST_HEADER_BYTES = 32 << 20

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from fastmoco.checkpoint.torch_file import torch_content
-from fastmoco_pipelines.files import read_at
 from fastmoco_pipelines.files.small import open_regular
+from fastmoco_pipelines.files.whole import read_at
 
 
 class _Writer(FileSystemWriter):

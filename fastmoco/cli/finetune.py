@@ -15,7 +15,7 @@ from fastmoco.cli.labelled_run import read_labelled, run_to_result
 from fastmoco.cli.opening import say_first
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files.whole import write_file
 
 RESULT = "finetune.json"
 """File of the result in the folder of the run."""

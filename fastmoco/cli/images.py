@@ -34,7 +34,7 @@ def set_of_folder(shards: str, *, max_side: int | None = None, named: str = "sha
         ValueError: if no image can be used.
         RunError: if the set cannot be written.
     """
-    from fastmoco_pipelines.files import user_cache
+    from fastmoco_pipelines.files.whole import user_cache
     from fastmoco_pipelines.making.folder_cache import PackOptions, holds_images_alone
 
     if not shards:  # as a path it would be the current folder
@@ -57,7 +57,7 @@ def knn_sets(
         RunError: if a set cannot be written.
     """
     from fastmoco_pipelines import ShardSet
-    from fastmoco_pipelines.files import user_cache
+    from fastmoco_pipelines.files.whole import user_cache
     from fastmoco_pipelines.making.folder_cache import (
         PackOptions,
         folder_state,

@@ -24,7 +24,7 @@ from fastmoco.faults.first_cause import first_cause
 from fastmoco.training import setup
 from fastmoco.training.embed_run import Embedder, StoredFeatures, parts_folder
 from fastmoco.training.encoder_source import EncoderSource, load_source
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files.whole import write_file
 
 
 def eval_knn(

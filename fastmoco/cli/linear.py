@@ -167,7 +167,7 @@ def _fast(
         from fastmoco.training import linear_fast
         from fastmoco.training.encoder_source import load_source
         from fastmoco.training.images import max_side_for
-        from fastmoco_pipelines.files import user_cache
+        from fastmoco_pipelines.files.whole import user_cache
 
     options = linear_fast.FastOptions(
         lrs=lrs or linear_fast.LRS,
@@ -225,7 +225,7 @@ def _official(
 
 def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
     """Print a result, and write it into a folder."""
-    from fastmoco_pipelines.files import write_file
+    from fastmoco_pipelines.files.whole import write_file
 
     line = json_module.dumps(found)
     if out is not None:

@@ -13,7 +13,7 @@ import tyro
 from fastmoco.config import Config
 from fastmoco.config.limits import require_limits
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line, show
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files.whole import write_file
 from fastmoco_pipelines.spec import require
 
 TRACE, TABLE, FIGURES, LOG = "trace.json.gz", "table.txt", "profile.json", "run.log"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from itertools import takewhile
 
-from fastmoco_pipelines.files import at_home
+from fastmoco_pipelines.files.whole import at_home
 from fastmoco_pipelines.sets.folder_sets import pattern_of
 from fastmoco_pipelines.text import counted, redact, variable_hint
 

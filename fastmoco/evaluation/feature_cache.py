@@ -31,8 +31,8 @@ from fastmoco.errors import RunError
 from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
-from fastmoco_pipelines.files import lock_path, remove, write_file, write_json
 from fastmoco_pipelines.files.small import linked_to, open_regular, read_small
+from fastmoco_pipelines.files.whole import lock_path, remove, write_file, write_json
 from fastmoco_pipelines.loading.batch import EvalBatch
 
 BATCH = EVAL_BATCH

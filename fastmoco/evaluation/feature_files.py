@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoco.evaluation.embeddings import ImageNames
-from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.files.whole import whole_file
 from fastmoco_pipelines.formats.index_json import path_to_json
 
 SUFFIXES = (".npz", ".npy", ".safetensors", ".parquet")

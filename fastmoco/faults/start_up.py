@@ -28,8 +28,8 @@ from fastmoco.errors import (
     say,
 )
 from fastmoco.faults.signals import to_handle
-from fastmoco_pipelines.files import missing_folders, remove_empty
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small
+from fastmoco_pipelines.files.whole import missing_folders, remove_empty
 
 GRACE_SECONDS = 2.0
 """Time that the main thread has to close what it has opened."""

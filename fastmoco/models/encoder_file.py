@@ -27,8 +27,8 @@ from fastmoco.config.serial import from_json
 from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
-from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.files.small import json_of
+from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
 CHANNELS = 3

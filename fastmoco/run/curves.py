@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.run.metrics_file import Series, read_curves
-from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.files.whole import whole_file
 from fastmoco_pipelines.text import escaped
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#5A5A5A"

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from fastmoco.errors import OWNED, RunError, tell_launcher
 from fastmoco.run.metrics_file import MOST_BYTES, Tell, cut_back, read_values
-from fastmoco_pipelines.files import is_named, missing_folders, remove_empty, try_lock, write_file
 from fastmoco_pipelines.files.small import (
     SMALL_BYTES,
     UnfitFileError,
@@ -26,6 +25,13 @@ from fastmoco_pipelines.files.small import (
     open_regular,
     read_json,
     read_small,
+)
+from fastmoco_pipelines.files.whole import (
+    is_named,
+    missing_folders,
+    remove_empty,
+    try_lock,
+    write_file,
 )
 from fastmoco_pipelines.text import counted
 

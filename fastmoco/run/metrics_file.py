@@ -23,8 +23,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.files import OPEN_FLAGS, whole_file
 from fastmoco_pipelines.files.small import lines_of, open_regular
+from fastmoco_pipelines.files.whole import OPEN_FLAGS, whole_file
 from fastmoco_pipelines.text import counted, escaped
 
 LONGEST = 2**20

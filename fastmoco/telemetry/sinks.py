@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from fastmoco_pipelines.files import utf8_name
 from fastmoco_pipelines.files.small import open_regular
+from fastmoco_pipelines.files.whole import utf8_name
 
 
 class JsonlSink:

@@ -38,7 +38,7 @@ from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco.training.images import max_side_for
 from fastmoco_pipelines import ShardSet, build_eval_loader
-from fastmoco_pipelines.files import user_cache
+from fastmoco_pipelines.files.whole import user_cache
 from fastmoco_pipelines.loading.batch import EvalBatch
 from fastmoco_pipelines.loading.eval_loader import Augmented
 from fastmoco_pipelines.spec import EvalSpec

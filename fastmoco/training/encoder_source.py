@@ -25,7 +25,7 @@ from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.foreign import ENCODERS, Which, which_of
 from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.spec import EvalSpec
 
 __all__ = ["EncoderSource", "Which", "load_source"]

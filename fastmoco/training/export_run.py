@@ -35,7 +35,7 @@ from fastmoco.models.weights.writing import (
 )
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco_pipelines import ShardError, build_eval_loader
-from fastmoco_pipelines.files import folder_for, hash_file, whole_file, write_file
+from fastmoco_pipelines.files.whole import folder_for, hash_file, whole_file, write_file
 from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
 IMAGES = 32

@@ -29,7 +29,7 @@ from fastmoco.models.weights.fitting import Fit, fit_encoder
 from fastmoco.models.weights.foreign import EncoderWeights, find_encoder
 from fastmoco.models.weights.reading import is_weights, read_weights
 from fastmoco.objectives.interface import Objective
-from fastmoco_pipelines.files import at_home, hash_file
+from fastmoco_pipelines.files.whole import at_home, hash_file
 
 INITIAL = "initial_weights"
 """Where `config.json` of a run names them."""

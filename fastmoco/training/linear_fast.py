@@ -41,8 +41,8 @@ from fastmoco.training.embed_run import (
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco.training.feature_table import FeatureTable, TablePart
 from fastmoco.training.probe import official_lr, probe_sets, probe_view
-from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.files.small import UnfitFileError, read_small
+from fastmoco_pipelines.files.whole import write_file
 from fastmoco_pipelines.loading.eval_loader import Augmented
 from fastmoco_pipelines.text import counted
 

@@ -16,8 +16,8 @@ from fastmoco.errors import RunError
 from fastmoco.models.encoder import trunk_of
 from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.files.small import UnfitFileError, read_json
+from fastmoco_pipelines.files.whole import write_file
 
 ENCODER = "encoder.safetensors"
 """File of the encoder in the folder of the run."""

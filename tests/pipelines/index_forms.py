@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.files.whole import sealed_json
 from fastmoco_pipelines.formats.index import index_path, json_path, read_any_index
 from fastmoco_pipelines.formats.index_json import json_content
 

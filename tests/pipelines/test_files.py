@@ -11,7 +11,7 @@ import stat
 
 import pytest
 
-from fastmoco_pipelines.files import (
+from fastmoco_pipelines.files.whole import (
     hash_file,
     is_free,
     lock_path,

@@ -18,8 +18,8 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.checkpoint.pickle_machine import UnknownNameError
 from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.checkpoint.torch_file import distinct_bytes, is_tensor_of_another_kind, read_torch
-from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_json
+from fastmoco_pipelines.files.whole import hash_file
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of Hugging Face, the preferred first."""

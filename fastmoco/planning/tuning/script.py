@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastmoco.planning.tuning.measure import LAUNCH_VARIABLES
 from fastmoco.planning.tuning.settings import Settings
-from fastmoco_pipelines.files import write_file
+from fastmoco_pipelines.files.whole import write_file
 
 PRIVATE = (
     "data.shards",

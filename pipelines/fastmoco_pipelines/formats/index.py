@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastmoco_pipelines.errors import ImageRefusedError, ShardError, TarError
-from fastmoco_pipelines.files import OWN_TROUBLE, read_at, write_file, write_json
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small, reason_of
+from fastmoco_pipelines.files.whole import OWN_TROUBLE, read_at, write_file, write_json
 from fastmoco_pipelines.formats.images import bytes_problem, image_kind, read_header
 from fastmoco_pipelines.formats.index_file import (
     COLUMNS,

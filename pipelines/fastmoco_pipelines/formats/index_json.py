@@ -16,8 +16,8 @@ import base64
 from typing import Any
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import is_sealed
 from fastmoco_pipelines.files.small import UnfitFileError, json_of, reason_of
+from fastmoco_pipelines.files.whole import is_sealed
 from fastmoco_pipelines.formats.images import MAX_BYTES
 from fastmoco_pipelines.formats.index_file import COLUMNS, CURE, ShardIndex
 from fastmoco_pipelines.formats.labels import MAX_LABEL

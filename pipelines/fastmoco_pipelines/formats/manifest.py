@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import OWN_TROUBLE, write_file
 from fastmoco_pipelines.files.small import UnfitFileError, json_of, read_json, read_small, reason_of
+from fastmoco_pipelines.files.whole import OWN_TROUBLE, write_file
 from fastmoco_pipelines.formats.members import is_skipped
 from fastmoco_pipelines.formats.paths import is_file_name
 

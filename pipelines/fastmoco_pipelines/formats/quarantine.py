@@ -36,8 +36,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastmoco_pipelines.files import write_file
 from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular, read_small
+from fastmoco_pipelines.files.whole import write_file
 from fastmoco_pipelines.formats.paths import is_file_name
 from fastmoco_pipelines.text import escaped
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.files.whole import whole_file
 from fastmoco_pipelines.inspecting.preview import fit_into
 from fastmoco_pipelines.text import escaped, in_ascii
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError
-from fastmoco_pipelines.files import whole_file
+from fastmoco_pipelines.files.whole import whole_file
 from fastmoco_pipelines.formats.images import rgb_image
 from fastmoco_pipelines.healing.culprit import raise_bad_image
 from fastmoco_pipelines.sampling.order import samples_at

@@ -22,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import (
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular, read_small
+from fastmoco_pipelines.files.whole import (
     is_named,
     is_sealed,
     remove,
@@ -30,7 +31,6 @@ from fastmoco_pipelines.files import (
     try_lock,
     user_state,
 )
-from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular, read_small
 from fastmoco_pipelines.inspecting.report import TarResult
 from fastmoco_pipelines.text import escaped, shard_name
 

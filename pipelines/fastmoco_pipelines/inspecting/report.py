@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fastmoco_pipelines.files import write_json
+from fastmoco_pipelines.files.whole import write_json
 from fastmoco_pipelines.formats.quarantine import CheckedTar, QuarantineEntry, checked_of, entry_of
 from fastmoco_pipelines.text import escaped
 

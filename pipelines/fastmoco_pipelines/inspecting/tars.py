@@ -17,8 +17,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastmoco_pipelines.files import hash_file
 from fastmoco_pipelines.files.small import UnfitFileError
+from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.formats.index import (
     END_BYTES,
     fits_tar,

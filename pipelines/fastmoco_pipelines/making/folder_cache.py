@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import folder_for, is_named, try_lock, write_json
 from fastmoco_pipelines.files.small import open_regular, read_json
+from fastmoco_pipelines.files.whole import folder_for, is_named, try_lock, write_json
 from fastmoco_pipelines.making.holdout import also_in, held_out_names
 from fastmoco_pipelines.making.pack import PackReport, Progress, pack_folder
 from fastmoco_pipelines.making.sources import Source, find_sources, has_images

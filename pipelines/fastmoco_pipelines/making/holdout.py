@@ -11,7 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.making.sources import Source
 
 

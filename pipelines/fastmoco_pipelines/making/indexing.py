@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco_pipelines.errors import LabelError, ShardError
-from fastmoco_pipelines.files import folder_for, hash_file
+from fastmoco_pipelines.files.whole import folder_for, hash_file
 from fastmoco_pipelines.formats.index import (
     fits_tar,
     index_path,

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmoco_pipelines.files import is_named, remove, try_lock, write_json
 from fastmoco_pipelines.files.small import open_regular
+from fastmoco_pipelines.files.whole import is_named, remove, try_lock, write_json
 from fastmoco_pipelines.formats.index import index_path, json_path
 from fastmoco_pipelines.formats.manifest import (
     HIDDEN,

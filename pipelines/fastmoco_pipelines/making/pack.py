@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco_pipelines.errors import ImageRefusedError
-from fastmoco_pipelines.files import folder_for, hash_file
+from fastmoco_pipelines.files.whole import folder_for, hash_file
 from fastmoco_pipelines.formats.images import (
     bytes_problem,
     check_decodes,

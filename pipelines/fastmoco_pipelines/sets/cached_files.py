@@ -15,7 +15,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from fastmoco_pipelines.errors import ShardError, StoppedError
-from fastmoco_pipelines.files import read_at
+from fastmoco_pipelines.files.whole import read_at
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.sampling.window import ShardWindows
 from fastmoco_pipelines.sets.local_files import (

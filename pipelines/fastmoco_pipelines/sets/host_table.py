@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.files import (
+from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular
+from fastmoco_pipelines.files.whole import (
     file_state,
     is_named,
     own_folder,
@@ -31,7 +32,6 @@ from fastmoco_pipelines.files import (
     user_cache,
     write_file,
 )
-from fastmoco_pipelines.files.small import UnfitFileError, json_of, open_regular
 from fastmoco_pipelines.sets.records import SHARD
 
 FEWEST_SHARDS = 1024

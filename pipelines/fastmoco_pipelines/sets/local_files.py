@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import OWN_TROUBLE, read_at
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular
+from fastmoco_pipelines.files.whole import OWN_TROUBLE, read_at
 from fastmoco_pipelines.formats.quarantine import NAME, Quarantine, read_list
 
 MAX_OPEN_FILES = 128  # a process may hold 1024 by default, and several sets are open at once

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import file_state, map_file, read_at, write_new_file
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular
+from fastmoco_pipelines.files.whole import file_state, map_file, read_at, write_new_file
 from fastmoco_pipelines.formats.index import hash_ends, json_path, missing, open_index, stale
 from fastmoco_pipelines.formats.index_file import (
     CURE,

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import at_home
+from fastmoco_pipelines.files.whole import at_home
 from fastmoco_pipelines.formats.manifest import MOVING, read_moving
 from fastmoco_pipelines.sets.folder_sets import (
     files_of,

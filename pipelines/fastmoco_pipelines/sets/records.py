@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import LostIndexError, ShardError, StoppedError
-from fastmoco_pipelines.files import drop_pages
+from fastmoco_pipelines.files.whole import drop_pages
 from fastmoco_pipelines.formats.index_file import RECORD, IndexFile, IndexHeader
 
 SHARD = np.dtype(

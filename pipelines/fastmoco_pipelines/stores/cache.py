@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Self
 
 from fastmoco_pipelines.errors import NoRoomError
-from fastmoco_pipelines.files import (
+from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small
+from fastmoco_pipelines.files.whole import (
     OPEN_FLAGS,
     is_free,
     is_named,
@@ -41,7 +42,6 @@ from fastmoco_pipelines.files import (
     user_cache,
     write_file,
 )
-from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_small
 from fastmoco_pipelines.formats.index_file import MAX_INDEX_BYTES
 from fastmoco_pipelines.spec import CacheSpec
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from fastmoco_pipelines.errors import PassingError, RemoteError, StoppedError, WrongContentError
-from fastmoco_pipelines.files import hash_file
+from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.formats.index import hash_ends
 from fastmoco_pipelines.formats.index_file import IndexHeader
 from fastmoco_pipelines.stores.retries import Limits, retried

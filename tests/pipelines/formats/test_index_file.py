@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.files.whole import sealed_json
 from fastmoco_pipelines.formats.index import (
     build_index,
     index_path,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.files.whole import sealed_json
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
 from fastmoco_pipelines.inspecting.check import CheckInterruptedError, check_shards

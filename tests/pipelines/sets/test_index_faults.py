@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from fastmoco_pipelines.errors import ShardError
-from fastmoco_pipelines.files import sealed_json
+from fastmoco_pipelines.files.whole import sealed_json
 from fastmoco_pipelines.formats.index import build_index, read_index, write_index
 from fastmoco_pipelines.inspecting.check import check_shards
 from fastmoco_pipelines.sets.shard_set import ShardSet

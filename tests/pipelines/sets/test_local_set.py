@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmoco_pipelines import files
 from fastmoco_pipelines.errors import LostIndexError, ShardError
+from fastmoco_pipelines.files import whole
 from fastmoco_pipelines.formats.index import (
     index_path,
     json_path,
@@ -352,11 +352,11 @@ def test_an_index_that_is_loaded_again_is_checked_again_if_it_has_changed(folder
     data = bytearray(path.read_bytes())
     data[IndexFile("x", bytes(data)).header.sections["records"].start + 16] ^= 1  # of a label
     shards.labels_of(np.array([40]))  # the first one is not loaded any more
-    files.write_file(path, bytes(data))
+    whole.write_file(path, bytes(data))
     with pytest.raises(LostIndexError, match=r"changed or damaged .*\(records\)"):
         shards.labels_of(np.array([0]))
     data[IndexFile("x", bytes(data)).header.sections["records"].start + 16] ^= 1
-    files.write_file(path, bytes(data))
+    whole.write_file(path, bytes(data))
     assert shards.labels.tolist() == expected
 
 
@@ -488,7 +488,7 @@ def test_without_home_or_working_folder_every_process_reads(folder, kept, monkey
         patch.setattr(Path, "home", no_home)
         assert len(ShardSet.open(str(folder))) == 45
         with pytest.raises(OSError, match="no home folder: set HOME or XDG_CACHE_HOME"):
-            files.user_cache()
+            whole.user_cache()
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
