@@ -94,7 +94,7 @@ class CachedFiles:
         found, problems = self._lists()
         if found.checked:
             limits = self._fetcher.limits
-            self._fetcher.change(lambda shard: as_checked(shard, found.checked.values(), limits))
+            self._fetcher.change(lambda shards: as_checked(shards, found.checked.values(), limits))
         return found, problems
 
     def will_need(self, places: Sequence[Place]) -> None:

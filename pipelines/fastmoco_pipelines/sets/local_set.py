@@ -4,7 +4,6 @@ indexes, and their entries in the manifests."""
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import resource
 import threading
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from fastmoco_pipelines.sets.host_table import OpenedSet, once_a_host
 from fastmoco_pipelines.sets.local_files import is_own_trouble, tried
 from fastmoco_pipelines.sets.patterns import local_names, spells_out
 from fastmoco_pipelines.sets.records import SHARD, shard_row
+from fastmoco_pipelines.text import escaped
 
 THREADS = 16
 _TRIES = 3  # of an index that another process writes meanwhile
@@ -94,10 +94,12 @@ def open_local(pattern: str) -> LocalSet:
 
     def read() -> OpenedSet:
         rows = in_threads(_read_header, paths)
-        shards = np.array([row for row, _ in rows], dtype=SHARD)
-        converted.update({i: data for i, (_, data) in enumerate(rows) if data})
-        written = sum(data == b"" for _, data in rows)
+        shards = np.array([each.row for each in rows], dtype=SHARD)
+        converted.update({i: each.converted for i, each in enumerate(rows) if each.converted})
+        written = sum(each.converted == b"" for each in rows)
         notes.extend(_notes_on_converted(written, len(converted), folders))
+        changed = [path for path, each in zip(paths, rows, strict=True) if each.changed]
+        notes.extend(_notes_on_changed(changed))
         classes = check_folders(_folders(paths, shards["samples"].tolist(), explicit=explicit))
         return OpenedSet(shards, classes)
 
@@ -140,9 +142,23 @@ def _waits() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
-def _read_header(tar: str) -> tuple[Any, bytes | None]:
-    """The row of a shard, compared with its tar; and what was converted: the bytes of an index that
-    could not be written, b"" for one that was, None for none."""
+class _Header(NamedTuple):
+    """The row of a shard, compared with its tar.
+
+    Attributes:
+        row: of `SHARD`.
+        converted: the bytes of an index that could not be written, b"" for one that was, None for
+            none.
+        changed: the tar has changed since it was indexed, and was checked since.
+    """
+
+    row: Any
+    converted: bytes | None = None
+    changed: bool = False
+
+
+def _read_header(tar: str) -> _Header:
+    """The header of a tar's index, compared with the tar."""
     path = Path(tar + SUFFIX)
     for _ in range(_TRIES):
         found = _binary_header(path)
@@ -150,9 +166,9 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
         if identity is None:
             raise ShardError(f"{os.path.basename(tar)}: is gone. {_CURE_TAR}")
         if found is not None and (found[0].tar_bytes, found[0].tar_hash) == identity:
-            return shard_row(found[0]), None
+            return _Header(shard_row(found[0]))
         if found is not None and _is_checked(tar, found[0], identity):
-            return shard_row(found[0]), None
+            return _Header(shard_row(found[0]), changed=True)
 
         # An earlier version of fastmoco writes the JSON form beside a binary one, which is then
         # stale.
@@ -170,9 +186,9 @@ def _read_header(tar: str) -> tuple[Any, bytes | None]:
         data = bytes(converted.data)
         try:
             if write_new_file(path, data, replaces=None if found is None else found[1]):
-                return shard_row(header), b""
+                return _Header(shard_row(header), b"", not fits)
         except OSError:
-            return shard_row(header), data
+            return _Header(shard_row(header), data, not fits)
     raise ShardError(
         f"{path.name}: cannot be opened, or changes all the time: {CURE}, and start this command "
         "when that has ended."
@@ -190,13 +206,7 @@ def _is_checked(tar: str, header: IndexHeader, identity: tuple[int, str]) -> boo
         return False
     with _list_lock:  # many threads ask, for many tars of one list
         checked = _checked_tars(path, state)
-    known = (name, *identity, header.records_hash) in checked
-    if known:
-        logging.getLogger(__name__).warning(
-            f"{name}: has changed since it was indexed; by {QUARANTINE}, which `fastmoco data check` "
-            "has written since, the images that are left are used"
-        )
-    return known
+    return (name, *identity, header.records_hash) in checked
 
 
 @lru_cache(maxsize=4)
@@ -277,6 +287,18 @@ def _read(path: str, use: Callable[[int], T], cure: str) -> T | None:
         if is_own_trouble(cause):
             raise cause from None
         raise ShardError(f"{error} {_CURE_FOLDER if os.path.isdir(path) else cure}") from cause
+
+
+def _notes_on_changed(tars: Sequence[str]) -> list[str]:
+    if not tars:
+        return []
+    names = ", ".join(escaped(os.path.basename(tar)) for tar in tars[:3])
+    few = names if len(tars) <= 3 else f"{names}, ..."
+    which = f"{names}: has" if len(tars) == 1 else f"{len(tars)} tars ({few}): each has"
+    return [
+        f"{which} changed since it was indexed; by {QUARANTINE}, which `fastmoco data check` has "
+        "written since, the images that are left are used"
+    ]
 
 
 def _notes_on_converted(written: int, held: int, folders: Sequence[str]) -> list[str]:

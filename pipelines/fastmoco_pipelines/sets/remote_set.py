@@ -10,7 +10,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,32 +190,47 @@ def fetch_lists(folders: Iterable[str], limits: Limits) -> tuple[Quarantine, lis
     return found, problems
 
 
-def as_checked(shard: RemoteShard, checked: Iterable[CheckedTar], limits: Limits) -> RemoteShard:
-    """A shard as it was last checked, if the server has that state of it, and not the indexed one.
+def as_checked(
+    shards: Sequence[RemoteShard], checked: Iterable[CheckedTar], limits: Limits
+) -> list[RemoteShard]:
+    """Shards as they were last checked, where the server has that state of one, and not the indexed
+    one. Only those that are listed are asked for, `THREADS` at once.
 
     Args:
-        shard: as its index describes it.
+        shards: as their indexes describe them.
         checked: the tars of the lists beside the shards.
         limits: times and tries.
 
     Raises:
-        RemoteError: if the server fails.
+        RemoteError: if the server fails; of the first such shard, in order.
     """
-    ours = {
-        (tar.tar_bytes, tar.tar_hash)
-        for tar in checked
-        if (tar.shard, tar.records) == (shard.name, shard.records)
-    }
-    if not ours:
-        return shard
-    size = file_head(shard.url, limits).size
-    ends = [(0, min(size, END_BYTES)), (max(0, size - END_BYTES), min(size, END_BYTES))]
-    read = (
-        read_range(shard.url, *end, limits, threading.Event(), cure=_NO_RANGES) if size else b""
-        for end in ends
-    )
-    state = (size, hashlib.sha256(b"".join(read)).hexdigest())
-    return shard.changed_to(*state) if state in ours else shard
+    states: dict[tuple[str, str], set[tuple[int, str]]] = {}
+    for tar in checked:
+        states.setdefault((tar.shard, tar.records), set()).add((tar.tar_bytes, tar.tar_hash))
+    stop = threading.Event()
+
+    def checked_state(shard: RemoteShard) -> RemoteShard:
+        size = file_head(shard.url, limits, stop).size
+        ends = [(0, min(size, END_BYTES)), (max(0, size - END_BYTES), min(size, END_BYTES))]
+        read = (
+            read_range(shard.url, *end, limits, stop, cure=_NO_RANGES) if size else b""
+            for end in ends
+        )
+        state = (size, hashlib.sha256(b"".join(read)).hexdigest())
+        known = state in states[shard.name, shard.records]
+        return shard.changed_to(*state) if known else shard
+
+    found = list(shards)
+    listed = [row for row, each in enumerate(found) if (each.name, each.records) in states]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="fastmoco-index") as pool:
+        try:
+            asked = pool.map(checked_state, [found[row] for row in listed])
+            for row, shard in zip(listed, asked, strict=True):
+                found[row] = shard
+        except BaseException:
+            stop.set()  # no further tries of the others
+            raise
+    return found
 
 
 class SmallFiles:

@@ -81,9 +81,9 @@ class ShardFetcher:
         """Times and tries of a transfer."""
         return self._state.limits
 
-    def change(self, change: Callable[[RemoteShard], RemoteShard]) -> None:
-        """Replace what is known of every shard."""
-        self._state.shards = [change(shard) for shard in self._state.shards]
+    def change(self, change: Callable[[Sequence[RemoteShard]], Sequence[RemoteShard]]) -> None:
+        """Replace what is known of the shards."""
+        self._state.shards = change(self._state.shards)
 
     def want(self, numbers: Sequence[int]) -> None:
         """Fetch these shards next, in this order, instead of those wanted before."""

@@ -102,8 +102,13 @@ class Head:
     validator: str
 
 
-def file_head(url: str, limits: Limits) -> Head:
+def file_head(url: str, limits: Limits, stop: threading.Event | None = None) -> Head:
     """Ask for the size of a file, whose content is not read.
+
+    Args:
+        url: of the file.
+        limits: times and tries.
+        stop: set when the result is no longer needed.
 
     Raises:
         AbsentError, RemoteError: naming the URL and the cause.
@@ -126,7 +131,7 @@ def file_head(url: str, limits: Limits) -> Head:
         except WrongContentError:  # an empty file has no first byte
             return ask(None)
 
-    return retried(url, limits, deadline, threading.Event(), attempt)
+    return retried(url, limits, deadline, stop or threading.Event(), attempt)
 
 
 def fetch_document(

@@ -103,7 +103,7 @@ def test_a_stale_or_broken_json_form_is_refused(folder):
     assert not index_path(first).exists()
 
 
-def test_the_list_of_checked_tars_is_read_once_for_all(folder, monkeypatch):
+def test_the_list_of_checked_tars_is_read_once_for_all(folder, monkeypatch, caplog):
     lists = []
     read = local_set.read_list
     monkeypatch.setattr(local_set, "read_list", lambda path: lists.append(path) or read(path))
@@ -131,6 +131,12 @@ def test_the_list_of_checked_tars_is_read_once_for_all(folder, monkeypatch):
     Quarantine(checked=checked).write(quarantine_path(folder))
     ShardSet.open(str(folder)).close()
     assert len(lists) == 2
+    # One sentence for all of them, or a thousand would hide what else is said.
+    (said,) = (record.message for record in caplog.records)
+    names = ", ".join(tar.name for tar in tars)
+    assert said.startswith(f"3 tars ({names}): each has changed since it was indexed; ")
+    assert local_set._notes_on_changed(["a", "b", "c", "d"])[0].startswith("4 tars (a, b, c, ...):")
+    assert local_set._notes_on_changed(["x/a.tar"])[0].startswith("a.tar: has changed since")
 
 
 def test_labels_that_are_written_while_the_json_form_is_read_stay(folder, monkeypatch):

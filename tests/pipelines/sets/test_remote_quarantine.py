@@ -3,8 +3,10 @@ bounded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import fsspec
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 
 from fastmoco_pipelines.errors import RemoteError
-from fastmoco_pipelines.formats.quarantine import CURE, Quarantine, quarantine_path
+from fastmoco_pipelines.formats.quarantine import CURE, CheckedTar, Quarantine, quarantine_path
 from fastmoco_pipelines.healing.bad_samples import BadSamples
 from fastmoco_pipelines.sets import remote_set
 from fastmoco_pipelines.sets.shard_set import ShardSet
 from fastmoco_pipelines.spec import CacheSpec
 from fastmoco_pipelines.stores import object_store
+from fastmoco_pipelines.stores.transfer import Head, RemoteShard
 from tests.pipelines.healing.test_healer import assert_same, take
 from tests.pipelines.http_fault_server import FaultServer, html, plain, status
 from tests.pipelines.stores.test_http_faults import QUICK
@@ -170,3 +173,52 @@ def test_what_a_run_finds_is_told_apart_from_what_the_list_says(folder, tmp_path
         bad.add(5, "found now")
         again = BadSamples(shards, max_bad_share=0.5, run_list=tmp_path / "run.jsonl")
         assert (bad.listed, bad.found, again.listed, again.found) == (1, 1, 1, 1)
+
+
+def remote_shard(number: int) -> RemoteShard:
+    name = f"http://x/{number:02d}.tar"
+    return RemoteShard(
+        url=name, size=1, tar_hash="", sha256=None, rows=tuple, key=name, records="r"
+    )
+
+
+def checked_tar(number: int) -> CheckedTar:
+    tar_hash = hashlib.sha256(b"endsends").hexdigest()
+    return CheckedTar(
+        shard=f"{number:02d}.tar", tar_bytes=7, tar_hash=tar_hash, records="r", when=""
+    )
+
+
+def test_changed_shards_are_asked_for_at_once_and_keep_their_order(monkeypatch):
+    together = threading.Barrier(remote_set.THREADS)
+    asked = []
+
+    def head(url, limits, stop):
+        asked.append(url)
+        together.wait(30)  # breaks if they come one after another
+        return Head(7, "")
+
+    monkeypatch.setattr(remote_set, "file_head", head)
+    monkeypatch.setattr(remote_set, "read_range", lambda *_, **__: b"ends")
+    shards = [remote_shard(number) for number in range(2 * remote_set.THREADS)]
+    listed = [checked_tar(number) for number in range(0, len(shards), 2)]
+    found = remote_set.as_checked(shards, listed, QUICK)
+    assert [each.url for each in found] == [each.url for each in shards]
+    changed = [number for number, each in enumerate(found) if each is not shards[number]]
+    assert changed == list(range(0, len(shards), 2))
+    assert sorted(asked) == [shards[number].url for number in changed]
+    assert {found[number].size for number in changed} == {7}
+    assert remote_set.as_checked(shards, [], QUICK) == shards
+
+
+def test_of_many_shards_that_fail_the_first_one_is_named(monkeypatch):
+    def head(url, limits, stop):
+        if url.endswith(("03.tar", "09.tar")):
+            raise RemoteError(f"{url}: no answer")
+        return Head(7, "")
+
+    monkeypatch.setattr(remote_set, "file_head", head)
+    monkeypatch.setattr(remote_set, "read_range", lambda *_, **__: b"ends")
+    shards = [remote_shard(number) for number in range(40)]
+    with pytest.raises(RemoteError, match=r"03\.tar: no answer"):
+        remote_set.as_checked(shards, [checked_tar(number) for number in range(40)], QUICK)
