@@ -393,8 +393,8 @@ def _webp(data: bytes) -> Structure:
     if not frames or control is None:
         raise StructureError("WebP without pixels")
     flags = data[20] & _WEBP_ALPHA | _WEBP_ANIMATION
-    content = b"".join(data[a:b] for a, b in (control, frames[0]))
-    parts = (_webp_head(len(content), flags, height, width), content)
+    length = sum(b - a for a, b in (control, frames[0]))
+    parts = (_webp_head(length, flags, height, width), control, frames[0])
     return Structure(height, width, len(frames) > 1, parts, _WEBP_PIXEL_BYTES)
 
 
@@ -425,13 +425,12 @@ def _webp_still(
     padded = stop + (length & 1)
     if position == 12 and padded == end == len(data):
         return Structure(height, width, False, ((0, end),), _WEBP_PIXEL_BYTES)
-    pixels = data[position:stop] + b"\0" * (length & 1)
+    pixels = ((position, stop), b"\0" * (length & 1))
     if alpha is None:
-        head = b"RIFF" + pack("<I", 4 + len(pixels)) + b"WEBP"
-    else:
-        pixels = data[alpha[0] : alpha[1]] + pixels
-        head = _webp_head(len(pixels), _WEBP_ALPHA, height, width)
-    return Structure(height, width, False, (head, pixels), _WEBP_PIXEL_BYTES)
+        head = b"RIFF" + pack("<I", 4 + padded - position) + b"WEBP"
+        return Structure(height, width, False, (head, *pixels), _WEBP_PIXEL_BYTES)
+    head = _webp_head(alpha[1] - alpha[0] + padded - position, _WEBP_ALPHA, height, width)
+    return Structure(height, width, False, (head, alpha, *pixels), _WEBP_PIXEL_BYTES)
 
 
 def _webp_head(content: int, flags: int, height: int, width: int) -> bytes:

@@ -34,6 +34,11 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "mpo", "jps")
 which is not used."""
 MAX_BYTES = 64 << 20
 """Largest compressed image in a shard."""
+SPARE_BYTES = 16 << 20
+"""Compressed bytes that an image in a shard may have beside those of its pixels: metadata, a short
+film, padding. Without this limit a batch of tiny images could have gigabytes."""
+MAX_BYTES_PER_PIXEL = 8
+"""A PNG of four channels of 16 bits, not compressed at all, has so many."""
 MAX_SIDE = 16384
 """Largest height or width in pixels in a shard."""
 MAX_PIXELS = 50_000_000
@@ -141,6 +146,11 @@ def size_problem(*, height: int, width: int, size: int, shrunk: bool = False) ->
         return f"it declares {width}x{height} pixels"
     if problem := bytes_problem(size, shrunk=shrunk):
         return problem
+    if not shrunk and size > SPARE_BYTES + MAX_BYTES_PER_PIXEL * pixels:
+        return (
+            f"{size} bytes for {width}x{height} pixels are above the limit of {MAX_BYTES_PER_PIXEL} "
+            f"a pixel and {SPARE_BYTES} more: {_SHRINKS}"
+        )
     if pixels > MAX_SOURCE_PIXELS:
         return f"{width}x{height} pixels are above the limit of {MAX_SOURCE_PIXELS} in all"
     if is_bomb(pixels, size):
@@ -269,10 +279,11 @@ def shrink(data: bytes, *, max_side: int, quality: int) -> bytes:
     """
     header, image = _opened(data, shrunk=True)
     scale = min(1.0, max_side / max(header.height, header.width))
-    if scale == 1 and bytes_problem(len(data)) is None:
+    problem = size_problem(height=header.height, width=header.width, size=len(data))
+    if scale == 1 and problem is None:
         return data
     size = (max(1, round(header.width * scale)), max(1, round(header.height * scale)))
-    if size_problem(height=header.height, width=header.width, size=len(data)) is not None:
+    if problem is not None:
         # A JPEG is decoded at an eighth to a half of its size: a fraction of the memory.
         image.draft(None, (2 * size[0], 2 * size[1]))
     _decode(data, image)

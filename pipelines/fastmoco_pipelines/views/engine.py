@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoco_pipelines.errors import DecodeError, StructureError
-from fastmoco_pipelines.formats.images import decodable
+from fastmoco_pipelines.formats.headers import plain_image
+from fastmoco_pipelines.formats.images import admitted
 from fastmoco_pipelines.spec import DECODE_GB, SECONDS_PER_IMAGE, Device, require
 from fastmoco_pipelines.views.runtime import build_pipeline
 from fastmoco_pipelines.views.watch import StuckError, watched
@@ -128,15 +129,12 @@ class Engine:
         # The one place that guarantees the structure of what DALI gets, from shards or elsewhere:
         # images alone, without the metadata over which it stumbles or prints.
         faults: list[tuple[int, str]] = []
-        plain = []
+        found = []
         sizes = []
-        pixels = []
         for row, image in enumerate(encoded):
             try:
-                data, found = decodable(image.tobytes())
-                plain.append(np.frombuffer(data, np.uint8))
-                sizes.append(found.decoder_bytes + (0 if beside is None else int(beside[row])))
-                pixels.append(found.pixels)
+                found.append(admitted(_bytes_of(image)))
+                sizes.append(found[-1].decoder_bytes + (0 if beside is None else int(beside[row])))
             except StructureError as error:
                 faults.append((row, str(error)))
         if faults:
@@ -144,9 +142,15 @@ class Engine:
         whole: list[Tensor] = []
         self.finish_seconds = 0.0
         for rows in parts_of(sizes, self._sub_batch, self._decode_bytes):
-            decode = partial(self._outputs, plain[rows], inputs(rows), rows, count)
+            # Without their metadata they are copies, of a part at a time.
+            plain = [
+                np.frombuffer(plain_image(_bytes_of(image), known), np.uint8)
+                for image, known in zip(encoded[rows], found[rows], strict=True)
+            ]
+            pixels = sum(known.pixels for known in found[rows])
+            decode = partial(self._outputs, plain, inputs(rows), rows, count)
             try:
-                outputs = watched(decode, plain[rows], sum(pixels[rows]), seconds=self._seconds)
+                outputs = watched(decode, plain, pixels, seconds=self._seconds)
             except StuckError as stuck:
                 if stuck.at_work:
                     self._leave_behind()
@@ -160,7 +164,7 @@ class Engine:
                     whole = _gathered(whole, finish(outputs, rows), rows, count)
             finally:
                 self.finish_seconds += time.perf_counter() - start
-            del outputs, decode  # or DALI could not use their memory in its next run
+            del outputs, decode, plain  # or DALI could not use their memory in its next run
         if self._on_gpu:
             for tensor in whole:
                 # This memory belongs to the side stream: when the trainer drops it, it may be given
@@ -217,6 +221,14 @@ class Engine:
                 yield
         finally:
             self._stream.synchronize()
+
+
+def _bytes_of(image: NDArray[np.uint8]) -> bytes:
+    """The bytes of an encoded image: those that it is a view of, where these are no others."""
+    base = image.base
+    if isinstance(base, bytes) and len(base) == image.nbytes:
+        return base
+    return image.tobytes()
 
 
 def parts_of(sizes: Sequence[int], most: int, budget: int) -> Iterator[slice]:

@@ -77,3 +77,21 @@ def test_what_a_decoder_takes_is_known_from_the_header(name):
     assert found.decoder_bytes >= levels.nbytes
     whole = name in ("progressive.jpg", "rgb_16.png", "grey_16.png", "interlaced.png")
     assert (found.pixel_bytes > 3) == (whole or name.endswith(".webp"))
+
+
+@pytest.mark.parametrize("name", ["png.png", "jpeg.jpg", "webp.webp"])
+def test_bytes_that_no_pixel_needs_are_limited(name, monkeypatch):
+    """64 images of one pixel and 64 MiB would be 4 GB a batch."""
+    data = GOOD[name]
+    found = structure(data)
+    monkeypatch.setattr(images, "SPARE_BYTES", 5000)
+    most = 5000 + 8 * found.pixels
+    padded = data + bytes(most - len(data))
+    assert structure_fault(padded) is None
+    fault = str(structure_fault(padded + b"\0"))
+    assert fault.startswith(f"{most + 1} bytes for {found.width}x{found.height} pixels are above")
+    assert refusal_kind(padded + b"\0") == "too large or a bomb"
+    # The cure that it names: written again, even if no side is too long.
+    again = images.shrink(padded + b"\0", max_side=4096, quality=95)
+    assert structure_fault(again) is None
+    assert len(again) < most

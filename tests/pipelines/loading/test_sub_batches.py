@@ -16,6 +16,7 @@ from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.formats.headers import structure
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import DECODE_GB, GPU_SUB_BATCH, EvalSpec
+from fastmoco_pipelines.views import engine
 from fastmoco_pipelines.views.dali import DecodeError, EvalPipeline, ViewPipeline
 from fastmoco_pipelines.views.engine import Engine, parts_of
 from fastmoco_pipelines.views.graph import GPU_DECODER
@@ -88,6 +89,31 @@ def test_a_budget_of_decoded_bytes_changes_no_bit(
     assert ran == list(parts_of(sizes, 5, budget))
     assert all(rows.stop - rows.start == 1 or sum(sizes[rows]) <= budget for rows in ran)
     assert (len(ran) == 11) == (share == 0.02)
+
+
+def test_metadata_is_removed_part_by_part(encoded, draws, monkeypatch) -> None:
+    """Or a batch would be held twice."""
+    views = pipeline(4)
+    whole = views.run(encoded, draws)
+    long = [np.frombuffer(image.tobytes() + bytes(9), np.uint8) for image in encoded]
+    made: list[int] = []
+    held: list[int] = []
+    really, outputs = engine.plain_image, Engine._outputs
+
+    def plain(data, known):
+        made.append(len(data))
+        return really(data, known)
+
+    def seen(self, *rest):
+        held.append(len(made))
+        return outputs(self, *rest)
+
+    monkeypatch.setattr(engine, "plain_image", plain)
+    monkeypatch.setattr(Engine, "_outputs", seen)
+    same = views.run(long, draws)
+    assert held == [4, 8, 11]
+    assert made == [len(image) for image in long]
+    assert all(torch.equal(one, other) for one, other in zip(same, whole, strict=True))
 
 
 def test_plain_images_have_the_usual_budget(encoded, monkeypatch) -> None:
