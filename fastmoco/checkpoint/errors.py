@@ -11,6 +11,14 @@ class CheckpointError(RunError):
     """A checkpoint cannot be written or trusted; the message names it, the reason and the cure."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose damage is proven: files that are missing or differ from their SHA-256."""
+
+
+class DamageError(ValueError):
+    """Files of a checkpoint are missing, or differ from what was written; the message names them."""
+
+
 def storage_errors() -> tuple[type[BaseException], ...]:
     """What writing and reading tensors may raise, for an `except` clause.
 

@@ -12,11 +12,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmoco.checkpoint.errors import CheckpointError
+from fastmoco.checkpoint.errors import CheckpointError, DamageError
 from fastmoco.checkpoint.state_form import is_count, require_state
 from fastmoco_pipelines.files.small import UnfitFileError, json_of, read_json, read_small
 from fastmoco_pipelines.files.whole import hash_file, remove, write_file
@@ -27,6 +28,9 @@ FORMAT = "fastmoco-checkpoint-3"
 _ENTRIES = {"format", "step", "world_size", "saved_at", "run_id", "files", "sha256"}
 _UNRELEASED_FORMATS = ("fastmoco-checkpoint-1", "fastmoco-checkpoint-2")
 """Formats of commits before 0.1.0, which are recognized but not read."""
+KEPT = ".kept"
+"""End of the name of a file beside a folder that was passed over though no damage is proven, and of
+such a folder that made way for a save of its step. Neither is ever removed."""
 MARKER_LIMIT = 64 * 2**20
 """Bytes. An entry takes about a hundred, and each rank writes one file."""
 _KNOWN = re.compile(
@@ -41,7 +45,48 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Folders under `root` with a commit marker, oldest step first. Their
     content is not verified here.
     """
-    return [path for path in _step_folders(root) if (path / MARKER).is_file()]
+    return [path for path in _step_folders(root) if is_committed(path)]
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a folder has a commit marker; also if that cannot be told now, since what is taken for
+    an unfinished save is removed.
+    """
+    try:
+        return stat.S_ISREG((path / MARKER).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def keep(path: Path) -> None:
+    """Keep a folder from `prune` for good. A mark beside it says so, as the folder itself may be
+    unreadable.
+
+    Raises:
+        CheckpointError: if the mark cannot be written.
+    """
+    mark = path.with_name(path.name + KEPT)
+    try:
+        write_text(mark, "passed over once; no save removes it\n")
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise CheckpointError(
+            f"{mark}: {error}, so {path.name} might be lost; free space and run the same command "
+            "again, or move it away"
+        ) from error
+
+
+def keep_no_longer(path: Path) -> None:
+    """Take back what `keep` did."""
+    remove(str(path.with_name(path.name + KEPT)))
+
+
+def is_kept(path: Path) -> bool:
+    """Whether `keep` was called for a folder."""
+    return os.path.lexists(path.with_name(path.name + KEPT))
 
 
 def unfinished_saves(root: Path) -> list[Path]:
@@ -51,7 +96,7 @@ def unfinished_saves(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     hidden = [path for path in root.iterdir() if _HIDDEN.fullmatch(path.name)]
-    return sorted(hidden + [path for path in _step_folders(root) if not (path / MARKER).is_file()])
+    return sorted(hidden + [path for path in _step_folders(root) if not is_committed(path)])
 
 
 def step_of(path: Path) -> int:
@@ -109,14 +154,24 @@ def flush(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a plain file."""
+    """Size and SHA-256 of a plain file.
+
+    Raises:
+        DamageError: if it is missing.
+        ValueError: if it is no plain file.
+        OSError: if it cannot be read.
+    """
     return {"bytes": _size(path), "sha256": hash_file(path)}
 
 
 def _size(path: Path) -> int:
-    if path.is_symlink() or not path.is_file():
-        raise FileNotFoundError(f"{path.name} is missing or not a plain file")
-    return path.stat().st_size
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        raise DamageError(f"{path.name} is missing or not a plain file") from None
+    if not stat.S_ISREG(found.st_mode):  # perhaps a link to a sound file
+        raise ValueError(f"{path.name} is missing or not a plain file")
+    return found.st_size
 
 
 def marker_text(
@@ -155,11 +210,13 @@ def read_marker(path: Path) -> dict[str, Any]:
         The entries `format`, `step`, `world_size`, `saved_at`, `run_id` and `files`.
 
     Raises:
-        ValueError: if there is none, if it has another format, or if a bit of it has changed.
+        ValueError: if there is none, if it has another format, or if a bit of it has changed; a
+            `DamageError` if the format is this one.
+        OSError: if it cannot be read.
     """
     match = _FOLDER.fullmatch(path.name)
-    if match is None or not (path / MARKER).is_file():
-        raise ValueError(f"it has no usable {MARKER} marker")
+    if match is None or not is_committed(path):
+        raise DamageError(f"it has no usable {MARKER} marker")
     try:
         raw = read_small(path / MARKER, MARKER_LIMIT, follow=False)
         promised = json_of(raw, path / MARKER, strict=True)
@@ -173,7 +230,8 @@ def read_marker(path: Path) -> dict[str, Any]:
         )
     wrong = _fault(promised, raw, int(match[1]))
     if wrong:
-        raise ValueError(f"the {MARKER} marker is damaged: {wrong}")
+        kind = DamageError if found == FORMAT else ValueError  # else perhaps of a later version
+        raise kind(f"the {MARKER} marker is damaged: {wrong}")
     return {name: value for name, value in promised.items() if name != "sha256"}
 
 
@@ -226,8 +284,9 @@ def verify(path: Path) -> dict[str, Any]:
         The marker.
 
     Raises:
-        OSError: if a file is missing or unreadable.
-        ValueError: if any byte has changed since the save; the message names the files.
+        OSError: if a file cannot be read.
+        DamageError: if a file is missing or has changed since the save; the message names the files.
+        ValueError: if a marker is of another format, or a file no plain file.
     """
     promised = read_marker(path)
     changed = [
@@ -236,7 +295,7 @@ def verify(path: Path) -> dict[str, Any]:
         if _size(path / name) != file["bytes"] or fingerprint(path / name) != file
     ]
     if changed:
-        raise ValueError(
+        raise DamageError(
             f"{' and '.join(changed)} differs in size or SHA-256 from what {MARKER} lists"
         )
     return promised
@@ -252,14 +311,18 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, changed or no JSON object.
     """
     try:
-        marker = read_marker(path)
-        if fingerprint(path / STATE) != marker["files"][STATE]:
-            raise ValueError(f"{STATE} differs in size or SHA-256 from what {MARKER} lists")
-        return state_of(path, marker["run_id"])
+        return _verified_state(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {error}. Restore {path.name} from a copy, or remove it."
         ) from error
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    marker = read_marker(path)
+    if fingerprint(path / STATE) != marker["files"][STATE]:
+        raise DamageError(f"{STATE} differs in size or SHA-256 from what {MARKER} lists")
+    return state_of(path, marker["run_id"])
 
 
 def state_of(path: Path, run_id: str) -> dict[str, Any]:
@@ -285,7 +348,8 @@ def state_of(path: Path, run_id: str) -> dict[str, Any]:
 
 def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Free the name `final`: move a folder of that name aside, unless it is a valid checkpoint. A
-    link of that name is moved itself, wherever it leads.
+    link of that name is moved itself, wherever it leads. What is not proven to be damaged, or was
+    passed over, gets a name that nothing removes.
 
     Returns:
         False if the same `files` are committed there already, so that nothing is left to write.
@@ -297,10 +361,16 @@ def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
         return True
     try:
         if final.is_symlink():
-            raise FileNotFoundError(f"{final} is a link")
+            raise DamageError(f"{final} is a link")
         existing = verify(final)
-    except (OSError, ValueError):
+    except DamageError:
         final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
+        return True
+    except (OSError, ValueError):
+        final.rename(final.with_name(f"{final.name}{KEPT}-{secrets.token_hex(4)}"))
+        return True
+    if existing["files"] != files and is_kept(final):
+        final.rename(final.with_name(f"{final.name}{KEPT}-{secrets.token_hex(4)}"))
         return True
     if existing["files"] != files:
         raise FileExistsError(
@@ -313,6 +383,7 @@ def commit(writing: Path, final: Path, marker: str) -> None:
     """Rename a complete, flushed folder, then write its marker. A kill in
     between leaves a folder that is ignored.
     """
+    keep_no_longer(final)  # of a folder that had this name before
     writing.rename(final)
     flush(final.parent)
     write_file(final / MARKER, marker.encode(), mode=0o600, durable=True)
@@ -343,17 +414,19 @@ def prune(
 
     Folders of later steps stay: a run saves at an earlier step only if they did not verify, and
     then they are evidence. The newest folder whose step is a multiple of `keep_multiple` stays as
-    well, if that is not 0, and so does the first of those that `ranked` returns.
+    well, if that is not 0, and so does the first of those that `ranked` returns. So do all that were
+    passed over (`keep`), which do not count, and all that cannot be read now though no damage is
+    proven, e.g. those of a later version.
     """
     committed = list_checkpoints(root)
-    committed = committed[: committed.index(newest) + 1]
+    committed = [path for path in committed[: committed.index(newest) + 1] if not is_kept(path)]
     old = committed[: max(0, len(committed) - keep)]
     if not old:
         return
     regular = [path for path in committed if keep_multiple and step_of(path) % keep_multiple == 0]
     kept = [*regular[-1:], *ranked(committed)[:1]]
     for path in old:
-        if path in kept:
+        if path in kept or not _may_go(path):
             continue
         try:
             (
@@ -364,6 +437,17 @@ def prune(
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _may_go(path: Path) -> bool:
+    """Whether a checkpoint can be read, or is proven to be damaged. Its tensors are not read."""
+    try:
+        _verified_state(path)
+    except DamageError:
+        return True
+    except (OSError, ValueError, MemoryError):
+        return False
+    return True
+
+
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
 
@@ -372,4 +456,14 @@ def _step_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [(int(m[1]), path) for path in root.iterdir() if (m := _FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
+    return [path for _, path in sorted(found) if _is_folder(path)]
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether this is a folder itself, no link to one; also if that cannot be told now."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

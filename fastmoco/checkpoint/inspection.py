@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from fastmoco.checkpoint.choose import Score, score_in
 from fastmoco.checkpoint.errors import CheckpointError
 from fastmoco.checkpoint.folder import (
-    MARKER,
     flush,
+    is_committed,
     list_checkpoints,
     read_marker,
     unfinished_saves,
@@ -84,7 +84,7 @@ def _inspect(folder: Path) -> Inspection:
         size=sum(file.lstat().st_size for file in folder.iterdir()),
         saved_at=str(marker.get("saved_at", "")),
         world_size=int(str(marker.get("world_size", 0))),
-        committed=(folder / MARKER).is_file(),
+        committed=is_committed(folder),
         fault=fault,
         score=score,
     )

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmoco.checkpoint.errors import CheckpointError, storage_errors
+from fastmoco.checkpoint.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    DamageError,
+    storage_errors,
+)
 from fastmoco.checkpoint.folder import (
     METADATA,
     TENSORS,
@@ -42,6 +47,8 @@ class Checkpoint:
         run_id: of the run that wrote it; "" if it was saved outside a run.
         skipped: newer committed folders that could not be trusted, newest first, each with the
             reason, to be printed.
+        kept: those of them whose damage is not proven, e.g. of a later version, or unreadable for a
+            moment. A run that continues must keep them (`folder.keep`).
         metadata: DCP's table of the pieces of each tensor; None for the file of a single process.
     """
 
@@ -51,7 +58,17 @@ class Checkpoint:
     entries: Mapping[str, Tensor]
     run_id: str = ""
     skipped: tuple[tuple[Path, str], ...] = ()
+    kept: tuple[Path, ...] = ()
     metadata: Metadata | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a run that continues says about newer checkpoints, a sentence each."""
+        kept = "; it is kept: no save removes it"
+        return [
+            f"passed over {path.name}: {reason}{kept if path in self.kept else ''}"
+            for path, reason in self.skipped
+        ]
 
     @property
     def cure(self) -> str:
@@ -139,13 +156,16 @@ def load_latest(
             decide to start from scratch.
     """
     skipped: list[tuple[Path, str]] = []
+    kept: list[Path] = []
     for path in reversed([path for path in list_checkpoints(root) if among(step_of(path))]):
         try:
             loaded = load_checkpoint(path, admit=admit)
         except CheckpointError as error:
             skipped.append((path, str(error)))
+            if not isinstance(error, DamagedCheckpointError):
+                kept.append(path)
             continue
-        return replace(loaded, skipped=tuple(skipped))
+        return replace(loaded, skipped=tuple(skipped), kept=tuple(kept))
     if not skipped:
         return None
     reasons = "\n  ".join(reason for _, reason in skipped)
@@ -162,13 +182,21 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
 
     Raises:
         CheckpointError: naming the file that is missing, changed, unreadable or
-            hostile, and the cure.
+            hostile, and the cure; a `DamagedCheckpointError` where the damage is proven.
     """
     cure = f"Restore {path.name} from a copy, or remove it to continue from an earlier checkpoint."
+    again = "Make it readable and run the same command again."
+    lack = "its files need more memory than there is. Free some and run the same command again."
     try:
         promised = verify(path)
-    except (OSError, ValueError) as error:
+    except DamageError as error:
+        raise DamagedCheckpointError(f"{path}: {error}. {cure}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}. {again}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: {lack}") from error
     run_id = promised["run_id"]
     admit(path, run_id)
     try:
@@ -183,10 +211,10 @@ def load_checkpoint(path: Path, *, admit: Admit = lambda path, run_id: None) -> 
         else:
             entries = whole_entries(path / TENSORS)
     except MemoryError as error:
-        raise CheckpointError(
-            f"{path}: its files need more memory than there is. {cure}"
-        ) from error
-    except (OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {lack}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}. {again}") from error
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}. {cure}") from error
     return Checkpoint(
         step=promised["step"],

@@ -59,8 +59,8 @@ def announce(
         now: the resolved values on this machine, for `machine_changes`.
         report: called with each log line.
     """
-    for path, reason in checkpoint.skipped:
-        report(f"warning: passed over {path.name}: {reason}")
+    for warning in checkpoint.warnings:
+        report(f"warning: {warning}")
     whose = (
         ""
         if checkpoint.run_id == identity.run_id

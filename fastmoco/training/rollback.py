@@ -132,8 +132,8 @@ class Rollback:
                 "the run continues"
             )
             return False
-        for path, reason in checkpoint.skipped:
-            recorder.event(f"warning: passed over {path.name}: {reason}")
+        for warning in checkpoint.warnings:
+            recorder.event(f"warning: {warning}")
 
         # The history of the median is that of the checkpoint; the counts are this run's.
         self._restart_median(checkpoint.state.get("rollback", {}))

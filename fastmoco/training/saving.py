@@ -24,6 +24,8 @@ from fastmoco.checkpoint import (
     unfinished_saves,
 )
 from fastmoco.checkpoint.choose import by_score, score_of
+from fastmoco.checkpoint.folder import keep, keep_no_longer
+from fastmoco.checkpoint.ranks import on_first_rank
 from fastmoco.config import Config
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
@@ -52,6 +54,8 @@ class Saving:
         pulse: records while the main thread is in a save, which neither the deadline after a signal
             nor the watchdog may interrupt.
         identity: of the run; `go_back` uses only checkpoints that it admits.
+        checkpoint: that the run continues from. Newer ones that were passed over though no damage is
+            proven are kept from now on, whatever is saved.
 
     Attributes:
         leftovers: folders of saves that an earlier process did not finish.
@@ -69,6 +73,7 @@ class Saving:
         step: int,
         pulse: Pulse,
         identity: RunIdentity | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._rules = config.checkpoint
         self._world = world
@@ -81,6 +86,7 @@ class Saving:
         self._group = group_for_saving(DEADLINE_S) if world.world_size > 1 else None
         self.leftovers = unfinished_saves(folder.checkpoints)
         on_every_rank(lambda: require_writable(folder.checkpoints, world.rank), self._group)
+        self._keep_passed_over(checkpoint)
         self._saver = Saver(
             folder.checkpoints,
             keep=config.checkpoint.keep,
@@ -171,8 +177,22 @@ class Saving:
         with paused(), self._pulse.inside(Section.ROLLBACK, 6 * DEADLINE_S):
             checkpoint = self._newest_by_steps(before)
             if checkpoint is not None:
+                self._keep_passed_over(checkpoint)
                 take(checkpoint)
         return checkpoint
+
+    def _keep_passed_over(self, checkpoint: Checkpoint | None) -> None:
+        """Keep those that were passed over for this one. All ranks call this together."""
+        if checkpoint is None:
+            return
+        used = checkpoint
+
+        def mark() -> None:
+            for path in used.kept:
+                keep(path)
+            keep_no_longer(used.path)
+
+        on_first_rank(mark, self._group)
 
     def _newest_by_steps(self, before: int) -> Checkpoint | None:
         self._saver.settle()

@@ -128,7 +128,13 @@ class Trainer:
         self.pulse = Pulse(config.faults)
         self.stragglers = Stragglers(self.objective, world)
         self.saving = Saving(
-            config, world, folder, step=self.step_count, pulse=self.pulse, identity=self.identity
+            config,
+            world,
+            folder,
+            step=self.step_count,
+            pulse=self.pulse,
+            identity=self.identity,
+            checkpoint=checkpoint,
         )
         rolled = checkpoint.state.get("rollback", {}) if checkpoint is not None else {}
         self.rollback = Rollback(config, world, self.saving, self._take_state, rolled)

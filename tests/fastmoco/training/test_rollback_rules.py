@@ -37,7 +37,7 @@ class Fake:
     def go_back(self, before: int, take: Callable[[Any], None], paused: Any) -> Any:
         steps = [step for step in self.saved if step < before]
         state = {"rollback": self.saved[steps[-1]]} if steps else {}
-        return SimpleNamespace(step=steps[-1], state=state, skipped=()) if steps else None
+        return SimpleNamespace(step=steps[-1], state=state, warnings=[]) if steps else None
 
     def last_committed(self) -> int:
         return max(self.saved, default=0)
