@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # quickstart_digits with settings that change only its speed:
 #     launch/quickstart_digits.sh --data.shards SHARDS --out FOLDER [overrides]
 #
@@ -21,8 +21,10 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
 # shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$(dirname "$0")/settings.sh"
+source "${here%/*}/settings.sh"
 
 # exec, so that signals to this script reach the run. Options of the caller come last
 # and win.

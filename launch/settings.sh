@@ -15,6 +15,7 @@ absolute() {
     echo "${kept#:}"
 }
 PATH=$(absolute "$PATH" "")
+PATH=${PATH:-/usr/bin:/bin}  # an empty one is the current folder again
 [[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH" "$PWD")
 # `python -m` would look there first.
 export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"

@@ -1,9 +1,11 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Every GPU of this machine; GPUS=4 uses four:
 # launch/single_node.sh RECIPE --out FOLDER [overrides]
 set -euo pipefail
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
 # shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$(dirname "$0")/settings.sh"
+source "${here%/*}/settings.sh"
 
 # nvidia-smi prints one line per GPU; without it, one process.
 if [[ -z ${GPUS:-} ]]; then

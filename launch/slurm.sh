@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # Any number of machines: sbatch --nodes 4 launch/slurm.sh RECIPE --out FOLDER [overrides]
 # FOLDER must be on a file system that all machines share. One task per GPU, without torchrun, so
 # that signals and exit codes pass unchanged.
@@ -31,6 +31,7 @@ absolute() {
     echo "${kept#:}"
 }
 PATH=$(absolute "$PATH" "")
+PATH=${PATH:-/usr/bin:/bin}  # an empty one is the current folder again
 [[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH" "$PWD")
 # `python -m` would look there first.
 export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # vit_h14_e300_b4096 with settings that change only its speed:
 #     launch/vit_h14_e300_b4096.sh --data.shards SHARDS --out FOLDER [overrides]
 #
@@ -11,8 +11,10 @@
 #     fastmoco tune vit_h14_e300_b4096 --plan-only --gpus 8 --memory 80GiB --out launch/vit_h14_e300_b4096.sh
 set -euo pipefail
 
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
 # shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$(dirname "$0")/settings.sh"
+source "${here%/*}/settings.sh"
 
 # exec, so that signals to this script reach the run. Options of the caller come last
 # and win.

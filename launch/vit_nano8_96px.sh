@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # vit_nano8_e60_b256 with settings that change only its speed:
 #     launch/vit_nano8_96px.sh --data.shards SHARDS --out FOLDER [overrides]
 #
@@ -15,8 +15,10 @@
 #     fastmoco tune vit_nano8_e60_b256 --model.image-size 96 --global-batch-size 64 --data.shards SHARDS --budget 5m --out launch/vit_nano8_96px.sh --force
 set -euo pipefail
 
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
 # shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$(dirname "$0")/settings.sh"
+source "${here%/*}/settings.sh"
 
 # exec, so that signals to this script reach the run. Options of the caller come last
 # and win.

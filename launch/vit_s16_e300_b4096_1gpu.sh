@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # vit_s16_e300_b4096 with settings that change only its speed:
 #     launch/vit_s16_e300_b4096_1gpu.sh --data.shards SHARDS --out FOLDER [overrides]
 #
@@ -12,8 +12,10 @@
 #     fastmoco tune vit_s16_e300_b4096 --plan-only --memory 80GiB --out launch/vit_s16_e300_b4096_1gpu.sh
 set -euo pipefail
 
+here=${BASH_SOURCE[0]}
+[[ $here == */* ]] || here=./$here
 # shellcheck source-path=SCRIPTDIR source=settings.sh
-source "$(dirname "$0")/settings.sh"
+source "${here%/*}/settings.sh"
 
 # The first GPU by default; a second run on it would share its memory.
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"

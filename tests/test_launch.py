@@ -120,6 +120,10 @@ def test_slurm_has_the_settings_of_the_other_scripts() -> None:
     assert "source" not in slurm
 
 
+PLANTED = ("bash", "dirname", "env", "git", "nvidia-smi", "python", "srun", "stat", "wc")
+"""Programs that scripts start, and that their interpreter is found by."""
+
+
 def quick_script(name: str, folder: Path, python: str, *words: str) -> int:
     """The exit code of a script in a folder with programs and modules that are not to be run.
 
@@ -134,7 +138,7 @@ def quick_script(name: str, folder: Path, python: str, *words: str) -> int:
         (programs, "python", python),
         (programs, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
         (programs, "scontrol", f'echo "$@" > "{folder}/requeued"'),
-        *((hostile, one, f'touch "{folder}/EXECUTED"') for one in ("nvidia-smi", "python", "srun")),
+        *((hostile, one, f'touch "{folder}/EXECUTED"') for one in PLANTED),
         *((hostile / "launch", one, f'touch "{folder}/EXECUTED"') for one in ("settings.sh",)),
     ):
         place.mkdir(exist_ok=True, parents=True)
@@ -146,7 +150,7 @@ def quick_script(name: str, folder: Path, python: str, *words: str) -> int:
         "OUT": str(folder / "run"),
         "SLURM_JOB_ID": "7",
     }
-    command = ["/bin/bash", str(ROOT / "launch" / name), *words]
+    command = [str(ROOT / "launch" / name), *words]
     return subprocess.run(command, env=variables, cwd=hostile, check=False).returncode
 
 

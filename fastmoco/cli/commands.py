@@ -23,6 +23,8 @@ class Command:
     signature."""
     continues: bool = False
     """The same command goes on after Ctrl-C: it stores parts of its work."""
+    ranks: bool = False
+    """Several processes of a launcher may run it together; each of them ends with the launcher."""
 
     @functools.cached_property
     def call(self) -> Callable[..., int]:
@@ -32,18 +34,33 @@ class Command:
         return found
 
 
-def _words(name: str, function: str, line: str) -> Command:
+def _words(name: str, function: str, line: str, *, ranks: bool = False) -> Command:
     """A command that reads its own words."""
-    return Command(name, function, line, reads_words=True)
+    return Command(name, function, line, reads_words=True, ranks=ranks)
+
+
+def _eval(name: str, function: str, line: str, *, continues: bool = True) -> Command:
+    """An evaluation."""
+    return Command(name, function, line, continues=continues, ranks=True)
 
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "Train": (
-        _words("train", "recipe_commands:train", "Pre-train; the same command again continues."),
+        _words(
+            "train",
+            "recipe_commands:train",
+            "Pre-train; the same command again continues.",
+            ranks=True,
+        ),
         _words("recipes", "recipe_commands:recipes", "List the recipes."),
         _words("print-config", "recipe_commands:print_config", "Print a recipe's config as JSON."),
         _words("plan", "recipe_commands:plan", "Memory, FLOPs and largest batches on given GPUs."),
-        _words("profile", "recipe_commands:profile", "Where the time of a step goes, by part."),
+        _words(
+            "profile",
+            "recipe_commands:profile",
+            "Where the time of a step goes, by part.",
+            ranks=True,
+        ),
         _words("tune", "recipe_commands:tune", "Measure the fastest settings; a launch script."),
         Command("quickstart", "delayed:quickstart", "Train on handwritten digits, in minutes."),
     ),
@@ -62,26 +79,17 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("export", "export:export", "Write the encoder for timm, Hugging Face, ONNX, ..."),
     ),
     "Evaluate": (
-        Command("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder.", continues=True),
-        Command(
-            "eval linear",
-            "linear:eval_linear",
-            "Linear classifier on a frozen encoder.",
-            continues=True,
+        _eval("eval knn", "delayed:eval_knn", "kNN accuracy of an encoder."),
+        _eval("eval linear", "linear:eval_linear", "Linear classifier on a frozen encoder."),
+        _eval(
+            "eval finetune",
+            "finetune:eval_finetune",
+            "Train on with labels; its accuracy.",
+            continues=False,
         ),
-        Command("eval finetune", "finetune:eval_finetune", "Train on with labels; its accuracy."),
-        Command(
-            "eval embed", "embed:embed", "Write the features of images to a file.", continues=True
-        ),
-        Command(
-            "eval neighbours",
-            "embed:neighbours",
-            "The nearest images of each image.",
-            continues=True,
-        ),
-        Command(
-            "eval outliers", "embed:outliers", "Images that are like no others.", continues=True
-        ),
+        _eval("eval embed", "embed:embed", "Write the features of images to a file."),
+        _eval("eval neighbours", "embed:neighbours", "The nearest images of each image."),
+        _eval("eval outliers", "embed:outliers", "Images that are like no others."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),

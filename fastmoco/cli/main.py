@@ -20,12 +20,13 @@ from fastmoco.errors import (
     EXIT_REFUSED,
     EXIT_UNREAD,
     close_output,
+    one_line,
     reader_is_gone,
     say,
 )
 from fastmoco.errors.streams import shown_streams
 from fastmoco.faults.parent import follow_launcher
-from fastmoco_pipelines.processes import is_orphan
+from fastmoco_pipelines.processes import is_orphan, leave_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     process_ends = argv is None
     if process_ends:
-        follow_launcher()
+        leave_current_folder()
     with shown_streams(for_good=process_ends), without_modules_here(for_good=process_ends):
         code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
     if process_ends and is_orphan():
@@ -77,7 +78,13 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     for words in (2, 1):
         command = COMMANDS.get(" ".join(args[:words]))
         if command is not None:
+            if not _is_somewhere():
+                say("the current folder has been removed; change to another one, and start again")
+                return EXIT_REFUSED
             try:
+                if command.ranks and process_ends and not set(args) & set(HELP):
+                    with one_line(EXIT_REFUSED):
+                        follow_launcher()
                 code = _run(command, args[words:], process_ends=process_ends)
                 if sys.stdout is not None:
                     sys.stdout.flush()
@@ -134,6 +141,15 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
     call = parse(bound, command.name, args)
     with worded(lambda error: Wording(describe(function), args)(error)):
         return call()
+
+
+def _is_somewhere() -> bool:
+    """Whether the current folder is there. Libraries of torch end the process without one."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _unknown(args: list[str]) -> str:

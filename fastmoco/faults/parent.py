@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from fastmoco.errors import EXIT_FAILED, say
+from fastmoco.errors import EXIT_FAILED, RunError
 from fastmoco_pipelines.processes import (
     PARENT,
     POLL_SECONDS,
@@ -47,15 +47,19 @@ def follow_launcher() -> None:
     """End with the launcher of this process, if it has one: `--gpus N` or torchrun's agent.
 
     It is asked to stop as by SIGTERM. A task of srun is ended by SLURM.
+
+    Raises:
+        RunError: if torchrun's variable is set and no torchrun is above this process.
     """
     if PARENT in os.environ:
         follow_parent(at_end=_end)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         agent = _agent()
         if not agent:
-            say(
-                "torchrun has started this process (TORCHELASTIC_RUN_ID is set), and has ended: "
-                "ended with it; to start it by hand, unset TORCHELASTIC_RUN_ID"
+            raise RunError(
+                f"TORCHELASTIC_RUN_ID={os.environ['TORCHELASTIC_RUN_ID']} is set, but no torchrun "
+                "runs above this process: it has ended, or an earlier job has left the variable; "
+                "to start this command by hand, unset TORCHELASTIC_RUN_ID"
             )
         follow_parent(agent, at_end=_end)
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.run.metrics_file import Series, read_curves
+from fastmoco_pipelines.files.settings import without_settings_here
 from fastmoco_pipelines.files.whole import whole_file
 from fastmoco_pipelines.text import escaped
 
@@ -119,8 +120,9 @@ def draw_curves(
         ImportError: if matplotlib is not installed.
         ValueError: if the file contains none of these metrics, or is a link or no regular file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with without_settings_here():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figures = panels.figures
     wanted = {"loss", ROLLED_BACK, *figures}

@@ -73,13 +73,13 @@ def without_current_folder(environment: MutableMapping[str, str]) -> None:
 
 
 def leave_current_folder() -> None:
-    """Take the current folder, which `python -m fastmoco` has put last, out of `sys.path`, unless
-    our own packages are there and nowhere else."""
+    """Take the current folder, which `fastmoco` has put last, out of `sys.path`, unless our own
+    packages are there and nowhere else."""
     try:
         here = os.getcwd()
     except OSError:
         return
-    if not sys.flags.safe_path and sys.path[-1:] == [here] and not _roots_of_our_own():
+    if sys.path[-1:] == [here] and not _roots_of_our_own():
         del sys.path[-1]
 
 

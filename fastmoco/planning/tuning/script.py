@@ -42,6 +42,22 @@ REASONS = {
 """Comments of variables; further ones of the same setting follow without a comment."""
 SETTINGS = "settings.sh"
 """The file beside launch scripts with the settings that they share."""
+SEARCHED = """\
+absolute() {
+    local part parts kept=""
+    IFS=: read -ra parts <<<"$1"
+    for part in "${parts[@]}"; do
+        # A folder that somebody has named stays, e.g. `src`.
+        [[ -z $part || $part == /* || -z $2 || $part -ef . ]] || part=$2/$part
+        [[ $part != /* ]] || kept+=":$part"
+    done
+    echo "${kept#:}"
+}
+PATH=$(absolute "$PATH" "")
+PATH=${PATH:-/usr/bin:/bin}  # an empty one is the current folder again
+[[ -z ${PYTHONPATH:-} ]] || PYTHONPATH=$(absolute "$PYTHONPATH" "$PWD")
+"""
+"""Its lines about where programs and modules are looked for."""
 WIDTH = 100
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 """Control characters as bash writes them."""
@@ -73,7 +89,7 @@ class Script:
     def text(self) -> str:
         """The whole file."""
         lines = [
-            "#!/usr/bin/env bash",
+            "#!/bin/bash",
             *_comment(f"{self.recipe} with settings that change only its speed:"),
             f"#     {_one_line([self.name])} --data.shards SHARDS --out FOLDER [overrides]",
             "#",
@@ -111,12 +127,15 @@ class Script:
         """What all launch scripts set."""
         if self.beside_settings:
             return [
+                "here=${BASH_SOURCE[0]}",
+                "[[ $here == */* ]] || here=./$here",
                 "# shellcheck source-path=SCRIPTDIR source=settings.sh",
-                f'source "$(dirname "$0")/{SETTINGS}"',
+                f'source "${{here%/*}}/{SETTINGS}"',
                 "",
             ]
         own = dict(self.settings.variables)
         lines = ["# As launch/settings.sh of fastmoco sets them; it has the reasons."]
+        lines += SEARCHED.splitlines()
         lines += [_export(*pair) for pair in LAUNCH_VARIABLES.items() if pair[0] not in own]
         lines += ["# The python in which fastmoco is installed.", 'PYTHON="${PYTHON:-python}"', ""]
         return lines

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.files.settings import without_settings_here
 from fastmoco_pipelines.formats.index import read_index
 from fastmoco_pipelines.formats.index_file import ShardIndex
 from fastmoco_pipelines.formats.manifest import read_sets
@@ -144,8 +145,9 @@ def draw_stats(stats: ShardStats, out: Path) -> Path:
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with without_settings_here():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)  # without a display

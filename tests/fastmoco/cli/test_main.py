@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+import fastmoco
 from fastmoco.config.serial import from_json
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe
+from fastmoco_pipelines.processes import leave_current_folder
 from tests.command_line import main
 
 
@@ -31,6 +33,52 @@ from tests.command_line import main
 def test_a_wrong_verb_gets_the_nearest(args, hint, capsys):
     assert main(args) == 2
     assert f"did you mean {hint}" in capsys.readouterr().err
+
+
+def test_a_removed_current_folder_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    os.rmdir(tmp_path / "gone")
+    assert main(["train", "quickstart_digits", "--out", "r"]) == 2
+    assert "the current folder has been removed" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """`sys.path` as interpreters make it in a folder of somebody."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "named", "first", "gone"),
+    [
+        (["-m"], ["python", "-m", "fastmoco"], "", 1, True),
+        (["-m"], ["python", "-m", "fastmoco"], ":/x", 2, True),
+        (["/bin/fastmoco"], ["python", "/bin/fastmoco"], "/x:", 1, True),
+        (["/bin/fastmoco"], ["python", "/bin/fastmoco"], "./:/x", 1, True),
+        (["/bin/fastmoco"], ["python", "/bin/fastmoco"], "{here}", 1, False),
+        (["own.py"], ["python", "own.py"], ":/x", 1, False),
+    ],
+)
+def test_modules_of_the_current_folder_do_not_run_in_the_command_itself(
+    argv, words, named, first, gone, searched, monkeypatch
+):
+    rest = list(sys.path)
+    sys.path[:0] = [searched] * first
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.setenv("PYTHONPATH", named.format(here=searched))
+    fastmoco._current_folder_last()
+    if gone:
+        assert sys.path == [*rest, searched]
+        leave_current_folder()
+        assert sys.path == rest
+    else:
+        assert sys.path == [searched, *rest]
 
 
 def test_recipes_lists_them(capsys):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch  # noqa: F401 (as an agent has)
 
+from fastmoco.errors import RunError
 from fastmoco.faults import parent
 from tests.fault_runs import environment
 
@@ -84,20 +85,18 @@ def test_a_worker_of_torchrun_follows_the_agent_also_above_a_shell(
 
 
 def test_an_agent_that_ended_before_its_worker_could_ask_is_noticed(
-    followed: list[int | None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    followed: list[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker belongs to the first process of the machine by then, which is no agent."""
+    """The worker belongs to the first process of the machine by then, which is no agent. Nor has it
+    one if the variable is a stray one."""
     with subprocess.Popen(["sleep", "60"]) as first:
         monkeypatch.setattr(parent, "ancestors", lambda: [first.pid])
-        parent.follow_launcher()
+        with pytest.raises(RunError, match="TORCHELASTIC_RUN_ID=x is set, but no torchrun"):
+            parent.follow_launcher()
         first.kill()
-    assert followed == [0]  # which is no process above this one: it has ended
-    assert "unset TORCHELASTIC_RUN_ID" in capsys.readouterr().err
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     parent.follow_launcher()  # a process on its own follows nothing
-    assert followed == [0]
+    assert followed == []
 
 
 def test_a_process_that_does_not_end_is_ended_unless_it_saves(

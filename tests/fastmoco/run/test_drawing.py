@@ -111,6 +111,22 @@ def test_a_picture_whose_run_has_ended_is_not_drawn(tmp_path: Path) -> None:
     assert subprocess.run([*command, own], check=False, stderr=subprocess.DEVNULL).returncode == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_no_settings_of_the_current_folder_are_read(tmp_path: Path) -> None:
+    """The first import of matplotlib asks for them, and so does an empty variable; nobody writes to
+    this pipe."""
+    run, here = tmp_path / "run", tmp_path / "here"
+    run.mkdir()
+    here.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    os.mkfifo(here / "matplotlibrc")
+    command = [sys.executable, "-P", "-m", "fastmoco.run.drawing", str(run), str(os.getpid())]
+    subprocess.run(
+        command, cwd=here, env=os.environ | {"MATPLOTLIBRC": ""}, timeout=100, check=True
+    )
+    assert (run / "curves.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(("content", "words"), [(None, "contains no metrics"), ("", "logged a st")])
 def test_a_folder_without_curves_is_refused_with_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.planning.tuning.script import Script, check_place, write
+from fastmoco.planning.tuning.script import SEARCHED, Script, check_place, write
 from fastmoco.planning.tuning.settings import Settings
 from tests.fault_runs import ROOT
 
@@ -72,6 +72,36 @@ def test_a_script_trains_with_its_settings_and_the_callers_options_last(
     ]
     found = run(script, tmp_path, OMP_NUM_THREADS="5", NCCL_DEBUG="INFO")
     assert found[-2:] == ["threads=5", "nccl=INFO"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("path", [".", ".::/usr/bin:/bin"])
+def test_a_script_runs_no_program_of_the_current_folder(
+    path: str, beside: bool, tmp_path: Path
+) -> None:
+    """Typed with a folder, or found by bash in the PATH, without one."""
+    settings = (ROOT / "launch" / "settings.sh").read_text()
+    assert SEARCHED in settings
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    for name in ("env", "bash", "dirname", "python", "git", "settings.sh"):
+        (here / name).write_text("#!/bin/sh\ntouch EXECUTED\n")
+        (here / name).chmod(0o755)
+    if beside:
+        (there / "settings.sh").write_text(settings)
+    # Nothing of the PATH has this name: the script ends there.
+    variables = {"PATH": f"{path}:{there}", "PYTHON": "python-that-is-not-there"}
+    write(there / "x.sh", replace(SCRIPT, beside_settings=beside).text())
+    for command in ([str(there / "x.sh")], ["/bin/bash", "x.sh"]):
+        done = subprocess.run(
+            command, env=variables, cwd=here, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 127, done.stderr
+        assert "python-that-is-not-there" in done.stderr
+    variables["PYTHON"], variables["PATH"] = "python", path
+    subprocess.run([str(there / "x.sh")], env=variables, cwd=here, check=False, capture_output=True)
+    assert not (here / "EXECUTED").exists()
 
 
 def test_a_script_has_no_path_of_its_machine_and_tells_how_it_was_made() -> None:
