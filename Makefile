@@ -25,7 +25,7 @@ faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ran
 
 # Variables: CHAOS_SEED, EVENTS, BUDGET (seconds), OUT (folder of the log), ONLY (the number of an event, to repeat it).
 chaos: $(READY)  ## random kills, stops, signals, damaged files and limits; every run must end in the bits of an undisturbed one
-	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.chaos --seed $(or $(CHAOS_SEED),0) --events $(or $(EVENTS),150) --budget $(or $(BUDGET),1500) $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY))
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.chaos --seed $(or $(CHAOS_SEED),0) --events $(or $(EVENTS),150) --budget $(or $(BUDGET),2400) $(if $(OUT),--out "$(OUT)") $(if $(ONLY),--only $(ONLY))
 
 # Variables: FUZZ_SEED, INPUTS, BUDGET (seconds), OUT (folder for inputs that break a rule).
 fuzz: $(READY)  ## changed inputs for every parser of files, options and variables: refused by name or accepted, in 5 s and 1 GB
