@@ -76,12 +76,13 @@ def nan_poisoned_memory() -> Iterator[None]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` only files with such tests are read: on a GPU machine every
-    worker would import all the others too.
+    """With a mark that few files have, only these are read: every worker would import all the
+    others too.
     """
-    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+    mark = config.option.markexpr
+    if mark not in ("gpu", "long", "faults") or collection_path.suffix != ".py":
         return None
-    return True if "mark.gpu" not in collection_path.read_text() else None
+    return True if f"mark.{mark}" not in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from fastmoco.config import Config
 from fastmoco.recipes import quickstart_digits
+from tests.real_peaks import RealPeaks
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,10 @@ def small_run(digits) -> Config:
         knn=replace(config.knn, every_epochs=0),
         checkpoint=replace(config.checkpoint, every_steps=3),
     )
+
+
+@pytest.fixture(scope="module")
+def real_peaks() -> Iterator[RealPeaks]:
+    """Measures the memory of real steps."""
+    with RealPeaks() as peaks:
+        yield peaks

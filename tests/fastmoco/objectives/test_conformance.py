@@ -39,11 +39,11 @@ from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.spec import each_view
 from tests.checkpoint_content import assert_same
 from tests.distributed.run_trainer import CONFIG
-from tests.fastmoco.planning.test_costs import real_peak
 from tests.fastmoco.training import test_rollback as rollback
 from tests.fastmoco.training.test_step_guard import steps
 from tests.fault_runs import assert_same_end
 from tests.killed_runs import PLACES, start_and_end
+from tests.real_peaks import RealPeaks
 from tests.spikes import LOGGED, ROLLING, SPIKE, skip
 
 KINDS = [pytest.param(kind, id=kind.kind) for kind in OBJECTIVES]
@@ -398,10 +398,10 @@ def costs_of(config: Config) -> StepCosts:
     return measure_costs(config, "fp32")
 
 
-def check_peak(config: Config, images: int, chunk: int) -> None:
+def check_peak(real_peaks: RealPeaks, config: Config, images: int, chunk: int) -> None:
     costs = costs_of(config)
     planned = chunked_bytes(costs, images, chunk, 0) if chunk else whole_bytes(costs, images)
-    assert real_peak(config, images, chunk, 0) == pytest.approx(planned, rel=0.15)
+    assert real_peaks.peak(config, images, chunk, 0) == pytest.approx(planned, rel=0.15)
 
 
 def wide(kind: type[ObjectiveConfig]) -> Config:
@@ -509,14 +509,18 @@ def test_a_run_of_a_resnet_continues_to_the_same_bits(
 
 
 @every_objective
-def test_the_planned_peak_is_the_measured_one(kind: type[ObjectiveConfig]) -> None:
-    check_peak(wide(kind), 128, 0)
+def test_the_planned_peak_is_the_measured_one(
+    real_peaks: RealPeaks, kind: type[ObjectiveConfig]
+) -> None:
+    check_peak(real_peaks, wide(kind), 128, 0)
 
 
 @pytest.mark.parametrize("kind", [MoCoV3Config, SupervisedConfig])
-def test_the_planned_peak_of_chunks_is_the_measured_one(kind: type[ObjectiveConfig]) -> None:
+def test_the_planned_peak_of_chunks_is_the_measured_one(
+    real_peaks: RealPeaks, kind: type[ObjectiveConfig]
+) -> None:
     """Of those whose heads see the whole batch, and of those that go in chunks with their loss."""
-    check_peak(wide(kind), 256, 64)
+    check_peak(real_peaks, wide(kind), 256, 64)
 
 
 @every_objective

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -23,37 +18,7 @@ from fastmoco.planning.costs import Line, measure_costs, most_of
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
 from fastmoco_pipelines.spec import each_view
-
-ROOT = Path(__file__).parents[3]
-REAL_STEP = """
-import json, sys, torch
-from pathlib import Path
-from dataclasses import replace
-from fastmoco.config.serial import from_json
-from fastmoco.objectives.build import build_objective
-from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco_pipelines.spec import each_view
-config, images, chunk, kept = json.loads(sys.argv[1])
-config = from_json(config)
-objective = build_objective(config, torch.device("cpu"))
-side = config.model.image_size
-def step(images, chunk, kept):
-    views = torch.randn(len(each_view(config.data.views)), images, 3, side, side).unbind()
-    labels = torch.zeros(images, dtype=torch.int64) if objective.needs_labels else None
-    if chunk:
-        ChunkedStep(objective, chunk=chunk, kept=kept)(*views, labels=labels)
-    else:
-        objective(*views, labels=labels).loss.backward()
-def status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-# Loads libraries, makes the gradients, which are state, and what oneDNN keeps for large products.
-step(2 * chunk or images // 2, chunk, 0)
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS:")
-step(images, chunk, kept)
-print(status("VmHWM:") - before)
-"""
+from tests.real_peaks import RealPeaks
 
 
 def _config() -> Config:
@@ -64,22 +29,6 @@ def _config() -> Config:
         precision="fp32",
         model=replace(recipe.model, architecture="vit_micro", hidden_dim=128, projection_dim=32),
     )
-
-
-def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
-    """The growth of the resident set in one real step, in a process of its own."""
-    from fastmoco.config.serial import to_json
-
-    habits = {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-    }
-    words = [sys.executable, "-c", REAL_STEP, json.dumps([to_json(config), images, chunk, kept])]
-    done = subprocess.run(
-        words, env=os.environ | habits, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
 
 
 # whole; whole with less kept; chunks without graphs, and with some
@@ -95,7 +44,7 @@ def real_peak(config: Config, images: int, chunk: int, kept: int) -> int:
     ],
 )
 def test_the_peak_of_a_real_step_is_the_planned_one(
-    recompute: str, images: int, chunk: int, kept: int
+    real_peaks: RealPeaks, recompute: str, images: int, chunk: int, kept: int
 ) -> None:
     config = _config()
     config = replace(config, model=replace(config.model, checkpointing=recompute))
@@ -103,7 +52,7 @@ def test_the_peak_of_a_real_step_is_the_planned_one(
     planned = (
         chunked_bytes(costs, images, chunk, kept * chunk) if chunk else whole_bytes(costs, images)
     )
-    real = real_peak(config, images, chunk, kept)
+    real = real_peaks.peak(config, images, chunk, kept)
     assert real == pytest.approx(planned, rel=0.15)
 
 
