@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastmoco.errors import OWNED, RunError, tell_launcher
+from fastmoco.errors import OWNED, RunError, say, tell_launcher
 from fastmoco.run.metrics_file import MOST_BYTES, Tell, cut_back, read_values
 from fastmoco_pipelines.files.small import (
     SMALL_BYTES,
@@ -103,9 +103,9 @@ class RunFolder:
         """Record by the name of a file how the run ended; None: it has not. One
         mark replaces the other.
 
-        Does nothing in a process that does not hold the lock.
+        Does nothing in a process that does not hold the lock, or no longer.
         """
-        if self._lock is None:
+        if self._lock is None or not self._holds_again(self._lock):
             return
         for other in MARKS:
             if other != name:
@@ -154,12 +154,10 @@ class RunFolder:
         except UnfitFileError as error:
             self._remove_made()
             raise RunError(f"{error}, or choose another --out") from error
-        assert self._lock is not None  # noqa: S101 - a type: opened above
         try:
             self._require_fit()
             self.notes = self._links()
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, str(os.getpid()).encode())
+            self._sign_lock()
             tell_launcher(OWNED)
         except OSError as error:
             self.withdraw()
@@ -200,6 +198,25 @@ class RunFolder:
                     f"{self.path} is in use by process {name}; wait for it or choose another --out"
                 )
             # removed by a refused start before this one had it
+
+    def _holds_again(self, lock: int) -> bool:
+        """Whether the lock is still the file of that name; one that somebody has removed is taken
+        again, unless another process has the folder now."""
+        if is_named(lock, str(self.path / "lock")) or not self.path.is_dir():
+            return True
+        try:
+            self._take_lock()
+            self._sign_lock()
+        except (OSError, RunError, UnfitFileError) as error:
+            say(f"{self.path / 'lock'} was removed during this run, which leaves no mark: {error}")
+            return False
+        return True
+
+    def _sign_lock(self) -> None:
+        """Write the number of this process into the lock, for messages of others."""
+        assert self._lock is not None  # noqa: S101 - a type: callers have opened it
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
 
     def remember(self) -> None:
         """Take the state of now as the one to which `withdraw` returns; `acquire` does it unless

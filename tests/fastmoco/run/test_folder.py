@@ -119,6 +119,28 @@ def test_one_mark_replaces_the_other(tmp_path):
     folder.release()
 
 
+def test_a_lock_that_was_removed_gives_the_marks_to_the_process_that_has_it_now(tmp_path, capsys):
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.acquire()
+    (tmp_path / "lock").unlink()
+    second.acquire()
+    second.mark("DONE", "second")
+    first.mark("PREEMPTED", "first")
+    assert "lock was removed during this run, which leaves no mark" in capsys.readouterr().err
+    assert (tmp_path / "DONE").read_text() == "second\n"
+    assert not (tmp_path / "PREEMPTED").exists()
+    second.release()
+
+    # Nobody has it: it is taken again.
+    (tmp_path / "lock").unlink()
+    first.mark("PREEMPTED", "first")
+    assert (tmp_path / "PREEMPTED").read_text() == "first\n"
+    assert (tmp_path / "lock").read_text() == str(os.getpid())
+    with pytest.raises(RunError, match="is in use"):
+        second.acquire()
+    first.release()
+
+
 def test_a_file_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
     """T37; a folder in its place, because the tests may run as a user whom no mode keeps out."""
     (tmp_path / "metrics.jsonl").mkdir()
