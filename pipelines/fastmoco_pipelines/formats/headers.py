@@ -47,6 +47,7 @@ PNG of the largest size that has one for each row has a sixth."""
 _WEBP_ANIMATION = 0x02  # bits of the flags in VP8X
 _WEBP_ALPHA = 0x10
 _WEBP_PIXEL_BYTES = 7  # decoded to four channels first
+_WEBP_CANVAS_BYTES = 4  # a frame of an animation is put onto a canvas besides
 SLOW_SCANS = "which take long to decode: save it again as an ordinary JPEG"
 """The end of a sentence about a JPEG with many scans."""
 
@@ -395,7 +396,8 @@ def _webp(data: bytes) -> Structure:
     flags = data[20] & _WEBP_ALPHA | _WEBP_ANIMATION
     length = sum(b - a for a, b in (control, frames[0]))
     parts = (_webp_head(length, flags, height, width), control, frames[0])
-    return Structure(height, width, len(frames) > 1, parts, _WEBP_PIXEL_BYTES)
+    taken = _WEBP_PIXEL_BYTES + _WEBP_CANVAS_BYTES
+    return Structure(height, width, len(frames) > 1, parts, taken)
 
 
 def _webp_picture(data: bytes, position: int, end: int) -> tuple[int, int]:

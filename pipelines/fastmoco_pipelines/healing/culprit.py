@@ -28,9 +28,13 @@ class Suspects:
         device: where the views are made.
         device_id: index of the GPU.
         threads: DALI worker threads.
+        decode_bytes: as of `Engine`.
     """
 
-    def __init__(self, *, device: Device, device_id: int | None, threads: int) -> None:
+    def __init__(
+        self, *, device: Device, device_id: int | None, threads: int, decode_bytes: int = 0
+    ) -> None:
+        self._decode_bytes = decode_bytes
         self._device = device
         self._device_id = device_id
         self._threads = threads
@@ -81,6 +85,7 @@ class Suspects:
             threads=min(self._threads, batch_size),
             device=self._device,
             device_id=self._device_id,
+            decode_bytes=self._decode_bytes,
         )
 
 

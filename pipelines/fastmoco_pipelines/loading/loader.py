@@ -108,7 +108,12 @@ def build_loader(
         )
         plan.places(start_step)  # refuses wrong numbers now
         bad = BadSamples(shards, max_bad_share=spec.max_bad_share, run_list=quarantine_list)
-        suspects = Suspects(device=spec.device, device_id=device_id, threads=spec.threads)
+        suspects = Suspects(
+            device=spec.device,
+            device_id=device_id,
+            threads=spec.threads,
+            decode_bytes=spec.decode_bytes,
+        )
         stop = threading.Event()
         pipeline = ViewPipeline(
             spec.views,

@@ -239,6 +239,7 @@ class EvalPipeline:
         threads: DALI worker threads.
         device: where to decode and resize.
         device_id: ordinal of the GPU (0 if not given); ignored on the CPU.
+        decode_bytes: as of `Engine`.
 
     Raises:
         ValueError: for a GPU without DALI.
@@ -252,6 +253,7 @@ class EvalPipeline:
         threads: int = 2,
         device: Device = "cpu",
         device_id: int | None = None,
+        decode_bytes: int = 0,
     ) -> None:
         _require_device(device)
         self._spec = spec
@@ -259,14 +261,24 @@ class EvalPipeline:
         self._by_dali = has_dali()
         if not self._by_dali:
             sub_batch = min(batch_size, 4 * threads)  # decoded images are large
-            self._engine = PillowEngine(batch_size=batch_size, sub_batch=sub_batch, threads=threads)
+            self._engine = PillowEngine(
+                batch_size=batch_size,
+                sub_batch=sub_batch,
+                threads=threads,
+                decode_bytes=decode_bytes,
+            )
             return
 
         def graph() -> Any:
             return normalise_in_graph(central_part(decode(device), spec), spec)
 
         self._engine = Engine(
-            graph, batch_size=batch_size, threads=threads, device=device, device_id=device_id
+            graph,
+            batch_size=batch_size,
+            threads=threads,
+            device=device,
+            device_id=device_id,
+            decode_bytes=decode_bytes,
         )
 
     def run(self, encoded: Sequence[NDArray[np.uint8]]) -> Tensor:

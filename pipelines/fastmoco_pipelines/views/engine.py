@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,9 @@ class Engine:
         except Exception as error:
             if self._pipeline is pipeline:  # and not one that was built since
                 self._pipeline = None
+            # Its buffers go now: the images are about to be decoded again, one by one.
+            traceback.clear_frames(error.__traceback__)
+            del pipeline
             part = f" (images {rows.start} to {rows.stop - 1})" if len(encoded) < count else ""
             raise DecodeError(
                 f"DALI could not make the views of a batch of {count}{part}: {error}"

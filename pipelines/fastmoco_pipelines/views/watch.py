@@ -64,7 +64,10 @@ class _Work(threading.Thread, Generic[Result]):
         """What the call returned or raised; gives it away."""
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it would hold this frame, and that all the decoder holds
         return self._results.pop()
 
 

@@ -3,6 +3,8 @@ it."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ pytest.importorskip("nvidia.dali")
 
 from fastmoco_pipelines import Batch, LoaderSpec, build_loader, moco_v3_views
 from fastmoco_pipelines.formats.headers import structure
+from fastmoco_pipelines.healing.culprit import Suspects
 from fastmoco_pipelines.sampling.order import epoch_order
 from fastmoco_pipelines.spec import DECODE_GB, GPU_SUB_BATCH, EvalSpec
 from fastmoco_pipelines.views import engine
@@ -199,6 +202,40 @@ def test_a_bad_image_of_a_later_part_has_its_row_of_the_batch(encoded, draws) ->
         made.run([*encoded[:6], half, *encoded[7:]], draws)
     assert caught.value.faults == ()
     assert all(torch.equal(a, b) for a, b in zip(made.run(encoded, draws), before, strict=True))
+
+
+def test_a_decoder_that_has_failed_gives_its_memory_back(encoded, draws, monkeypatch) -> None:
+    """At once: its batch is decoded again, image by image, while the error is still held."""
+    built = []
+    build = engine.build_pipeline
+
+    def seen(*arguments, **options):
+        made = build(*arguments, **options)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(engine, "build_pipeline", seen)
+    half = encoded[6][: len(encoded[6]) // 2]
+    suspects = Suspects(device="cpu", device_id=None, threads=1, decode_bytes=1)
+    runs: list[int] = []
+    outputs = Engine._outputs
+
+    def counted(self, some, *rest):
+        runs.append(len(some))
+        return outputs(self, some, *rest)
+
+    gc.disable()
+    try:
+        spoilt = [*encoded[:6], half, *encoded[7:]]
+        with pytest.raises(DecodeError) as caught:
+            pipeline(None).run(spoilt, draws)
+        assert [made() for made in built] == [None]
+    finally:
+        gc.enable()
+    # Those that are tried together have the budget of the loader, here of one image.
+    monkeypatch.setattr(Engine, "_outputs", counted)
+    assert list(suspects.find(caught.value, spoilt)) == [6]
+    assert set(runs) == {1}
 
 
 def spec_of(folder: Path, **changes) -> LoaderSpec:
