@@ -19,7 +19,14 @@ from typing import Any
 
 from fastmoco.checkpoint.errors import CheckpointError, DamageError
 from fastmoco.checkpoint.state_form import is_count, require_state
-from fastmoco_pipelines.files.small import UnfitFileError, json_of, read_json, read_small
+from fastmoco_pipelines.files.small import (
+    UnfitFileError,
+    json_of,
+    open_regular,
+    read_json,
+    read_small,
+    require_solid,
+)
 from fastmoco_pipelines.files.whole import hash_file, remove, write_file
 from fastmoco_pipelines.text import escaped
 
@@ -171,6 +178,11 @@ def _size(path: Path) -> int:
         raise DamageError(f"{path.name} is missing or not a plain file") from None
     if not stat.S_ISREG(found.st_mode):  # perhaps a link to a sound file
         raise ValueError(f"{path.name} is missing or not a plain file")
+    descriptor = open_regular(path, follow=False)
+    try:
+        require_solid(descriptor, path)
+    finally:
+        os.close(descriptor)
     return found.st_size
 
 

@@ -64,7 +64,7 @@ class Checkpoint:
     @property
     def warnings(self) -> list[str]:
         """What a run that continues says about newer checkpoints, a sentence each."""
-        kept = "; it is kept: no save removes it"
+        kept = " It is kept: no save removes it."
         return [
             f"passed over {path.name}: {reason}{kept if path in self.kept else ''}"
             for path, reason in self.skipped

@@ -19,12 +19,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmoco.checkpoint.torch_file import MOST_DIMENSIONS
-from fastmoco_pipelines.files.small import json_of, open_regular
+from fastmoco_pipelines.files.small import (
+    UnfitFileError,
+    json_of,
+    open_regular,
+    reason_of,
+    require_solid,
+)
 from fastmoco_pipelines.files.whole import read_at, utf8_name
 from fastmoco_pipelines.text import escaped
 
 MOST_HEADER_BYTES = 32 << 20
 """A tensor has about a hundred."""
+MOST_TENSORS = 1 << 16
+"""The state of a model of a thousand layers has a quarter of it."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -72,6 +80,7 @@ def read_header(path: Path | str, *, follow: bool = True) -> Header:
     """
     descriptor = open_regular(path, follow=follow)
     try:
+        require_solid(descriptor, path)
         size = os.fstat(descriptor).st_size
         length = int.from_bytes(read_at(descriptor, 8, 0), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
@@ -82,12 +91,20 @@ def read_header(path: Path | str, *, follow: bool = True) -> Header:
         text = read_at(descriptor, length, 8)
     finally:
         os.close(descriptor)
-    content = json_of(text, f"{path}: header", strict=True)
-    if not isinstance(content, dict):
+    try:
+        content = json_of(text, "header", strict=True)
+    except UnfitFileError as error:
+        raise ValueError(f"its header: {reason_of(error, 'header')}") from error
+    if not isinstance(content, dict) or not text.startswith(b"{"):
         raise ValueError("its header is no object of JSON")
+    if len(content) > MOST_TENSORS:
+        raise ValueError(f"it lists {len(content)} tensors, of which {MOST_TENSORS} are read")
     notes = content.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise ValueError("the metadata in its header are not texts by name")
+    for text_in in (*content, *notes, *notes.values()):
+        if not _is_utf8(text_in):
+            raise ValueError(f"{_short(text_in)} in its header is no text")
 
     # Each tensor begins where the one before it ends, and the last one ends the file.
     found = {name: _entry(name, entry) for name, entry in content.items()}
@@ -128,6 +145,15 @@ def _are_sizes(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(
         type(number) is int and 0 <= number < 2**62 for number in numbers
     )
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text of JSON is one: `"\\ud800"` is half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(name: Any) -> str:

@@ -88,6 +88,7 @@ _FORM: Mapping[str, Form] = {
         "digest": _TEXT,
         "order_digest": _TEXT,
         "shuffle_window": _COUNT,
+        "order_version": _POSITIVE,
         "global_batch_size": _POSITIVE,
     },
     "monitors": _OBJECT,

@@ -28,7 +28,7 @@ from fastmoco.checkpoint.pickle_machine import (
     Record,
     read_pickle,
 )
-from fastmoco_pipelines.files.small import open_regular
+from fastmoco_pipelines.files.small import open_regular, require_solid
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """As a pickle, at the beginning of the older form."""
@@ -98,6 +98,7 @@ def read_torch(path: Path) -> Any:
         OSError: if it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
+        require_solid(file.fileno(), path)
         return torch_content(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 

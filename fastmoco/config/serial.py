@@ -20,6 +20,13 @@ PATTERNS = (
     ("accuracy", "test_shards"),
 )
 """Fields that may contain URLs."""
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+}
+"""Types of the values of a field in JSON, where Python would take true for 1, and the words."""
 
 
 def marked(config: Config, mark: Resume) -> tuple[str, ...]:
@@ -131,15 +138,15 @@ def _objective(kind: Any, path: str) -> type[ObjectiveConfig]:
 
 def _leaf(hint: Any, value: Any, path: str) -> Any:
     """A field that is not a dataclass; lists become tuples again, also of dataclasses."""
-    if hint in (str, bool):  # numbers are compared by the config itself
-        words = "a text" if hint is str else "true or false"
-        require(isinstance(value, hint), path, value, f"must be {words}")
+    if hint in _PLAIN:
+        kinds, words = _PLAIN[hint]
+        require(type(value) in kinds, path, value, f"must be {words}")
     if get_origin(hint) is not tuple:
         return value
     require(isinstance(value, list | tuple), path, value, "must be a list of JSON")
     inner = get_args(hint)[0]
     if not dataclasses.is_dataclass(inner):
-        return tuple(value)
+        return tuple(_leaf(inner, item, f"{path}.{number}") for number, item in enumerate(value))
     return tuple(_build(inner, item, f"{path}.{number}") for number, item in enumerate(value))
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco_pipelines.files.small import lines_of, open_regular
+from fastmoco_pipelines.files.small import UnfitFileError, lines_of, open_regular
 from fastmoco_pipelines.files.whole import OPEN_FLAGS, whole_file
 from fastmoco_pipelines.text import counted, escaped
 
@@ -31,6 +31,12 @@ LONGEST = 2**20
 """Bytes of a line; a longer one is damaged."""
 MOST_BYTES = 2**32
 """Of a file: a line takes less than a kilobyte."""
+MOST_LINES = 2**24
+"""Of a file, also empty ones."""
+MOST_ODD_LINES = 100_000
+"""Of a file, without the name of a step in them: a crash leaves one."""
+MOST_METRICS = 10_000
+"""Different names that are kept. A run has some hundred."""
 BLOCK = 2**20
 """Bytes that are read at once from the end of the file."""
 MARGIN = 2**20
@@ -98,13 +104,22 @@ def read_curves(
     found: dict[str, tuple[array[int], array[float]]] = defaultdict(
         lambda: (array("q"), array("d"))
     )
+    beyond = 0
     for step, row in _rows(path, tell):
         for name in chosen(tuple(row)):
+            if len(found) >= MOST_METRICS and name not in found:
+                beyond += 1
+                continue
             steps, values = found[name]
             value = row[name]
             steps.append(step)
             values.append(value if type(value) is float else _number(value))
 
+    if beyond:
+        tell(
+            f"{escaped(str(path))}: {counted(beyond, 'value')} left out, of more than "
+            f"{MOST_METRICS:,} different metrics"
+        )
     series: dict[str, Series] = {}
     lost: dict[str, NDArray[np.int64]] = {}
     for name, lists in found.items():
@@ -167,7 +182,7 @@ def cut_back(path: Path, step: int) -> Cut:
     removed, damaged, kept_from, following = 0, 0, None, math.inf
     with _opened(path, os.O_RDWR) as file:
         size = cut = file.seek(0, os.SEEK_END)
-        for offset, line in _backwards(file, size):
+        for offset, line in _bounded(path, _backwards(file, size)):
             at = step_of(line)
             if at <= step and at <= following:
                 following = at
@@ -190,7 +205,7 @@ def cut_back(path: Path, step: int) -> Cut:
 def _rewrite(path: Path, step: int) -> Cut:
     """`cut_back` for a file that is not in order: copy the kept lines, and replace the file."""
     removed = damaged = 0
-    for _, line in lines_of(path, LONGEST, follow=False):
+    for _, line in _bounded(path, lines_of(path, LONGEST, follow=False)):
         at = step_of(line)
         removed += at > step
         damaged += _is_damaged(line, at)
@@ -215,7 +230,7 @@ def step_of(line: str | bytes) -> float:
 def _rows(path: Path, tell: Tell, having: bytes = b"") -> Iterator[tuple[int, dict[str, Any]]]:
     """Steps and rows of the lines that contain `having`, without damaged ones."""
     damaged = first = 0
-    for at, line in lines_of(path, LONGEST, follow=False, limit=MOST_BYTES):
+    for at, line in _bounded(path, lines_of(path, LONGEST, follow=False, limit=MOST_BYTES)):
         if having not in line:
             continue
         found = _parsed(line)
@@ -239,7 +254,24 @@ def _parsed(line: str | bytes) -> tuple[int, dict[str, Any]] | None:
         whole = int(step) if type(step) in (int, float) else 2**63
     except _INVALID:
         return None
-    return (whole, row) if -(2**63) <= whole < 2**63 else None
+    return (whole, row) if whole == step and -(2**63) <= whole < 2**63 else None
+
+
+def _bounded(path: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file; one with too many, or with too many that are none of metrics, is refused:
+    each takes time, and 4 GB have room for billions.
+    """
+    odd = 0
+    for count, (at, line) in enumerate(lines):
+        odd += b'"step"' not in line
+        if count >= MOST_LINES or odd > MOST_ODD_LINES:
+            what = f"{MOST_ODD_LINES:,} lines without a step" if odd > MOST_ODD_LINES else "lines"
+            most = "" if odd > MOST_ODD_LINES else f"{MOST_LINES:,} "
+            raise UnfitFileError(
+                f"{escaped(str(path))}: has more than {most}{what}, and is no file of metrics: move "
+                "it away"
+            )
+        yield at, line
 
 
 def _is_damaged(line: bytes, step: float) -> bool:

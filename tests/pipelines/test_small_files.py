@@ -18,6 +18,7 @@ from fastmoco_pipelines.files.small import (
     open_regular,
     read_json,
     read_small,
+    require_solid,
     text_of,
 )
 
@@ -167,3 +168,35 @@ def test_lines_are_read_with_their_places_and_bounded(tmp_path: Path) -> None:
         (34, b"y" * 10),
         (45, b"end"),
     ]
+
+
+def test_a_file_of_holes_is_refused_and_one_with_some_is_not(tmp_path: Path) -> None:
+    """A filesystem that knows no holes says that all are data."""
+    hollow, some, small = tmp_path / "hollow", tmp_path / "some", tmp_path / "small"
+    for path, size in ((hollow, 4 << 40), (some, (1 << 30) + 1), (small, 1 << 30)):
+        path.write_bytes(b"data" * 1000)
+        os.truncate(path, size)
+    with open(some, "r+b") as file:  # more than a sixteenth
+        for at in range(0, 80 << 20, 1 << 20):
+            os.pwrite(file.fileno(), b"d" * (1 << 20), at)
+    with open(hollow, "rb") as file:
+        file.seek(5)
+        with pytest.raises(
+            UnfitFileError, match="hollow: has 4,398,046,511,104 bytes, of which near"
+        ):
+            require_solid(file.fileno(), hollow)
+        assert file.tell() == os.lseek(file.fileno(), 0, os.SEEK_CUR) == 5
+    for path in (some, small):
+        with open(path, "rb") as file:
+            require_solid(file.fileno(), path)
+
+
+def test_a_file_that_grows_while_it_is_read_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "grows"
+    path.write_bytes(b"one\ntwo\n")
+    found = []
+    for _, line in lines_of(path):
+        found.append(line)
+        with open(path, "ab") as file:
+            file.write(b"more\n" * 3000)
+    assert found == [b"one\n", b"two\n"]

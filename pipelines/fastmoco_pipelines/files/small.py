@@ -7,6 +7,7 @@ ever, a link to /dev/zero fill the memory, deep nesting end the interpreter's st
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,10 @@ SMALL_BYTES = 64 << 20
 """Largest file that is read as a whole, unless its reader says otherwise."""
 JSON_DEPTH = 32
 """Deepest nesting of lists and objects in a file of JSON. fastmoco writes at most a third of it."""
+
+HOLLOW_BYTES = 1 << 30
+"""A smaller file may consist of holes."""
+_PARTS = 10_000
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -120,6 +125,42 @@ def read_small(path: Path | str, limit: int = SMALL_BYTES, *, follow: bool = Tru
     return b"".join(parts)
 
 
+def require_solid(descriptor: int, name: Path | str) -> None:
+    """Refuse a large file of which less than a sixteenth takes room on the disk: the rest are holes,
+    which are read as zeros, so that a few kilobytes ask for terabytes of memory or hours of hashing.
+
+    Args:
+        descriptor: of a regular file. Its position stays.
+        name: of the file, for messages.
+
+    Raises:
+        UnfitFileError: if it is such a file. Where the file system knows no holes there are none.
+    """
+    size = os.fstat(descriptor).st_size
+    if size <= HOLLOW_BYTES:
+        return
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    solid = end = 0
+    try:
+        for _ in range(_PARTS):
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            solid += end - begin
+            if end >= size or solid * 16 >= size:
+                break
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # else no data follow
+            return
+        end = size
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
+    if solid * 16 < end:
+        raise UnfitFileError(
+            f"{_plain(str(name))}: has {size:,} bytes, of which nearly all are holes: it is not what "
+            "its name says; move it away"
+        )
+
+
 def text_of(content: bytes, name: Path | str) -> str:
     """Content of a file as text.
 
@@ -194,7 +235,8 @@ def read_json(
 def lines_of(
     path: Path | str, longest: int = 1 << 20, *, follow: bool = True, limit: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """(byte, line) of a regular file of any size, one after the other; lines keep their end.
+    """(byte, line) of a regular file of any size, one after the other; lines keep their end. Of a
+    file that grows, those that had begun when it was opened.
 
     Of a line beyond `longest` bytes, only the first `longest` are returned, and the rest is skipped:
     the parser of the line refuses it. `follow` and `limit` as in `open_regular`.
@@ -204,8 +246,8 @@ def lines_of(
         OSError: if it cannot be read.
     """
     with open(open_regular(path, follow=follow, limit=limit), "rb") as file:
-        at = 0
-        while line := file.readline(longest):
+        at, size = 0, os.fstat(file.fileno()).st_size
+        while at < size and (line := file.readline(longest)):
             yield at, line
             at += len(line)
             while len(line) == longest and not line.endswith(b"\n"):

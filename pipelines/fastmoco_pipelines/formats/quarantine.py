@@ -48,6 +48,8 @@ MAX_LIST_BYTES = 64 << 20
 """Largest list, in bytes: about 200,000 lines; a set with more should be packed again."""
 CURE = ": `fastmoco data check` on the shards writes the list again"
 _MAX_LINE = 1 << 16
+_MAX_LINES = 1 << 20
+"""No list of `MAX_LIST_BYTES` has more entries; what follows counts as one broken line."""
 _NUMBERS = {"offset": 2**62, "size": 2**32 - 1, "crc32": 2**32 - 1}
 """Numbers of a line, and the largest of each."""
 _DEPTH = 4
@@ -143,11 +145,16 @@ class Quarantine:
 
     @classmethod
     def load(cls, file: BinaryIO) -> Self:
-        """The list in an open file."""
+        """The list in an open file. Millions of lines that are none are not looked at one by one."""
         entries = []
         checked = []
         broken = 0
+        lines = 0
         while line := file.readline(_MAX_LINE):
+            lines += 1
+            if lines > _MAX_LINES:
+                broken += 1
+                break
             entry = _parse(line)
             if isinstance(entry, CheckedTar):
                 checked.append(entry)

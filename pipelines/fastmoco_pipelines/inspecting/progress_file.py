@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -275,23 +276,24 @@ def _read(path: Path) -> _Content | None:
         content = read_small(path, MAX_BYTES, follow=False)
     except (OSError, UnfitFileError):
         return None
-    head, *lines = content.split(b"\n")[:-1] or [b""]  # what is not ended by a newline is torn
-    parsed = _parsed(head)
+    lines = io.BytesIO(content)  # one after another: a list of all could take gigabytes
+    head = lines.readline()
+    parsed = _parsed(head[:-1])
     if parsed is None or parsed.get("format") != FORMAT or parsed.get("version") != VERSION:
         return None
     if not isinstance(parsed.get("terms"), dict):
         return None
     known: dict[str, Known] = {}
-    length = len(head) + 1
+    length = len(head)
     for line in lines:
-        found = _parsed(line)
-        if found is None:
+        found = _parsed(line[:-1])
+        if found is None or not line.endswith(b"\n"):  # torn
             break
         try:
             known[found["tar"]] = _known_of(found)
         except (ValueError, TypeError, KeyError):
             break
-        length += len(line) + 1
+        length += len(line)
     return _Content(parsed["terms"], known, content[:length])
 
 

@@ -140,6 +140,8 @@ STATES = [
     (put("config.forged", 1), "unknown fields"),
     (put("config.of_tomorrow", 1), "if another version of fastmoco has written it, use that one"),
     (put("config.optim", []), "config.optim"),
+    (put("config.seed", True), "config.seed=True: must be a whole number"),
+    (put("data.order_version", -1), "data.order_version is -1"),
     (put("resolved", ...), "resolved has no world_size"),
     (put("resolved", None), "resolved is None: it must be an object"),
     (put("resolved.sample_count", ...), "resolved has no sample_count"),
@@ -334,6 +336,10 @@ HEADERS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda header: b'{"a": ' * 40 + b"1" + b"}" * 40, "nested deeper"),
     (lambda header: b'{"a": NaN}', "no finite number"),
     (lambda header: b"{", "not JSON"),
+    (lambda header: b"\xef\xbb\xbf" + json.dumps(header).encode(), "no object of JSON"),
+    (lambda header: b" " + json.dumps(header).encode(), "no object of JSON"),
+    (lambda header: header.update({"\ud800": header.pop("empty")}), r"\ud800 in its header"),
+    (put("__metadata__", {"a": "\udfff"}), r"\udfff in its header"),
 ]
 
 

@@ -113,7 +113,7 @@ def test_what_was_passed_over_outlives_all_saves(
         assert (found.step, found.kept) == (1, (newest,))
         (warning,) = found.warnings
         assert str(newest) in warning
-        assert "it is kept: no save removes it" in warning
+        assert "It is kept: no save removes it." in warning
         going_on(tmp_path)
 
     # The trouble is over, or is not; later saves count without it, and it stays.

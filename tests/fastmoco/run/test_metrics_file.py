@@ -12,7 +12,8 @@ import pytest
 
 from fastmoco.run import metrics_file
 from fastmoco.run.folder import RunFolder
-from fastmoco.run.metrics_file import read_series
+from fastmoco.run.metrics_file import cut_back, read_series
+from fastmoco_pipelines.files.small import UnfitFileError
 
 INVALID = ['{"step": 3, "lo', "[1]", '{"loss": 1}', "7", "", '{"step": null}', '{"step": NaN}']
 
@@ -158,3 +159,38 @@ def test_a_metric_is_read_from_the_lines_that_have_it(tmp_path: Path) -> None:
         '{"step": 3, "loss": 4}\n{"knn": 0.1}\n{"step": 4, "kn\n{"step": 0, "knn": 1}\n'
     )
     assert folder.read_metric("knn") == [(1, 0.5), (1, 0.25), (0, 1.0)]
+
+
+def test_a_step_is_a_whole_number(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(f'{{"step": {step}, "loss": 1}}\n' for step in ("1", "2.0", "2.5", "true"))
+    )
+    told: list[str] = []
+    assert read_series(path, lambda name: True, tell=told.append)["loss"].steps.tolist() == [1, 2]
+    assert "2 lines left out" in told[0]
+
+
+def test_different_metrics_and_lines_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes memory or time, and a file of 4 GB has room for hundreds of millions."""
+    for name, most in (("MOST_METRICS", 5), ("MOST_LINES", 40), ("MOST_ODD_LINES", 20)):
+        monkeypatch.setattr(metrics_file, name, most)
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1} | {f"name{number}": 1 for number in range(7)}, {"step": 2, "name0": 5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: list[str] = []
+    found = read_series(path, lambda name: True, tell=told.append)
+    assert len(found) == 5
+    assert found["name0"].values.tolist() == [1, 5]
+    assert "3 values left out, of more than 5 different metrics" in told[0]
+
+    # Whatever reads them, in either direction.
+    for lines, words in (("\n" * 25, "20 lines without"), ('{"step": 9}\n' * 45, "40 lines")):
+        path.write_text('{"step": 1}\n' + lines)
+        before = path.read_bytes()
+        for read in (lambda: read_series(path, lambda name: True), lambda: cut_back(path, 1)):
+            with pytest.raises(UnfitFileError, match=f"more than {words}.*move it away"):
+                read()
+        assert path.read_bytes() == before

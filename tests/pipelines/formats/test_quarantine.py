@@ -170,3 +170,15 @@ def test_terminal_escapes_never_come_out_again(tmp_path):
     assert read.reason == r"\x1b]0;evil\x07\n"
     assert escaped("plain äß 图") == "plain äß 图"
     assert escaped("\u202egpj\udcff") == r"\u202egpj\udcff"
+
+
+def test_lines_beyond_any_list_are_not_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmoco_pipelines.formats.quarantine._MAX_LINES", 3)
+    path = tmp_path / "quarantine.jsonl"
+    whole = Quarantine()
+    for number in range(3):
+        whole.add(**entry(number))
+    whole.write(path)
+    assert (len(Quarantine.read(path)), Quarantine.read(path).broken) == (3, 0)
+    path.write_bytes(path.read_bytes() + b"\n{}" * 50)
+    assert (len(Quarantine.read(path)), Quarantine.read(path).broken) == (3, 1)
