@@ -116,11 +116,13 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         SystemExit: with `code` instead; 2 if an optional dependency is missing.
     """
     from fastmoco_pipelines import BadImageError, ShardError
+    from fastmoco_pipelines.errors import DecoderBrokenError
 
     known: tuple[type[Exception], ...] = (
         RunError,
         ShardError,
         BadImageError,
+        DecoderBrokenError,
         UnfitFileError,
         *fixable,
     )

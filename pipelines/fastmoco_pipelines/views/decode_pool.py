@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fastmoco_pipelines.errors import DecoderBrokenError
 from fastmoco_pipelines.processes import child_environment, python_command
 from fastmoco_pipelines.spec import SECONDS_PER_IMAGE
 
@@ -99,7 +100,7 @@ class DecodePool:
         is done.
 
         Raises:
-            RuntimeError: if a child cannot be started at all.
+            DecoderBrokenError: if a child cannot be started at all.
         """
         results: list[Decoded | None] = [None] * len(items)
         starts = iter(range(0, len(items), _BATCH))
@@ -198,6 +199,13 @@ class DecodePool:
         child.kill()
 
 
+def _not_started(why: object) -> str:
+    return (
+        f"the decoding process does not start: {why}; start the same command again, "
+        "and see the kernel's log (dmesg) if it happens again"
+    )
+
+
 class _Child:
     """One process and its two pipes. One thread at a time uses it."""
 
@@ -224,10 +232,10 @@ class _Child:
             self._send(limits)
             answer = self._receive(_START_SECONDS)
         except _ChildEndedError as ended:
-            raise RuntimeError(f"the decoding process does not start: {ended}") from ended
+            raise DecoderBrokenError(_not_started(ended)) from ended
         if "failed" in answer:
             self.kill()
-            raise RuntimeError(f"the decoding process does not start: {answer['failed']}")
+            raise DecoderBrokenError(_not_started(answer["failed"]))
 
     def ask(self, items: Sequence[Item]) -> Iterator[Decoded]:
         """What became of the items, in order; a child that is left in the middle of a batch cannot

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 import fastmoco
+from fastmoco.cli import main as main_module
 from fastmoco.config.serial import from_json
+from fastmoco.errors import RunError
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe
 from fastmoco_pipelines.processes import leave_current_folder
 from tests.command_line import main
@@ -79,6 +81,30 @@ def test_modules_of_the_current_folder_do_not_run_in_the_command_itself(
         assert sys.path == rest
     else:
         assert sys.path == [searched, *rest]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("recipes", 0),
+        ("--help", 0),
+        ("data pack --help", 0),
+        ("train --help", 0),
+        ("checkpoint list r", 2),
+        ("train quickstart_digits --out r", 2),
+        ("eval knn r --train a --test b", 2),
+    ],
+)
+def test_only_commands_of_ranks_follow_a_launcher(words, code, monkeypatch, tmp_path, capsys):
+    def refuse():
+        raise RunError("a stray variable")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main_module, "follow_launcher", refuse)
+    assert main_module._main(words.split(), process_ends=True) == code
+    follows = code == 2 and not words.startswith("checkpoint")
+    assert ("a stray variable" in capsys.readouterr().err) == follows
+    assert os.listdir() == []
 
 
 def test_recipes_lists_them(capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco_pipelines.errors import ShardError
+from fastmoco_pipelines.errors import DecoderBrokenError, ShardError
 from fastmoco_pipelines.formats.index import index_path, read_index
 from fastmoco_pipelines.formats.quarantine import Quarantine, quarantine_path
 from fastmoco_pipelines.inspecting import check as check_module
@@ -94,7 +94,7 @@ def test_verdicts_are_in_order_over_many_processes(pool):
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     with (
         DecodePool(1, module="no_such_module") as pool,
-        pytest.raises(RuntimeError, match="does not start"),
+        pytest.raises(DecoderBrokenError, match=r"does not start.*start the same command again"),
     ):
         run(pool, [0])
 
