@@ -12,18 +12,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastmoco.cli.commands import COMMANDS, Command, group_of
-from fastmoco.cli.environment import clean_environment, without_modules_here
+from fastmoco.cli.environment import (
+    clean_environment,
+    require_current_folder,
+    without_modules_here,
+)
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_UNREAD,
     close_output,
+    output_fault,
     reader_is_gone,
     say,
 )
-from fastmoco.errors.streams import shown_streams
+from fastmoco.errors.streams import open_closed_streams, shown_streams
 from fastmoco.faults.parent import follow_launcher
 from fastmoco_pipelines.processes import is_orphan
 
@@ -42,9 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     process_ends = argv is None
     if process_ends:
+        open_closed_streams()
         follow_launcher()
     with shown_streams(for_good=process_ends), without_modules_here(for_good=process_ends):
-        code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        try:
+            code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and reader_is_gone():
+                code = EXIT_UNREAD
+            elif fault := output_fault():
+                say(f"standard output: {fault}")
+                code = EXIT_FAILED
+            else:
+                raise
     if process_ends and is_orphan():
         # Nobody reads its output, and Python takes seconds to put away what torch has made.
         close_output()
@@ -55,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: list[str], *, process_ends: bool) -> int:
     try:
         prepare_streams()
+        require_current_folder()
         clean_environment(os.environ)
         args = prepare_words(args)
     except ValueError as error:
@@ -70,7 +87,7 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     if args[0] in ("--version", "-V", "version"):
         import fastmoco
 
-        print(fastmoco.__version__)
+        print(fastmoco.__version__, flush=True)
         return 0
 
     # A command.
@@ -82,10 +99,6 @@ def _main(args: list[str], *, process_ends: bool) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
                 return code
-            except BrokenPipeError:
-                if reader_is_gone():
-                    return EXIT_UNREAD
-                raise
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 again = "; to continue: the same command again" if command.continues else ""
                 say(f"interrupted{again}")
