@@ -53,6 +53,19 @@ def clean_environment(environment: MutableMapping[str, str]) -> None:
         del environment[name]
 
 
+def require_current_folder() -> None:
+    """Refuse to begin in a folder that is gone: names would lead nowhere, and libraries end the
+    process when they are loaded.
+
+    Raises:
+        ValueError: if the current folder has been removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder has been removed: cd to another one") from None
+
+
 @contextlib.contextmanager
 def without_modules_here(*, for_good: bool) -> Iterator[None]:
     """A context in which what this process starts finds no module and no program in the current

@@ -12,19 +12,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastmoco.cli.commands import COMMANDS, Command, group_of
-from fastmoco.cli.environment import clean_environment, without_modules_here
+from fastmoco.cli.environment import (
+    clean_environment,
+    require_current_folder,
+    without_modules_here,
+)
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import (
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_UNREAD,
     close_output,
     one_line,
+    output_fault,
     reader_is_gone,
     say,
 )
-from fastmoco.errors.streams import shown_streams
+from fastmoco.errors.streams import open_closed_streams, shown_streams
 from fastmoco.faults.parent import follow_launcher
 from fastmoco_pipelines.processes import is_orphan, leave_current_folder
 
@@ -43,9 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     process_ends = argv is None
     if process_ends:
+        open_closed_streams()
         leave_current_folder()
     with shown_streams(for_good=process_ends), without_modules_here(for_good=process_ends):
-        code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        try:
+            code = _main(list(sys.argv[1:] if argv is None else argv), process_ends=process_ends)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and reader_is_gone():
+                code = EXIT_UNREAD
+            elif fault := output_fault():
+                say(f"standard output: {fault}")
+                code = EXIT_FAILED
+            else:
+                raise
     if process_ends and is_orphan():
         # Nobody reads its output, and Python takes seconds to put away what torch has made.
         close_output()
@@ -71,28 +87,22 @@ def _main(args: list[str], *, process_ends: bool) -> int:
     if args[0] in ("--version", "-V", "version"):
         import fastmoco
 
-        print(fastmoco.__version__)
+        print(fastmoco.__version__, flush=True)
         return 0
 
     # A command.
     for words in (2, 1):
         command = COMMANDS.get(" ".join(args[:words]))
         if command is not None:
-            if not _is_somewhere():
-                say("the current folder has been removed; change to another one, and start again")
-                return EXIT_REFUSED
             try:
-                if command.ranks and process_ends and not set(args) & set(HELP):
-                    with one_line(EXIT_REFUSED):
+                with one_line(EXIT_REFUSED, ValueError):
+                    require_current_folder()
+                    if command.ranks and process_ends and not set(args) & set(HELP):
                         follow_launcher()
                 code = _run(command, args[words:], process_ends=process_ends)
                 if sys.stdout is not None:
                     sys.stdout.flush()
                 return code
-            except BrokenPipeError:
-                if reader_is_gone():
-                    return EXIT_UNREAD
-                raise
             except KeyboardInterrupt:  # before the first step or outside training: nothing to save
                 again = "; to continue: the same command again" if command.continues else ""
                 say(f"interrupted{again}")
@@ -141,15 +151,6 @@ def _run(command: Command, args: list[str], *, process_ends: bool) -> int:
     call = parse(bound, command.name, args)
     with worded(lambda error: Wording(describe(function), args)(error)):
         return call()
-
-
-def _is_somewhere() -> bool:
-    """Whether the current folder is there. Libraries of torch end the process without one."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _unknown(args: list[str]) -> str:

@@ -16,10 +16,12 @@ from itertools import takewhile
 
 from fastmoco_pipelines.files.whole import at_home
 from fastmoco_pipelines.sets.folder_sets import pattern_of
-from fastmoco_pipelines.text import counted, redact, variable_hint
+from fastmoco_pipelines.text import counted, redact, shown_word, variable_hint
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _OPTION = re.compile(r"(--?[A-Za-z][\w.-]*=)(.*)", re.DOTALL)
+_LONGEST_NAME = 200
+"""Characters of an option's name, more than twice as many as the longest has."""
 _BESIDE = re.compile(
     r".*\.tar\.index(\.json)?|manifest\.json|quarantine.*\.jsonl|check-progress.*\.jsonl"
 )
@@ -42,8 +44,15 @@ def prepare_words(words: Sequence[str]) -> list[str]:
 
     Raises:
         ValueError: for a variable that the shell has not replaced, the home folder of a user who
-            does not exist, and words of which some are shards and others are not.
+            does not exist, words of which some are shards and others are not, and an option's name
+            that is too long to look for near ones.
     """
+    for word in words:
+        name = word.partition("=")[0]
+        if word.startswith("--") and len(name) > _LONGEST_NAME:
+            raise ValueError(
+                f"{shown_word(name)[:40]}...: is no option: a name has no {len(name):,} characters"
+            )
     meant = _join_shards([_at_home(word) for word in words])
     if len(meant) > 2 and meant[0] == "data":
         _require_places(meant[1], list(takewhile(lambda word: word[:1] != "-", meant[2:])))

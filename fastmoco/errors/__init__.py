@@ -99,8 +99,23 @@ def reader_is_gone() -> bool:
     state.register(sys.stdout, 0)
     if not state.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return True
+
+
+def output_fault() -> str:
+    """What keeps standard output from being written, e.g. a full disk; "" for nothing. From then on
+    all output is dropped, also what is still in the buffer."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        _drop_output()
+        return describe(error)
+    return ""
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ among them loses its secrets. What a name could do with a line break is prevente
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
@@ -17,6 +18,26 @@ from fastmoco_pipelines.text import shown
 
 KEPT = "\n\t"
 """Characters that stay although they are not printable."""
+
+
+def open_closed_streams() -> None:
+    """Lead standard input, output and error to the null device where they are closed (`>&-`).
+
+    Else the next file that is opened takes their number, and what a library prints, or a child, is
+    written into it.
+    """
+    streams = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+    # All numbers first: a file opened for one stream would take that of the next.
+    for number, (name, _) in enumerate(streams):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)  # another file may have it by now
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest
+    for name, mode in streams:
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - for good
+            setattr(sys, name, stream)
 
 
 class ShownStream:

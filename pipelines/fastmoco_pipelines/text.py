@@ -29,6 +29,9 @@ OBJECTS = ("s3", "gs")
 AUTHORITY = re.compile(r"[\w.{},-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 """Host and port of a URL, or of a pattern of URLs."""
 
+MOST_SHOWN = 1000
+"""Characters of one word of a command line in a message; a path has at most 4096 bytes."""
+
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 
 _EACH_URL = re.compile(r"([^,{/]*)://(.*?)(?=,[^,{/:]*://|$)", re.DOTALL)
@@ -49,7 +52,7 @@ _QUOTED = {mark: re.compile(rf"(?:[^\\{mark}\n]|\\.)*(?={mark})") for mark in "'
 _TO_AT_SIGN = re.compile(r"[^\n@]{0,1000}@")
 _SHELL_QUOTE = "'\"'\"'"
 """How `shlex.quote` writes a quote in a quoted word."""
-_HINT = re.compile(r"%(?:25)*(?:3a|3d)|authorization|bearer|:[/\\]", re.IGNORECASE)
+_HINT = re.compile(r"%(?:25)*(?:3a|3d)|authorization|bearer|:[/\\]|hf_", re.IGNORECASE)
 _USER = re.compile(r"(?<![^\s'\"=({,;])[^\s/@:'\"=({,;]+:(?=[^\s/@])")
 
 
@@ -83,9 +86,17 @@ _OTHER_SECRETS = (
         ),
         r"\1...",
     ),
+    (
+        re.compile(
+            r"(?i)\b((?:\w{1,60}_)?(?:token|secret|passw(?:or)?d|(?:access|api|secret)_key)"
+            r"\s{0,2}=\s{0,2}['\"]?)[^\s'\"&]+"
+        ),
+        r"\1...",
+    ),
+    (re.compile(r"\bhf_[A-Za-z0-9]{30,}"), "hf_..."),
 )
 """Secrets that are in no whole URL: one with a slip (`https:/host`), `user:password@host`, the header
-of a request, a query alone."""
+of a request, a query alone, a variable with its value (`HF_TOKEN=...`), a token of Hugging Face."""
 
 
 def shown(text: str, *, keep: str = "") -> str:
@@ -127,11 +138,15 @@ def without_secrets(text: str) -> str:
 
 
 def shown_word(word: str) -> str:
-    """A word of a command line as it may be shown: a URL in it goes to its end, with all spaces."""
+    """A word of a command line as it may be shown: a URL in it goes to its end, with all spaces. Of
+    a long one, the beginning."""
     mark = word.find("://")
     before = _BEFORE_MARK.search(word, 0, max(mark, 0))
     start = before.start() if before else 0
-    return shown(word[:start] + redact(word[start:]) if mark >= 0 else word)
+    text = shown(word[:start] + redact(word[start:]) if mark >= 0 else word)
+    if len(text) <= MOST_SHOWN:
+        return text
+    return f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def _may_hold_secrets(text: str) -> bool:

@@ -113,6 +113,12 @@ HIDDEN = {
     "%3Ftoken%3DSECRET": "%3Ftoken%3D...",
     "{'Authorization': 'Basic SECRET'}": "{'Authorization': ...",
     "a header Bearer SECRET123": "a header Bearer ...",
+    # Variables with their values.
+    "HF_TOKEN=SECRET x": "HF_TOKEN=... x",
+    "--o=AWS_SECRET_ACCESS_KEY='SECRET'": "--o=AWS_SECRET_ACCESS_KEY='...'",
+    "aws_session_token = SECRET": "aws_session_token = ...",
+    "WANDB_API_KEY=SECRET&x": "WANDB_API_KEY=...&x",
+    "token " + "hf_" + "SECRET" * 6: "token hf_...",
 }
 
 
@@ -127,12 +133,18 @@ def test_a_word_of_a_command_line_is_a_url_to_its_end():
     assert shown_word("a b@c") == "a b@c"
 
 
+def test_a_long_word_of_a_command_line_is_shown_by_its_beginning():
+    assert shown_word("x" * 1000) == "x" * 1000
+    assert shown_word("x" * 131_000) == "x" * 1000 + "... (131,000 characters)"
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "https://host:8443/x: 404 Not Found; https://h/a{1..3}.tar",
         "s3://bucket/x?y#z: gone",
         "keep_tokens='0.25@0,0.5@0.6', 196 tokens",
+        "HF_TOKEN: tokens=3, key=a, hf_hub and https://h/hf_folder",
         "shards='data/a@b.tar', C:\\images, a/b:c@d.tar, recipe:/folder",
         "{https://h:1,https://i:2}/a@b.tar",
     ],

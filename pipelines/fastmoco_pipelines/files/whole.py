@@ -156,7 +156,7 @@ def at_home(path: str) -> str:
         user = path.partition("/")[0]
         raise ValueError(
             f"{path!r}: {user!r} is the home folder of no user of this machine: write the whole "
-            f"path, or ./{path} for a name that begins with ~"
+            "path, or ./ before a name that begins with ~"
         )
     return found
 

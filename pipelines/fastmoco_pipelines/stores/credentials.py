@@ -70,7 +70,7 @@ def credentials_for(
         environment: the variables; None: those of this process.
 
     Raises:
-        RemoteError: if FASTMOCO_HTTP_HEADERS cannot be read; its text does not quote it.
+        RemoteError: if FASTMOCO_HTTP_HEADERS or HF_ENDPOINT cannot be read; its text quotes neither.
     """
     variables = os.environ if environment is None else environment
     parts, origin = urlsplit(url), urlsplit(asked)
@@ -146,7 +146,13 @@ def _fits(entry: Mapping[str, str | None], parts: SplitResult) -> bool:
 
 def _hugging_face_token(parts: SplitResult, variables: Mapping[str, str]) -> tuple[str, str] | None:
     """(token, its source) for a host of Hugging Face, or of the mirror that HF_ENDPOINT names."""
-    endpoint = urlsplit(variables.get("HF_ENDPOINT", ""))
+    try:
+        endpoint = urlsplit(variables.get("HF_ENDPOINT", ""))
+    except ValueError:
+        raise RemoteError(
+            "HF_ENDPOINT: its value is not a URL such as https://mirror.example: correct it, or "
+            "unset it"
+        ) from None
     ours = parts.scheme.lower() == "https" and parts.hostname in _HUGGING_FACE
     if not ours and (not endpoint.hostname or parts[:2] != endpoint[:2]):
         return None
@@ -155,10 +161,12 @@ def _hugging_face_token(parts: SplitResult, variables: Mapping[str, str]) -> tup
         if _is_token(token := variables.get(variable, "").strip()):
             return token, variable
 
-    home = Path(variables.get("HOME") or Path.home())
+    home = Path(variables.get("HOME") or "~")
     cache = Path(variables.get("XDG_CACHE_HOME") or home / ".cache")
     folder = Path(variables.get("HF_HOME") or cache / "huggingface")
-    path = Path(variables.get("HF_TOKEN_PATH") or folder / "token").expanduser()
+    path = _at_home(Path(variables.get("HF_TOKEN_PATH") or folder / "token"))
+    if path is None:
+        return None
     try:
         token = read_small(path, _MAX_BYTES).decode("ascii").strip()
     except UnfitFileError as error:
@@ -167,6 +175,15 @@ def _hugging_face_token(parts: SplitResult, variables: Mapping[str, str]) -> tup
     except (OSError, ValueError):
         return None
     return (token, str(path)) if _is_token(token) else None
+
+
+def _at_home(path: Path) -> Path | None:
+    """A path with `~` or `~user` replaced; None where there is no such home folder, as for a user
+    of a container without an entry."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return None
 
 
 @lru_cache(maxsize=16)
@@ -180,11 +197,13 @@ def _is_token(text: str) -> bool:
 
 def _netrc_login(host: str, variables: Mapping[str, str]) -> tuple[str, str, str] | None:
     """(user, password, file) of the entry of a host; an entry `default` is no entry of any host."""
-    home = Path(variables.get("HOME") or Path.home())
+    home = Path(variables.get("HOME") or "~")
     given = variables.get("NETRC")
     if given == os.devnull:  # as one says that there is none
         return None
-    path = Path(given).expanduser() if given else home / ".netrc"
+    path = _at_home(Path(given or home / ".netrc"))
+    if path is None:
+        return None
     try:
         state = path.stat()
     except OSError:

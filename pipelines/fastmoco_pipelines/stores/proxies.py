@@ -121,7 +121,7 @@ def _covers(entry: str, host: str, port: int) -> bool:
 
     # Addresses and networks; an address without a port may be IPv6, with colons of its own.
     bare, _, given = (
-        entry.rpartition(":") if re.search(r"(^[^:]*|\]):\d+$", entry) else (entry, "", "")
+        entry.rpartition(":") if re.search(r"(^[^:]*|\]):\d{1,5}$", entry) else (entry, "", "")
     )
     if given and int(given) != port:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -35,16 +36,6 @@ from tests.command_line import main
 def test_a_wrong_verb_gets_the_nearest(args, hint, capsys):
     assert main(args) == 2
     assert f"did you mean {hint}" in capsys.readouterr().err
-
-
-def test_a_removed_current_folder_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gone").mkdir()
-    os.chdir("gone")
-    os.rmdir(tmp_path / "gone")
-    assert main(["train", "quickstart_digits", "--out", "r"]) == 2
-    assert "the current folder has been removed" in capsys.readouterr().err
-    assert main(["--version"]) == 0
 
 
 @pytest.fixture
@@ -269,3 +260,40 @@ def test_a_reader_that_closes_its_pipe_is_no_error(buffering, monkeypatch, capsy
         assert main(["recipes"]) == 141
         print("more", flush=True)  # is dropped
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("buffering", [-1, 1])
+@pytest.mark.parametrize("words", [["recipes"], ["--help"], ["--version"], ["train"]])
+def test_output_that_cannot_be_written_is_one_line(words, buffering, monkeypatch, capsys):
+    with open("/dev/full", "w", buffering) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == 1
+        print("more", flush=True)  # is dropped
+    said = capsys.readouterr().err
+    assert said.startswith("fastmoco: standard output: No space left on device; free some space")
+    assert said.count("\n") == 1
+
+
+def test_files_do_not_take_the_numbers_of_closed_streams(tmp_path):
+    """What a library prints would be written into them."""
+    script = """
+import os, sys
+from fastmoco.errors.streams import open_closed_streams
+open_closed_streams()
+print("out"); print("err", file=sys.stderr); sys.stdin.read()
+with open("file", "w") as file:
+    os.write(1, b"of a library")
+    file.write(f"{file.fileno() > 2} {os.get_inheritable(1)}")
+"""
+    command = [sys.executable, "-c", script]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(closed, cwd=tmp_path, timeout=120, check=False).returncode == 0
+    assert (tmp_path / "file").read_text() == "True True"
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["checkpoint", "list", "."]) == 2
+    assert "the current folder has been removed: cd to another one" in capsys.readouterr().err
+    assert main(["--version"]) == 0

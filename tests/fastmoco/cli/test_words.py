@@ -93,6 +93,7 @@ def test_thousands_of_shards_are_one_short_pattern(here):
         ("train R '--out=${RUNS}/x'", r"\$\{RUNS\} in single quotes, but in double quotes"),
         ("data pack pictures '~nobody_here/x'", "is the home folder of no user"),
         ("data pack pictures ''", "data pack: an empty name"),
+        (f"data check --{'x' * 300}=1", r"xxx\.\.\.: is no option: a name has no 302 characters"),
     ],
 )
 def test_words_that_make_no_sense_are_refused(here, capsys, typed, error):

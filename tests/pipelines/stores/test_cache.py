@@ -23,6 +23,7 @@ from fastmoco_pipelines.stores import transfer
 from fastmoco_pipelines.stores.authorities import tls_context
 from fastmoco_pipelines.stores.cache import ShardCache
 from fastmoco_pipelines.stores.credentials import credentials_for
+from fastmoco_pipelines.stores.proxies import proxy_of
 from fastmoco_pipelines.stores.retries import Limits
 from tests.pipelines.http_fault_server import FaultServer, plain
 from tests.pipelines.stores.test_http_faults import QUICK, require_no_threads
@@ -351,6 +352,31 @@ def test_no_netrc_file_is_said_by_the_null_device(tmp_path, caplog):
     environment = {"NETRC": os.devnull, "HOME": str(tmp_path)}
     assert credentials_for(url, url, environment).headers == {}
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"HF_TOKEN_PATH": "~nobody_here/token", "NETRC": "~nobody_here/netrc"}]
+)
+def test_a_user_without_a_home_folder_has_no_credentials_there(monkeypatch, environment):
+    def no_entry(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    url = "https://huggingface.co/x.tar"
+    assert credentials_for(url, url, environment).headers == {}
+
+
+@pytest.mark.parametrize("value", ["http://[", "http://a\u2100b/"])
+def test_an_endpoint_that_is_no_url_is_refused_by_name(value):
+    url = "https://host/x.tar"
+    with pytest.raises(RemoteError, match="HF_ENDPOINT: its value is not a URL"):
+        credentials_for(url, url, {"HF_ENDPOINT": value})
+
+
+def test_a_port_of_no_proxy_that_is_no_port_is_passed_over():
+    environment = {"https_proxy": "http://proxy:1", "no_proxy": f"host:{'9' * 5000}"}
+    assert proxy_of("https", "host", 443, environment) is not None
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "FASTMOCO_CLIENT_CERT"])
