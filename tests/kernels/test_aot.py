@@ -3,6 +3,7 @@ defaults for real."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -84,13 +85,25 @@ def test_each_gate_names_what_breaks_it(case, compiled, fault):
     assert found == [] if fault is None else (len(found) == 1 and fault in found[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
-def test_every_default_configuration_holds_its_gates_on_sm_90a(op):
-    """All configurations and architectures are compiled by `make kernels`."""
+QUICK = """
+import contextlib, io, json
+from benchmarks.compiled import OPS, main
+found = {}
+for op in OPS:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        code = main(["--op", op, "--quick", "--jobs", "1"])
+    found[op] = code, text.getvalue()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, tuple[int, str]]:
+    """Exit code and text of every op's quick compilation, in one process that imports once."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled", "--op", op, "--quick", "--jobs", "1"],
+        [sys.executable, "-c", QUICK],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -98,4 +111,14 @@ def test_every_default_configuration_holds_its_gates_on_sm_90a(op):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "\n0 compiled" not in done.stdout, "no configuration is a default on sm_90a"
+    found: dict[str, tuple[int, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_every_default_configuration_holds_its_gates_on_sm_90a(op, quick):
+    """All configurations and architectures are compiled by `make kernels`."""
+    code, text = quick[op]
+    assert code == 0, text[-3000:]
+    assert "\n0 compiled" not in text, "no configuration is a default on sm_90a"
