@@ -13,15 +13,18 @@ quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minut
 	$(RUN)/fastmoco quickstart --out quickstart
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job. One worker more than
-# two cores: many tests wait for processes.
+# two cores: many tests wait for processes. Bytecode is kept, also where the machine says otherwise: hundreds of tests start
+# an interpreter, which else compiles every module again.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN)/python -m pytest --dist loadfile
+
 test: $(READY)  ## every test that this machine can run, but for the long ones
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 --dist loadfile -m "not long"
+	$(TESTS) -n 3 -m "not long"
 
 long: $(READY)  ## the tests that make test leaves out
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 --dist loadfile -m long
+	$(TESTS) -n 3 -m long
 
 faults: $(READY)  ## the whole fault table: kills, full disks, lost and hung ranks, resumes at every step and on other numbers of ranks
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m faults
+	$(TESTS) -n 2 -m faults
 
 # Variables: CHAOS_SEED, EVENTS, BUDGET (seconds), OUT (folder of the log), ONLY (the number of an event, to repeat it).
 chaos: $(READY)  ## random kills, stops, signals, damaged files and limits; every run must end in the bits of an undisturbed one
