@@ -10,7 +10,6 @@ import sys
 import pytest
 
 import fastmoco
-from fastmoco.cli import main as main_module
 from fastmoco.config.serial import from_json
 from fastmoco.errors import RunError
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe
@@ -91,6 +90,9 @@ def test_only_commands_of_ranks_follow_a_launcher(words, code, monkeypatch, tmp_
         raise RunError("a stray variable")
 
     monkeypatch.chdir(tmp_path)
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    from fastmoco.cli import main as main_module
+
     monkeypatch.setattr(main_module, "follow_launcher", refuse)
     assert main_module._main(words.split(), process_ends=True) == code
     follows = code == 2 and not words.startswith("checkpoint")
