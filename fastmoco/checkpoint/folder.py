@@ -371,24 +371,24 @@ def make_way(final: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """
     if not os.path.lexists(final):
         return True
+    aside = f"{final.name}{KEPT}"
     try:
         if final.is_symlink():
             raise DamageError(f"{final} is a link")
         existing = verify(final)
     except DamageError:
-        final.rename(final.with_name(f".replaced-{final.name}-{secrets.token_hex(4)}"))
-        return True
+        aside = f".replaced-{final.name}"
     except (OSError, ValueError):
-        final.rename(final.with_name(f"{final.name}{KEPT}-{secrets.token_hex(4)}"))
-        return True
-    if existing["files"] != files and is_kept(final):
-        final.rename(final.with_name(f"{final.name}{KEPT}-{secrets.token_hex(4)}"))
-        return True
-    if existing["files"] != files:
-        raise FileExistsError(
-            "another valid checkpoint of this step exists and is never overwritten"
-        )
-    return False
+        pass  # no damage is proven
+    else:
+        if existing["files"] == files:
+            return False
+        if not is_kept(final):
+            raise FileExistsError(
+                "another valid checkpoint of this step exists and is never overwritten"
+            )
+    final.rename(final.with_name(f"{aside}-{secrets.token_hex(4)}"))
+    return True
 
 
 def commit(writing: Path, final: Path, marker: str) -> None:

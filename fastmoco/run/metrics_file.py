@@ -265,11 +265,10 @@ def _bounded(path: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[i
     for count, (at, line) in enumerate(lines):
         odd += b'"step"' not in line
         if count >= MOST_LINES or odd > MOST_ODD_LINES:
-            what = f"{MOST_ODD_LINES:,} lines without a step" if odd > MOST_ODD_LINES else "lines"
-            most = "" if odd > MOST_ODD_LINES else f"{MOST_LINES:,} "
+            without_step = f"{MOST_ODD_LINES:,} lines without a step"
+            what = without_step if odd > MOST_ODD_LINES else f"{MOST_LINES:,} lines"
             raise UnfitFileError(
-                f"{escaped(str(path))}: has more than {most}{what}, and is no file of metrics: move "
-                "it away"
+                f"{escaped(str(path))}: has more than {what}, and is no file of metrics: move it away"
             )
         yield at, line
 
