@@ -31,7 +31,8 @@ from benchmarks.aot.machine_code import (
     SHARED_LIMITS,
     AotCase,
     Compiled,
-    compile_case,
+    assemble_case,
+    read_code,
 )
 
 OPS = (
@@ -48,6 +49,8 @@ OPS = (
     "stacked_qkv",
     "view_color",
 )
+BATCH = 32
+"""Configurations that one process compiles and then disassembles together."""
 SHOWN = ("MUFU", "FFMA", "FMUL", "FMNMX", "SHFL")
 Row = tuple[str, int, Compiled | None, list[str]]
 Run = dict[str, Any]
@@ -89,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     began = time.monotonic()
     with ProcessPoolExecutor(max(1, arguments.jobs)) as pool:
-        rows = list(pool.map(_measure, jobs, chunksize=4))
+        batches = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
+        rows = [row for batch in pool.map(_measure, batches) for row in batch]
 
     # Report, and write the pages.
     text = table(rows)
@@ -141,22 +145,27 @@ def _cases(op: str) -> list[AotCase]:
     return cases
 
 
-def _measure(job: tuple[str, str, int]) -> Row:
-    """One row of the table. A configuration that does not compile is reported as a fault."""
-    op, name, capability = job
-    case = next(case for case in _cases(op) if case.name == name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compiled = compile_case(case, capability)
-        except Exception as error:  # classes of Triton and MLIR differ between versions
-            return (
-                name,
-                capability,
-                None,
-                [f"does not compile: {str(error).strip().splitlines()[-1][:160]}"],
-            )
-    return name, capability, compiled, compiled.faults(case, capability)
+def _measure(jobs: Sequence[tuple[str, str, int]]) -> list[Row]:
+    """Some rows of the table. A configuration that does not compile is reported as a fault."""
+    cases = {(op, case.name): case for op in {op for op, _, _ in jobs} for case in _cases(op)}
+    assembled, broken = {}, {}
+    for job in jobs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assembled[job] = assemble_case(cases[job[:2]], job[2])
+            except Exception as error:  # classes of Triton and MLIR differ between versions
+                broken[job] = f"does not compile: {str(error).strip().splitlines()[-1][:160]}"
+    costs = dict(zip(assembled, read_code(list(assembled.values())), strict=True))
+    return [
+        (
+            job[1],
+            job[2],
+            costs.get(job),
+            [broken[job]] if job in broken else costs[job].faults(cases[job[:2]], job[2]),
+        )
+        for job in jobs
+    ]
 
 
 def table(rows: Iterable[Row], others: Sequence[Run] = ()) -> str:

@@ -15,9 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fusion import FusedGraph
@@ -70,6 +67,10 @@ class CountingBackend:
     """A backend of torch.compile that counts the graphs instead of compiling them."""
 
     def __init__(self) -> None:
+        from torch._dynamo.backends.common import aot_autograd  # here: a second of imports
+        from torch._inductor import compile_fx
+        from torch._inductor.decomposition import select_decomp_table
+
         self.counter: OperationCounter | None = None
         self.calls = 0
         self._backend = aot_autograd(
@@ -85,6 +86,8 @@ class CountingBackend:
         """Replace `torch.compile` and inductor by this backend, also in calls
         from other backends.
         """
+        from torch._inductor import compile_fx
+
         with (
             mock.patch.object(torch, "compile", self.compile),
             mock.patch.object(compile_fx, "compile_fx", self._backend),

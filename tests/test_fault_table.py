@@ -4,6 +4,7 @@ one that `make faults` runs."""
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def _marks(nodes: list[ast.expr]) -> set[str]:
     }
 
 
+@functools.cache
 def _tests() -> dict[str, list[set[str]]]:
     """Every test function, with the marks of each that has the name: its own and its file's."""
     tests: dict[str, list[set[str]]] = {}
@@ -43,9 +45,6 @@ def _tests() -> dict[str, list[set[str]]]:
     return tests
 
 
-TESTS = _tests()
-
-
 def test_every_fault_has_a_row() -> None:
     text = "\n".join(row.split("|")[1] for row in ROWS)
     spans = [(int(a), int(b or a)) for a, b in re.findall(r"T(\d\d)(?:-T(\d\d))?", text)]
@@ -59,7 +58,10 @@ def test_every_test_of_the_table_exists_and_make_faults_runs_it() -> None:
     assert len(named) > 20
     for fault, name in named:
         marks = [
-            m for test, of_each in TESTS.items() if test.startswith(f"test_{name}") for m in of_each
+            m
+            for test, of_each in _tests().items()
+            if test.startswith(f"test_{name}")
+            for m in of_each
         ]
         assert any("faults" in m for m in marks), (
             f"{fault}: no test_{name}... that is marked faults"
@@ -67,7 +69,9 @@ def test_every_test_of_the_table_exists_and_make_faults_runs_it() -> None:
 
 
 def test_what_make_test_leaves_out_make_long_runs() -> None:
-    long = {name: marks for name, of_each in TESTS.items() for marks in of_each if "long" in marks}
+    long = {
+        name: marks for name, of_each in _tests().items() for marks in of_each if "long" in marks
+    }
     assert len(long) > 10
     makefile = (ROOT / "Makefile").read_text()
     assert '-m "not long"' in makefile

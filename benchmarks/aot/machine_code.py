@@ -8,10 +8,11 @@ machine without a GPU.
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ class AotCase:
 
 
 @dataclass(frozen=True)
+class Assembled:
+    """One configuration for one architecture: what the assembler says of it, and its machine code."""
+
+    capability: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    code: bytes
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What one configuration costs on one architecture.
 
@@ -98,7 +110,7 @@ class Compiled:
         return found
 
 
-def compile_case(case: AotCase, capability: int) -> Compiled:
+def assemble_case(case: AotCase, capability: int) -> Assembled:
     """Compile for one architecture; needs triton (outside its interpreter) and no GPU.
 
     Raises:
@@ -121,33 +133,57 @@ def compile_case(case: AotCase, capability: int) -> Compiled:
         "enable_fp_fusion": case.fp_fusion,
     }
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills, listing = _assemble(kernel.asm["ptx"], ARCHITECTURES[capability])
-    instructions = _instructions(listing)
-    return Compiled(
-        registers=registers,
-        spill_bytes=spills,
-        shared_bytes=int(kernel.metadata.shared),
-        opcodes=Counter(opcode for _, opcode, _ in instructions),
-        loop_opcodes=_matrix_loops(instructions),
-    )
+    registers, spills, binary = _assemble(kernel.asm["ptx"], ARCHITECTURES[capability])
+    shared = int(kernel.metadata.shared)
+    return Assembled(capability, registers, spills, shared, _code(binary))
 
 
-def _assemble(ptx: str, architecture: str) -> tuple[int, int, str]:
-    """Registers, spilled bytes and the disassembly.
+def read_code(assembled: Sequence[Assembled]) -> list[Compiled]:
+    """What each of them costs.
+
+    One call for each architecture disassembles all: the disassembler takes half a second to start.
+    """
+    costs: dict[int, Compiled] = {}
+    for capability in {one.capability for one in assembled}:
+        places = [i for i, one in enumerate(assembled) if one.capability == capability]
+        code = b"".join(assembled[i].code for i in places)
+        instructions = _instructions(_disassemble(code, capability))
+        start = 0
+        for i in places:
+            one = assembled[i]
+            end = start + len(one.code)
+            own = [found for found in instructions if start <= found[0] < end]
+            costs[i] = Compiled(
+                registers=one.registers,
+                spill_bytes=one.spill_bytes,
+                shared_bytes=one.shared_bytes,
+                opcodes=Counter(opcode for _, opcode, _ in own),
+                loop_opcodes=_matrix_loops(own),
+            )
+            start = end
+    return [costs[i] for i in range(len(assembled))]
+
+
+def _tools() -> Path:
+    """The folder of NVIDIA's tools that Triton brings."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def _assemble(ptx: str, architecture: str) -> tuple[int, int, bytes]:
+    """Registers, spilled bytes and the file of machine code.
 
     Newer PTX needs the newer of the two bundled assemblers.
     """
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         for assembler in ("ptxas", "ptxas-blackwell"):
-            if not (tools / assembler).exists():
+            if not (_tools() / assembler).exists():
                 continue
             done = subprocess.run(
-                [tools / assembler, "-v", f"--gpu-name={architecture}", source, "-o", binary],
+                [_tools() / assembler, "-v", f"--gpu-name={architecture}", source, "-o", binary],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -156,16 +192,42 @@ def _assemble(ptx: str, architecture: str) -> tuple[int, int, str]:
                 break
         else:
             raise RuntimeError(f"{architecture}: {done.stderr.strip()[-500:]}")
-        listing = subprocess.run(
-            [tools / "cuobjdump", "--dump-sass", binary], capture_output=True, text=True, check=True
-        ).stdout
+        elf = binary.read_bytes()
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     if registers is None:
         raise RuntimeError(
             f"{architecture}: the assembler names no registers: {done.stderr.strip()[-500:]}"
         )
-    return int(registers[1]), sum(map(int, spills)), listing
+    return int(registers[1]), sum(map(int, spills)), elf
+
+
+def _code(elf: bytes) -> bytes:
+    """The sections of an ELF file that hold instructions (SHF_EXECINSTR), one after another."""
+    (headers,) = struct.unpack_from("<Q", elf, 40)
+    size, count = struct.unpack_from("<HH", elf, 58)
+    code = b""
+    for header in range(headers, headers + size * count, size):
+        _, _, flags, _, start, length = struct.unpack_from("<IIQQQQ", elf, header)
+        if flags & 4:
+            code += elf[start : start + length]
+    return code
+
+
+def _disassemble(code: bytes, capability: int) -> str:
+    """The listing of bare instructions; addresses, and those that are jumped to, count from the
+    first.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
+        file.flush()
+        architecture = ARCHITECTURES[capability].replace("sm_", "SM")
+        return subprocess.run(
+            [_tools() / "nvdisasm", f"--binary={architecture}", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 def _instructions(listing: str) -> list[tuple[int, str, str]]:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot.machine_code import AotCase, Compiled, _instructions, _matrix_loops
+from benchmarks.aot import machine_code
+from benchmarks.aot.machine_code import (
+    AotCase,
+    Assembled,
+    Compiled,
+    _instructions,
+    _matrix_loops,
+    read_code,
+)
 from benchmarks.compiled import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +70,23 @@ def test_a_listing_is_read_with_its_predicates_and_modifiers():
 def test_only_the_innermost_loop_with_a_matrix_product_counts():
     """The jump back to 0x10 holds the whole loop and an FMNMX that does not run in it."""
     assert _matrix_loops(_instructions(LISTING)) == Counter(HGMMA=1, MUFU=1, BRA=1)
+
+
+def test_each_of_several_that_are_disassembled_together_keeps_its_own(monkeypatch):
+    """The first and the last are two halves of one listing; between them is another architecture's."""
+    listings = {90: LISTING, 80: "/*0000*/ HMMA R1 ;"}
+    monkeypatch.setattr(machine_code, "_disassemble", lambda _, capability: listings[capability])
+    first, other, last = read_code(
+        [
+            Assembled(90, 24, 8, 1024, bytes(0x50)),
+            Assembled(80, 16, 0, 0, bytes(0x10)),
+            Assembled(90, 32, 0, 512, bytes(0x40)),
+        ]
+    )
+    looped = Counter(HGMMA=1, MUFU=1, BRA=1)
+    assert first == Compiled(24, 8, 1024, Counter(FMUL=1, MOV=1) + looped, looped)
+    assert other == Compiled(16, 0, 0, Counter(HMMA=1), Counter())
+    assert last == Compiled(32, 0, 512, Counter(FMNMX=1, BRA=2, EXIT=1), Counter())
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,6 @@ from fastmoco_pipelines.text import redact, shard_name
 from tests.pipelines.stores.test_http import require_equal
 from tests.pipelines.stores.test_http_faults import QUICK
 
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
-moto = pytest.importorskip("moto.server", reason="moto is not installed")
-boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
-
 SLOW = dataclasses.replace(QUICK, respond_seconds=20, deadline_seconds=20, attempts=1)
 FOLDERS = {
     "a space": "my set",
@@ -35,6 +31,9 @@ FOLDERS = {
 @pytest.fixture(scope="module")
 def store(packed):
     """A client of a server with one set in folders of all these names."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
@@ -58,6 +57,8 @@ def store(packed):
 
 def forget() -> None:
     """The next file system is a new one, with the environment of that moment."""
+    import s3fs
+
     object_store.file_system.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
