@@ -1,4 +1,5 @@
-"""Runs that kill themselves with -9 at an exact place, and are started again.
+"""Runs that kill themselves with -9 at an exact place, or are stopped by a test, and are started
+again.
 
 Each start is a process forked from a server that has imported the trainer once.
 """
@@ -9,15 +10,20 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json, to_json
+from tests.held_steps import hold
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"])
+CONTEXT.set_forkserver_preload(
+    ["fastmoco.cli.main", "fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"]
+)
 PATIENCE_S = 200
 
 
@@ -41,11 +47,37 @@ def start_and_end(config: Config, out: Path, place: str = "") -> int:
     return process.exitcode
 
 
+def start_command(words: Sequence[str], log: Path, *, held_after: int) -> BaseProcess:
+    """Start `fastmoco` in a process that waits after some steps, until it is killed or stopped.
+
+    Args:
+        words: of the command line.
+        log: file for its output.
+        held_after: steps before it waits.
+    """
+    process = CONTEXT.Process(target=_command, args=(list(words), str(log), held_after))
+    process.start()
+    return process
+
+
+def _command(words: list[str], log: str, held_after: int) -> None:
+    _print_to(log)
+    from fastmoco.cli.main import main
+
+    hold(held_after)
+    sys.argv = ["fastmoco", *words]
+    sys.exit(main())
+
+
+def _print_to(log: str) -> None:
+    with Path(log).open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 def _run(config: str, out: str, place: str) -> None:
     """The child: its output goes to a file beside the run."""
-    with Path(f"{out}.log").open("ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    _print_to(f"{out}.log")
     from fastmoco.cli import train
 
     train._draw = lambda *arguments, **options: None  # matplotlib takes longer than the run

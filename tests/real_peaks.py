@@ -85,6 +85,8 @@ def _status(name: str) -> int:
 
 
 def _serve() -> None:
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401 - by the backward of chunks
+
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

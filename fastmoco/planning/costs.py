@@ -44,6 +44,8 @@ MANY_STEPS = 10**9
 """Steps of a run in which each phase has some."""
 _FLOPS: dict[Hashable, Figures] = {}
 """Those of the last config and phase with everything kept, for `measure_costs`."""
+_BYTES: dict[Hashable, Figures] = {}
+"""Those of the last config and phase that do not depend on what is kept, for `measure_costs`."""
 DEPTHS = (3, 4)
 """Numbers of blocks that are measured if there are more: the first, which has no branch yet, one or
 two more, and the last."""
@@ -210,8 +212,9 @@ def measure_costs(
         at = _within(phase)
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels, at)
         features = pieces.features(images=1)
-        # Whatever is kept, a plan asks for the same products once more: a quarter of its time.
-        key = (config, precision, attention, levels, phase)
+        # Whatever is kept, a plan asks for the same products once more, and for the same bytes of
+        # `forward` and `heads`: half of its time.
+        key: tuple[Hashable, ...] = (config, precision, attention, levels, phase, DEPTHS)
         if key not in _FLOPS:
             _FLOPS.clear()
             _FLOPS[key] = pieces.on_all_blocks("none", pieces.flops_of_an_image)
@@ -220,7 +223,12 @@ def measure_costs(
         # requested.
         pieces.traced = compiled and recompute == "none"
         with traced_blocks(objective, budget=budget) if pieces.traced else nullcontext():
-            sizes = pieces.on_all_blocks(recompute, pieces.bytes_of_an_image)
+            sizes = pieces.on_all_blocks(recompute, pieces.bytes_to_train)
+            key = (*key, budget if pieces.traced else None)
+            if key not in _BYTES:
+                _BYTES.clear()
+                _BYTES[key] = pieces.on_all_blocks(recompute, pieces.bytes_of_the_rest)
+            sizes |= _BYTES[key]
             once = recompute == "none" and not compiled
             again = flops if once else pieces.on_all_blocks(recompute, pieces.flops_to_train)
 
@@ -228,7 +236,7 @@ def measure_costs(
         lean = None
         twice = flops
         if config.model.blocks == "fused" and recompute == "none":
-            lean = pieces.on_all_blocks("full", pieces.bytes_of_an_image)
+            lean = pieces.on_all_blocks("full", pieces.bytes_to_train)
             twice = pieces.on_all_blocks("full", pieces.flops_to_train)
 
     element = own[0].element_size()
@@ -472,13 +480,21 @@ class _Pieces:
             for name in less
         }
 
-    def bytes_of_an_image(self) -> Figures:
+    def bytes_to_train(self) -> Figures:
+        """Bytes of `train`, and `graph`."""
+        return self._bytes(("train",))
+
+    def bytes_of_the_rest(self) -> Figures:
+        """Bytes of `forward` and `heads`, which keep nothing."""
+        return self._bytes(("forward", "heads"))
+
+    def _bytes(self, names: Collection[str]) -> Figures:
         """Peak of each part, and `graph`: bytes per image, and bytes that are independent of it."""
         measured = []
         for images in SIZES:
             found: dict[str, float] = {}
             for name, run in self._runs(images).items():
-                if name == "query":  # a part of `forward`
+                if name not in names:
                     continue
                 if name == "train" and self.traced:
                     run(None)  # the first call traces

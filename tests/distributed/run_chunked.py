@@ -23,6 +23,7 @@ from fastmoco.planning.choose import choose_plan
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import message_of, objective_and_views, part, record
+from tests.distributed.some_costs import with_some_costs
 
 
 def run_step(
@@ -114,9 +115,8 @@ def run_plan(world: World) -> dict[str, object]:
     )
 
     objective = build_objective(config, world.device)
-    with mock.patch(
-        "fastmoco.planning.choose.free_bytes", return_value=(40 - 8 * world.rank) * 10**6
-    ):
+    free = (40 - 8 * world.rank) * 10**6
+    with with_some_costs(), mock.patch("fastmoco.planning.choose.free_bytes", return_value=free):
         return {"plan": choose_plan(config, objective, world, "fp32").to_json()}
 
 

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ from fastmoco.objectives.interface import START
 from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
-from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
@@ -42,6 +40,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
+from tests.distributed.some_costs import with_some_costs
 from tests.fastmoco.objectives.test_conformance import (
     ONLY_VIT,
     TRUNKS,
@@ -126,12 +125,6 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@functools.cache
-def some_costs() -> StepCosts:
-    """The costs of one small step."""
-    return measure_costs(config_for(MoCoV3Config), "fp64")
-
-
 def run_steps(
     world: World, kind: type[ObjectiveConfig], trunk: str = "vit", **how: Any
 ) -> dict[str, Any]:
@@ -139,8 +132,7 @@ def run_steps(
     batch."""
     config = config_for(kind, trunk, **how)
     objective = rough(config)
-    # Chunks are given, so their costs, which take seconds to count, may be those of any objective.
-    with mock.patch("fastmoco.planning.choose.measure_costs", return_value=some_costs()):
+    with with_some_costs():  # of any objective: chunks are given
         forward_backward = ForwardBackward(config, objective, world, "fp64")
     optimizer = build_optimizer(
         config,

@@ -1,10 +1,9 @@
-"""Run by test_initial_weights_ranks.py on several ranks: `model.init` from one file, from files that
-differ, and from one that a rank lacks."""
+"""A case of run_trainer.py: `model.init` from one file, from files that differ, and from one that a
+rank lacks."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from fastmoco.distributed import World
 from fastmoco.errors import RunError
 from fastmoco.objectives.build import build_objective
 from fastmoco.training.initial_weights import start_from
-from tests.distributed.cases import run_cases
 from tests.official_checkpoints import official_checkpoint
 from tests.step_runs import short_run
 
@@ -32,9 +30,9 @@ def started(world: World, path: Path) -> str:
     return digest.hexdigest()
 
 
-def starts(world: World) -> dict[str, str]:
+def starts(out: Path, world: World) -> dict[str, str]:
     """Each rank has its own folder of files."""
-    folder = Path(sys.argv[1]) / f"files{world.rank}"
+    folder = out / f"files{world.rank}"
     folder.mkdir()
     content = dict(official_checkpoint("vit", patch=4))
     torch.save(content, folder / "same")
@@ -42,7 +40,3 @@ def starts(world: World) -> dict[str, str]:
     if world.rank == 0:
         torch.save(content, folder / "absent")
     return {name: started(world, folder / name) for name in ("same", "other", "absent")}
-
-
-if __name__ == "__main__":
-    run_cases({"starts": starts})

@@ -61,8 +61,8 @@ def labels_of(rows: int, classes: int = 7) -> Tensor:
     return torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(rows))
 
 
-def ragged(**options: object) -> Sets:
-    return replace(Sets(*blobs(211, 0), *blobs(97, 1)), **options)  # type: ignore[arg-type]
+def ragged(queries: int = 97, **options: object) -> Sets:
+    return replace(Sets(*blobs(211, 0), *blobs(queries, 1)), **options)  # type: ignore[arg-type]
 
 
 def tied(rows: int, queries: int, **options: object) -> Sets:
@@ -79,8 +79,8 @@ def repeated() -> Sets:
 SETS = {
     "ragged": ragged(),
     "centred": ragged(center=True),
-    "small blocks and several rounds": ragged(limit_bytes=6_000),
-    "in a file": ragged(in_file=True, limit_bytes=9_000),
+    "small blocks and several rounds": ragged(49, limit_bytes=6_000),
+    "in a file": ragged(49, in_file=True, limit_bytes=9_000),
     "in a file, centred": ragged(in_file=True, center=True),
     "an empty part": ragged(first_is_empty=True),
     "ties": tied(300, 50, k=25),

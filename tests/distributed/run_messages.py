@@ -25,6 +25,7 @@ from fastmoco.recipes import get_recipe
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Batch
 from tests.distributed.cases import run_cases
+from tests.distributed.some_costs import with_some_costs
 
 IMAGES = 8
 """Of one process."""
@@ -96,7 +97,8 @@ def run_messages(world: World, name: str) -> object:
     config = config_of(name)
     side = config.model.image_size
     with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer.build(config, Path(out), world)
+        with with_some_costs():  # of any objective: chunks are given
+            trainer = Trainer.build(config, Path(out), world)
         try:
             for step in range(3):
                 batch = Batch(

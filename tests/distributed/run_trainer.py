@@ -33,6 +33,7 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
+from tests.distributed.run_initial_weights import starts
 from tests.distributed.run_ranks import message_of
 
 STEPS, CUT = 6, 3
@@ -129,6 +130,7 @@ def cases_in(out: Path) -> dict[str, Callable[[World], dict[str, Any]]]:
         ),
         "baseline": lambda world: run_beside_baseline(out / "baseline", world),
         "flipped bit": lambda world: run_flipped_bit(out / "flipped", world),
+        "initial weights": lambda world: starts(out, world),
     }
 
 

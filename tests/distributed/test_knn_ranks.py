@@ -3,6 +3,9 @@ plain formula."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +16,27 @@ from fastmoco.evaluation.reference import plain_knn_accuracy, plain_neighbours
 from tests.distributed.launching import launch
 from tests.distributed.run_knn import ALONE, SETS
 
+MONITORED = (1, 3)
+"""Numbers of ranks of the monitors."""
 EXACT = [name for name, sets in SETS.items() if sets.bank.dtype != torch.float64]
+
+
+@pytest.fixture(scope="module")
+def of_size(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """Starts so many ranks once: all searches, and on one and three ranks the monitors too."""
+
+    @functools.cache
+    def started(size: int) -> list[dict[str, Any]]:
+        out = tmp_path_factory.mktemp("knn")
+        cases = [*SETS, "refused"]
+        if size in MONITORED and find_spec("webdataset"):
+            from fastmoco_pipelines import pack_digits
+
+            pack_digits(out, seed=0)
+            cases += ["monitor", "accuracy"]
+        return launch(size, out, *cases, module="tests.distributed.run_knn")
+
+    return started
 
 
 @pytest.fixture(
@@ -26,11 +49,10 @@ EXACT = [name for name, sets in SETS.items() if sets.bank.dtype != torch.float64
     ],
 )
 def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, of_size: Callable[[int], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Results of all searches, once a world size."""
-    out = tmp_path_factory.mktemp("knn")
-    return launch(request.param, out, *SETS, "refused", module="tests.distributed.run_knn")
+    return of_size(request.param)
 
 
 @pytest.mark.slow
@@ -91,18 +113,15 @@ def test_all_ranks_refuse_in_the_same_words(ranks: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.slow
-def test_the_monitor_gives_one_figure_on_any_number_of_ranks(tmp_path: Path) -> None:
+def test_the_monitor_gives_one_figure_on_any_number_of_ranks(
+    of_size: Callable[[int], list[dict[str, Any]]],
+) -> None:
     """In memory and in files, with each set opened once."""
     pytest.importorskip("webdataset", reason="webdataset is not installed")
-    from fastmoco_pipelines import pack_digits
-
     figures = set()
     accuracies: list[dict[str, float]] = []
-    for count in (1, 3):
-        out = tmp_path / str(count)
-        pack_digits(out, seed=0)
-        found = launch(count, out, "monitor", "accuracy", module="tests.distributed.run_knn")
-        for results in found:
+    for count in MONITORED:
+        for results in of_size(count):
             monitor = cast("dict[str, Any]", results["monitor"])
             figures |= set(monitor["figures"])
             assert monitor["opened"] == 2

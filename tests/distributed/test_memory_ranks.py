@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 import pytest
 
 from fastmoco.planning.costs import measure_costs
 from fastmoco.planning.plan import chunked_bytes, sharded, state_bytes, whole_bytes
-from tests.distributed.launching import launch
+from tests.distributed.launching import Results, launch
 from tests.distributed.run_memory import IMAGES, config_of
 
-MODULE = "tests.distributed.run_memory"
 RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What both ranks took, by case; what one case frees goes back to the system."""
+    with pytest.MonkeyPatch.context() as environment:
+        for habit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            environment.setenv(habit, "65536")
+        return launch(
+            RANKS, tmp_path_factory.mktemp("memory"), module="tests.distributed.run_memory"
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_peak_of_a_real_sharded_step_is_the_planned_one(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for habit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.setenv(habit, "65536")
+def test_the_peak_of_a_real_sharded_step_is_the_planned_one(ranks: Results, name: str) -> None:
     config, images = config_of(name), IMAGES[name]
     costs = measure_costs(config, config.precision)
     state = state_bytes(costs, "adamw", 4, shards=RANKS)
@@ -33,5 +38,5 @@ def test_the_peak_of_a_real_sharded_step_is_the_planned_one(
         step = whole_bytes(costs, images, RANKS)
     planned = state.parameters + state.gradients + state.in_flight + step  # there is no optimizer
     assert planned - state.in_flight < 0.97 * planned
-    for rank in launch(RANKS, tmp_path, name, module=MODULE):
+    for rank in ranks:
         assert cast("dict[str, int]", rank[name])["peak"] == pytest.approx(planned, rel=0.15)

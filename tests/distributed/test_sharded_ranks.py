@@ -3,7 +3,6 @@ and every mutant of T33."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.slow
 references: dict[str, Case] = {}
 Ranks = list[dict[str, Any]]
 results: dict[int, Ranks] = {}
-MODULE, COMPILED = "tests.distributed.run_sharded", "fsdp compiled fp32"
 
 
 @pytest.fixture
@@ -35,8 +33,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     size = request.param
     if size not in results:
         out = tmp_path_factory.mktemp("sharded")
-        names = [name for name in cases_of(size) if name != COMPILED]
-        results[size] = launch(size, out, *names, module=MODULE)  # type: ignore[assignment]
+        module = "tests.distributed.run_sharded"
+        results[size] = launch(size, out, *cases_of(size), module=module)  # type: ignore[assignment]
     return results[size]
 
 
@@ -245,8 +243,7 @@ def test_groups_that_do_not_fit_are_refused(ranks: Ranks) -> None:
         ]
 
 
-@pytest.mark.slow
-def test_compiled_blocks_compute_the_same(tmp_path: Path) -> None:
-    found = launch(2, tmp_path, COMPILED, module=MODULE)
-    cases: list[Case] = [rank[COMPILED] for rank in found]  # type: ignore[misc]
+@pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2 ranks"])
+def test_compiled_blocks_compute_the_same(ranks: Ranks) -> None:
+    cases = run_by(ranks, "fsdp compiled fp32")
     assert max(distances(cases, reference("fp32"), 1).values()) <= 1e-5

@@ -1,5 +1,5 @@
-"""The trainer on two real processes: strategies train alike, and one continues what the other
-began."""
+"""The trainer on two real processes: strategies train alike, one continues what the other began,
+and `model.init` gives equal weights."""
 
 from __future__ import annotations
 
@@ -62,3 +62,14 @@ def test_a_flipped_bit_stops_the_run_on_every_rank(ranks: list[dict[str, Any]]) 
             "momentum_encoder.cls_token differs among ranks=[0, 1]: a bit flipped"
         )
         assert case["steps"] == 3
+
+
+def test_two_ranks_start_alike_or_not_at_all(ranks: list[dict[str, Any]]) -> None:
+    """From the same file, or with a refusal on both."""
+    first, second = (rank["initial weights"] for rank in ranks)
+    assert first["same"] == second["same"]
+    assert len(first["same"]) == 64
+    for found in (first, second):
+        assert "is not the same file on all ranks" in found["other"]
+    assert "another rank could not read it" in first["absent"]
+    assert "there is no such file or folder" in second["absent"]

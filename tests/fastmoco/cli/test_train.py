@@ -30,9 +30,9 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
-def config(small_run: Config, digits: tuple[str, str]) -> Config:
+def config(brief_run: Config, digits: tuple[str, str]) -> Config:
     """A run of five steps."""
-    return replace(small_run, epochs=1, optim=replace(small_run.optim, warmup_epochs=0))
+    return replace(brief_run, epochs=1, optim=replace(brief_run.optim, warmup_epochs=0))
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_two_ranks_agree_that_a_run_is_finished(config: Config, copy: Path) -> N
     try:
         assert one.end() == 0, one.text()
         assert len(re.findall("finished already", one.text())) == 1
-        assert "batch 256 on 2 x cpu" not in one.text()
+        assert "batch 64 on 2 x cpu" not in one.text()
     finally:
         one.close()
 

@@ -83,10 +83,10 @@ def test_a_copy_for_saves_in_the_background_lies_in_the_same_memory_on_a_cpu() -
 
 
 def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there(
-    small_run, tmp_path
+    brief_run, tmp_path
 ) -> None:
     """Its state is subtracted from what is free then: it must not be missing there already."""
-    first = Trainer.build(small_run, tmp_path, WORLD)
+    first = Trainer.build(brief_run, tmp_path, WORLD)
     try:
         first.run(max_steps=3)
         first._save(force=True)
@@ -102,7 +102,7 @@ def test_where_a_run_continues_memory_is_looked_at_before_the_optimizer_is_there
         mock.patch("fastmoco.training.trainer.build_optimizer", calls.build_optimizer),
         mock.patch("fastmoco.checkpoint.Checkpoint.tensors", None),  # nobody reads them whole
     ):
-        Trainer.build(small_run, tmp_path, WORLD).close()
+        Trainer.build(brief_run, tmp_path, WORLD).close()
     assert [name for name, _, _ in calls.mock_calls] == ["free_bytes", "build_optimizer", "restore"]
 
 
@@ -158,15 +158,15 @@ def test_a_config_from_before_loads_and_its_run_may_go_on_in_chunks() -> None:
 
 
 def test_a_run_in_chunks_has_the_losses_of_the_whole_and_says_so(
-    small_run, tmp_path, capsys
+    brief_run, tmp_path, capsys
 ) -> None:
     config = replace(
-        small_run, epochs=1.0, optim=replace(small_run.optim, warmup_epochs=0.5), precision="fp64"
+        brief_run, epochs=1.0, optim=replace(brief_run.optim, warmup_epochs=0.5), precision="fp64"
     )
     losses = {}
     for name, batch in (
         ("whole", BatchConfig(chunk="none")),
-        ("chunks", BatchConfig(chunk=48, kept=2)),
+        ("chunks", BatchConfig(chunk=12, kept=2)),
     ):
         trainer = Trainer.build(replace(config, batch=batch), tmp_path / name, WORLD)
         try:
@@ -176,8 +176,8 @@ def test_a_run_in_chunks_has_the_losses_of_the_whole_and_says_so(
         losses[name] = [value for _, value in RunFolder(tmp_path / name).read_metric("loss")]
     assert len(losses["whole"]) == 5
     assert max(abs(a - b) for a, b in zip(*losses.values(), strict=True)) <= 1e-11
-    assert "6 chunks of 48 images, 96 images keep their graphs" in "".join(capsys.readouterr())
+    assert "6 chunks of 12 images, 24 images keep their graphs" in "".join(capsys.readouterr())
     resolved = json.loads((tmp_path / "chunks" / "config.json").read_text())["resolved"]
-    assert resolved["chunk"] == 48
+    assert resolved["chunk"] == 12
     assert resolved["plan"]["kept"] == 2
     assert torch.get_default_dtype() == torch.float32

@@ -37,13 +37,13 @@ class Scripted(Monitor):
 
 
 @pytest.fixture
-def config(small_run: Config) -> Config:
+def config(brief_run: Config) -> Config:
     """Ten steps, each measured, and saves by nothing else than accuracy and the end."""
     return replace(
-        small_run,
+        brief_run,
         epochs=2,
-        optim=replace(small_run.optim, warmup_epochs=0),
-        checkpoint=replace(small_run.checkpoint, every_steps=0, every_minutes=1e6, keep=1),
+        optim=replace(brief_run.optim, warmup_epochs=0),
+        checkpoint=replace(brief_run.checkpoint, every_steps=0, every_minutes=1e6, keep=1),
     )
 
 

@@ -11,19 +11,19 @@ from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 
 
-def test_the_encoder_of_a_run_is_the_one_that_was_trained(small_run, tmp_path):
-    trainer = Trainer.build(small_run, tmp_path, World())
+def test_the_encoder_of_a_run_is_the_one_that_was_trained(brief_run, tmp_path):
+    trainer = Trainer.build(brief_run, tmp_path, World())
     try:
         assert trainer.run() == 0
         images = trainer.loader.next().views[0]
     finally:
         trainer.close()
     objective, config, checkpoint = load_run(tmp_path)
-    assert config == small_run
+    assert config == brief_run
     assert checkpoint.step == 15
     expected = trainer.objective.encoder.eval()(images)
     assert torch.equal(objective.encoder.eval()(images), expected)
-    assert expected.shape == (256, 64)
+    assert expected.shape == (64, 64)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

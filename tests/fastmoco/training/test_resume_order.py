@@ -68,18 +68,18 @@ def expected(
     config: Config, steps: range, order: Callable[[int, int, int], np.ndarray]
 ) -> dict[int, list[int]]:
     size = config.global_batch_size
-    per_epoch = 1437 // size
-    orders = {epoch: order(config.seed, epoch, 1437) for epoch in range(3)}
+    per_epoch = 360 // size
+    orders = {epoch: order(config.seed, epoch, 360) for epoch in range(3)}
     return {
         step: orders[step // per_epoch][step % per_epoch * size :][:size].tolist() for step in steps
     }
 
 
 @pytest.mark.slow
-def test_a_run_from_before_versions_keeps_its_order(small_run, tmp_path, monkeypatch):
+def test_a_run_from_before_versions_keeps_its_order(brief_run, tmp_path, monkeypatch):
     """Its checkpoints do not name a version. It continues with version 1, bit for bit, and goes on
     so from the checkpoints that it writes now."""
-    config = replace(small_run, checkpoint=replace(small_run.checkpoint, keep=100))
+    config = replace(brief_run, checkpoint=replace(brief_run.checkpoint, keep=100))
     whole, resumed, again = tmp_path / "whole", tmp_path / "resumed", tmp_path / "again"
     of_stream = BatchStream.state_dict
 
@@ -102,8 +102,8 @@ def test_a_run_from_before_versions_keeps_its_order(small_run, tmp_path, monkeyp
     assert RunFolder(again).read_metric("loss") == losses[6:]
 
 
-def test_a_new_run_saves_the_version_of_its_order(small_run, tmp_path, monkeypatch):
-    config = replace(small_run, epochs=1)
+def test_a_new_run_saves_the_version_of_its_order(brief_run, tmp_path, monkeypatch):
+    config = replace(brief_run, epochs=1)
     seen = trained(config, tmp_path / "run", monkeypatch)
     assert seen == expected(config, range(5), epoch_order)
     (newest,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]

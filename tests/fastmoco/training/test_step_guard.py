@@ -87,9 +87,9 @@ CASES = {
 # By every optimizer; with clipping; and before the optimizer has any state.
 @pytest.mark.parametrize(("optim", "bad"), CASES.values(), ids=CASES)
 def test_a_bad_step_leaves_the_state_of_a_run_that_never_saw_it(
-    small_run: Config, tmp_path: Path, optim: dict[str, Any], bad: set[int]
+    brief_run: Config, tmp_path: Path, optim: dict[str, Any], bad: set[int]
 ) -> None:
-    config = replace(small_run, optim=replace(small_run.optim, **optim))
+    config = replace(brief_run, optim=replace(brief_run.optim, **optim))
     fed, fed_losses = steps(config, tmp_path / "fed", bad=bad, fed=True)
     never, losses = steps(config, tmp_path / "never", bad=bad, fed=False)
     assert fed_losses == losses
@@ -118,9 +118,9 @@ def test_exactly_the_numbers_that_are_not_finite_are_bad(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("chunk", ["none", 16])
 def test_infinite_gradients_under_a_finite_loss_are_skipped_too(
-    small_run: Config, tmp_path: Path, chunk: Any
+    brief_run: Config, tmp_path: Path, chunk: Any
 ) -> None:
-    config = replace(small_run, batch=replace(small_run.batch, chunk=chunk))
+    config = replace(brief_run, batch=replace(brief_run.batch, chunk=chunk))
     trainer = Trainer.build(config, tmp_path, WORLD)
     try:
         trainer.step(trainer.loader.next())
@@ -144,16 +144,16 @@ def test_infinite_gradients_under_a_finite_loss_are_skipped_too(
 
 
 def test_a_run_goes_on_after_bad_steps_and_ends_after_too_many(
-    small_run: Config,
+    brief_run: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(
-        small_run,
+        brief_run,
         epochs=2,
-        optim=replace(small_run.optim, warmup_epochs=1),
-        faults=replace(small_run.faults, max_skipped_steps=3),
+        optim=replace(brief_run.optim, warmup_epochs=1),
+        faults=replace(brief_run.faults, max_skipped_steps=3),
     )
     for bad, ends in (({2, 5, 6}, False), ({4, 5, 6}, True)):
         trainer = Trainer.build(config, tmp_path / str(ends), WORLD)
@@ -178,11 +178,11 @@ def _maybe(batch: Batch, bad: set[int]) -> Batch:
 
 
 def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(
-    small_run: Config, tmp_path: Path
+    brief_run: Config, tmp_path: Path
 ) -> None:
     norms = []
     for clip in (0.0, 1e-3, 1e3):
-        config = replace(small_run, optim=replace(small_run.optim, clip_norm=clip))
+        config = replace(brief_run, optim=replace(brief_run.optim, clip_norm=clip))
         trainer = Trainer.build(config, tmp_path / str(clip), WORLD)
         try:
             before = trainer.step(trainer.loader.next()).norms["total"].item()
@@ -199,9 +199,9 @@ def test_gradients_are_clipped_to_the_norm_and_shorter_ones_left_alone(
     assert norms[1][1] == pytest.approx(1e-3, rel=1e-5)
 
 
-def test_a_step_draws_no_random_numbers(small_run: Config, tmp_path: Path) -> None:
+def test_a_step_draws_no_random_numbers(brief_run: Config, tmp_path: Path) -> None:
     """What a skipped step would otherwise have to put back."""
-    trainer = Trainer.build(small_run, tmp_path, WORLD)
+    trainer = Trainer.build(brief_run, tmp_path, WORLD)
     try:
         before = torch.get_rng_state()
         trainer.step(trainer.loader.next())

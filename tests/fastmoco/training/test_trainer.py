@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ from fastmoco.telemetry.metrics import Throughput
 from fastmoco.training import resume
 from fastmoco.training.trainer import Trainer
 from tests.fault_runs import environment
-from tests.held_steps import WORDS
+from tests.killed_runs import start_command
 
 WORLD = World()
 
@@ -49,9 +52,8 @@ def _losses(out: Path) -> list[tuple[int, float]]:
     return RunFolder(out).read_metric("loss")
 
 
-def _command(config: Config, out: Path, hold: int) -> list[str]:
-    """The command line of a run that differs from the recipe in a few plain fields, and that waits
-    after `hold` steps; 0: nowhere."""
+def _words(config: Config, out: Path) -> list[str]:
+    """The command line of a run that differs from the recipe in a few plain fields."""
     start, wanted = flatten(quickstart_digits()), flatten(config)
     words = [
         word
@@ -59,25 +61,26 @@ def _command(config: Config, out: Path, hold: int) -> list[str]:
         if value != start[name]
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    program = "import sys; from fastmoco.cli.main import main; sys.exit(main())"
-    if hold:
-        program = f"{WORDS.format(after=hold)}; {program}"
-    return ["-c", program, "train", "quickstart_digits", "--out", str(out), *words]
+    return ["train", "quickstart_digits", "--out", str(out), *words]
 
 
-def _start(config: Config, out: Path, *launcher: str, hold: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, *_command(config, out, hold)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
-
-
-def _wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not any(at >= step for at, _ in _losses(out)):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+@contextmanager
+def _started(config: Config, out: Path, *, step: int, held_after: int) -> Iterator[BaseProcess]:
+    """A process that has taken a step of a run; its output is in `out.log`."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    log = Path(f"{out}.log")
+    process = start_command(_words(config, out), log, held_after=held_after)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(at >= step for at, _ in _losses(out)):
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+        process.join(240)
+        assert process.exitcode is not None
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,14 @@ def whole(small_run, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     assert _train(small_run, out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def brief(brief_run, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted brief run."""
+    out = tmp_path_factory.mktemp("brief")
+    assert _train(brief_run, out) == 0
     return out
 
 
@@ -112,15 +123,15 @@ def test_a_run_logs_every_step_and_its_loss_falls(whole):
 # the machine's choice.
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 11])
-def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path, step):
-    process = _start(small_run, tmp_path, "-X", "faulthandler", hold=step + 2)
-    _wait_for_step(process, tmp_path, step)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=240)
-    assert _losses(tmp_path)[-1][0] < 15
-    assert _train(small_run, tmp_path) == 0
-    assert _losses(tmp_path) == _losses(whole)
-    ours, theirs = load_latest(tmp_path / "checkpoints"), load_latest(whole / "checkpoints")
+def test_killed_at_any_step_it_continues_bit_for_bit(brief_run, brief, tmp_path, step):
+    out = tmp_path / "run"
+    with _started(brief_run, out, step=step, held_after=step + 2) as process:
+        process.kill()
+    assert process.exitcode == -signal.SIGKILL
+    assert _losses(out)[-1][0] < 15
+    assert _train(brief_run, out) == 0
+    assert _losses(out) == _losses(brief)
+    ours, theirs = load_latest(out / "checkpoints"), load_latest(brief / "checkpoints")
     assert ours is not None
     assert theirs is not None
     assert ours.tensors.keys() == theirs.tensors.keys()
@@ -128,47 +139,69 @@ def test_killed_at_any_step_it_continues_bit_for_bit(small_run, whole, tmp_path,
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_the_step_saves_and_exits_with_75(small_run, whole, tmp_path):
-    config = replace(small_run, checkpoint=replace(small_run.checkpoint, every_steps=0))
-    process = _start(config, tmp_path, hold=4)
-    _wait_for_step(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=240)
-    assert process.returncode == 75, text
+def test_sigterm_finishes_the_step_saves_and_exits_with_75(brief_run, brief, tmp_path):
+    config = replace(brief_run, checkpoint=replace(brief_run.checkpoint, every_steps=0))
+    out = tmp_path / "run"
+    with _started(config, out, step=2, held_after=4) as process:
+        process.terminate()
+    text = Path(f"{out}.log").read_text()
+    assert process.exitcode == 75, text
     assert "SIGTERM: saved step" in text
-    assert _train(config, tmp_path) == 0
-    assert _losses(tmp_path) == _losses(whole)
+    assert _train(config, out) == 0
+    assert _losses(out) == _losses(brief)
+
+
+TRAIN_ALL = """
+import json, sys
+from fastmoco.cli import train
+from fastmoco.cli.main import main
+train._draw = lambda *arguments, **options: None  # matplotlib takes longer than the run
+sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
+"""
 
 
 # fp64 at the recipe's learning rate: a real difference would show, rounding cannot. fp32 at a
 # learning rate too small for AdamW to turn rounding noise into whole steps (its first updates have
 # the size of lr however small the gradient).
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "lr", "tolerance"), [("fp64", 1.5e-3, 1e-8), ("fp32", 1e-6, 1e-5)]
-)
-def test_two_processes_train_to_the_losses_of_one(
-    small_run, digits, tmp_path, precision, lr, tolerance
-):
-    knn = replace(small_run.knn, every_epochs=3, test_shards=digits[1], max_share=1.0)
-    config = replace(small_run, precision=precision, knn=knn, optim=replace(small_run.optim, lr=lr))
-    assert _train(config, tmp_path / "one") == 0
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-        sys.executable,
+@pytest.fixture(scope="module")
+def on_two(brief_run, digits, tmp_path_factory) -> dict[str, tuple[Config, Path]]:
+    """Config and folder of runs on two processes, by their precision; one start trains both."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
+    knn = replace(brief_run.knn, every_epochs=3, test_shards=digits[0], max_share=1.0)
+    config = replace(brief_run, knn=replace(knn, max_test_images=300))
+    folder = tmp_path_factory.mktemp("two")
+    runs = {
+        precision: (
+            replace(config, precision=precision, optim=replace(config.optim, lr=lr)),
+            folder / precision,
+        )
+        for precision, lr in (("fp64", 6e-3), ("fp32", 4e-6))
+    }
+    words = json.dumps([_words(config, out) for config, out in runs.values()])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--no-python", sys.executable, "-c", TRAIN_ALL, words]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        timeout=240,
+        check=False,
     )
-    process = _start(config, tmp_path / "two", *launcher)
-    text, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, text
-    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    assert done.returncode == 0, done.stdout
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-8), ("fp32", 1e-5)])
+def test_two_processes_train_to_the_losses_of_one(on_two, tmp_path, precision, tolerance):
+    config, out = on_two[precision]
+    assert _train(config, tmp_path) == 0
+    one, two = _losses(tmp_path), _losses(out)
     assert [step for step, _ in two] == [step for step, _ in one] == list(range(1, 16))
     assert max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < tolerance
-    accuracies = [RunFolder(tmp_path / name).read_metric("knn") for name in ("one", "two")]
+    accuracies = [RunFolder(folder).read_metric("knn") for folder in (tmp_path, out)]
     assert accuracies[0] == accuracies[1]
     assert [step for step, _ in accuracies[0]] == [0, 15]
 
@@ -179,8 +212,8 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, whole):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
-def test_random_numbers_go_on_where_the_run_was_saved(small_run, tmp_path):
-    trainer = Trainer.build(small_run, tmp_path, WORLD)
+def test_random_numbers_go_on_where_the_run_was_saved(brief_run, tmp_path):
+    trainer = Trainer.build(brief_run, tmp_path, WORLD)
     try:
         trainer.step(trainer.loader.next())
         torch.rand(7)  # as a model with dropout draws
@@ -189,13 +222,13 @@ def test_random_numbers_go_on_where_the_run_was_saved(small_run, tmp_path):
     finally:
         trainer.close()
     torch.manual_seed(123)
-    Trainer.build(small_run, tmp_path, WORLD).close()
+    Trainer.build(brief_run, tmp_path, WORLD).close()
     assert torch.equal(torch.get_rng_state(), saved)
 
 
-def test_a_continued_run_knows_its_accuracies(small_run, digits, tmp_path):
-    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1])
-    config = replace(small_run, knn=knn)
+def test_a_continued_run_knows_its_accuracies(brief_run, digits, tmp_path):
+    knn = replace(brief_run.knn, every_epochs=1, test_shards=digits[1])
+    config = replace(brief_run, knn=knn)
     state = {"last_epoch": 0.2, "last": {"knn": 0.5}, "best": {"knn": 0.75}}
     trainer = Trainer.build(config, tmp_path, WORLD)
     try:
@@ -224,9 +257,9 @@ def test_other_images_are_refused(small_run, whole, digits):
         )
 
 
-def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run, tmp_path):
+def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(brief_run, tmp_path):
     """One step by the class against one step by the book, in float64."""
-    config = replace(small_run, precision="fp64")
+    config = replace(brief_run, precision="fp64")
     trainer = Trainer.build(config, tmp_path, WORLD)
     try:
         objective = trainer.objective
@@ -266,9 +299,9 @@ def test_the_twin_moves_as_if_before_the_optimizer_and_by_the_schedule(small_run
         trainer.close()
 
 
-def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
+def test_a_line_of_metrics_has_the_figures_of_its_step(brief_run, tmp_path):
     """Rates by the schedule's definition; loss and cosines from the step's own output."""
-    config = replace(small_run, precision="fp64", log_every_steps=2)
+    config = replace(brief_run, precision="fp64", log_every_steps=2)
     trainer, results = Trainer.build(config, tmp_path, WORLD), []
     plain_step = trainer.step
     trainer.step = lambda *args, **more: results.append(plain_step(*args, **more)) or results[-1]
@@ -315,10 +348,10 @@ def test_a_line_of_metrics_has_the_figures_of_its_step(small_run, tmp_path):
     assert rows[-1]["contrast/top1"] < rows[-1]["contrast/top5"]
 
 
-def test_evaluations_and_saves_are_no_part_of_the_speed(small_run, digits, tmp_path, monkeypatch):
+def test_evaluations_and_saves_are_no_part_of_the_speed(brief_run, digits, tmp_path, monkeypatch):
     """By a clock of the test's own: a step takes 2 s, a measurement 1000 s, a save 500 s."""
-    knn = replace(small_run.knn, every_epochs=1, test_shards=digits[1], max_share=1.0)
-    trainer, now = Trainer.build(replace(small_run, knn=knn), tmp_path, WORLD), [0.0]
+    knn = replace(brief_run.knn, every_epochs=1, test_shards=digits[1], max_share=1.0)
+    trainer, now = Trainer.build(replace(brief_run, knn=knn), tmp_path, WORLD), [0.0]
     (monitor,) = trainer.monitors
     recorder, plain_step, plain_state = trainer.recorder, trainer.step, trainer._state
     recorder.meter = Throughput(global_batch_size=256, total_steps=15, clock=lambda: now[0])
@@ -369,8 +402,8 @@ def test_another_number_of_threads_is_reported(small_run, whole, capsys):
     assert "another set-up: threads 1 -> 2" in capsys.readouterr().out
 
 
-def test_a_state_that_is_not_finite_is_never_saved(small_run, tmp_path):
-    trainer = Trainer.build(small_run, tmp_path, WORLD)
+def test_a_state_that_is_not_finite_is_never_saved(brief_run, tmp_path):
+    trainer = Trainer.build(brief_run, tmp_path, WORLD)
     try:
         trainer.step(trainer.loader.next())
         with torch.no_grad():
@@ -417,7 +450,7 @@ def test_ranks_that_see_different_folders_are_refused(monkeypatch):
 
 
 def test_a_run_is_marked_as_finished_while_signals_are_still_heard(
-    small_run, tmp_path, monkeypatch
+    brief_run, tmp_path, monkeypatch
 ):
     """One that comes as the handlers go would end the process the usual way, and leave a finished
     run without its mark."""
@@ -427,6 +460,6 @@ def test_a_run_is_marked_as_finished_while_signals_are_still_heard(
     monkeypatch.setattr(
         StopSignal, "_restore", lambda self: (there.append(done.exists()), restore(self))
     )
-    config = replace(small_run, epochs=1, optim=replace(small_run.optim, warmup_epochs=0))
+    config = replace(brief_run, epochs=1, optim=replace(brief_run.optim, warmup_epochs=0))
     assert _train(config, done.parent) == 0
     assert there == [True]
