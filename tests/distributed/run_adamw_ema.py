@@ -1,6 +1,4 @@
-"""One of two real processes: AdamWEMA under FSDP2. Started by
-test_adamw_ema_ranks.py, as run_ranks.py is.
-"""
+"""Cases of run_lars.py: AdamWEMA under FSDP2."""
 
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from fastmoco.distributed import World
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
-from tests.distributed.cases import run_cases
 
 STEPS = 3
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
@@ -121,12 +118,8 @@ def run_refusal(world: World) -> dict[str, object]:
 
 
 CASES: dict[str, Callable[[World], dict[str, object]]] = {
-    "foreach": lambda world: run_sharded(world, "foreach"),
-    "triton": lambda world: run_sharded(world, "triton"),
-    "torch takes over": run_torch_takes_over,
-    "refusal": run_refusal,
+    "adamw foreach": lambda world: run_sharded(world, "foreach"),
+    "adamw triton": lambda world: run_sharded(world, "triton"),
+    "adamw, then torch": run_torch_takes_over,
+    "adamw refusal": run_refusal,
 }
-
-
-if __name__ == "__main__":
-    run_cases(CASES)

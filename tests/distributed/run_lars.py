@@ -1,5 +1,5 @@
-"""One of two real processes: LARS, LARC and SGD under FSDP2 and HSDP. Started by
-test_lars_ranks.py, as run_ranks.py is.
+"""One of two real processes: LARS, LARC, SGD and AdamWEMA under FSDP2 and HSDP. Started by
+test_optimizer_ranks.py, as run_ranks.py is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
+from tests.distributed import run_adamw_ema
 from tests.distributed.cases import run_cases
 
 STEPS = 3
@@ -224,4 +225,4 @@ CASES: dict[str, Callable[[World], dict[str, object]]] = {
 
 
 if __name__ == "__main__":
-    run_cases(CASES)
+    run_cases(CASES | run_adamw_ema.CASES)

@@ -35,6 +35,7 @@ from fastmoco_pipelines.spec import ViewSpec
 from tests.distributed.cases import run_cases
 from tests.distributed.run_initial_weights import starts
 from tests.distributed.run_ranks import message_of
+from tests.distributed.some_costs import with_some_costs
 
 STEPS, CUT = 6, 3
 CONFIG = Config(
@@ -81,7 +82,8 @@ def run_continued(config: Config, before: Path, out: Path, world: World) -> dict
         first = list_checkpoints(before / "checkpoints")[0]
         shutil.copytree(first, out / "checkpoints" / first.name)
     dist.barrier()
-    return run(config, out, world, trust=True)
+    with with_some_costs():  # "fsdp chunked" counts its own
+        return run(config, out, world, trust=True)
 
 
 def run_flipped_bit(out: Path, world: World) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""LARS, LARC and SGD on the shards of two real processes against one process with the whole tensors."""
+"""Optimizers on the shards of two real processes against one process with the whole tensors: LARS,
+LARC, SGD and AdamWEMA, which is torch.optim.AdamW there."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from fastmoco.optim.larc import LARC
 from fastmoco.optim.sgd import SGD
 from fastmoco_kernels.lars.optimizer import LARS
+from tests.distributed import run_adamw_ema as adamw_ema
 from tests.distributed.launching import Results, launch
 from tests.distributed.run_lars import IN_BUFFER, LR, NUMBERS, STEPS, Model, build, train
 
@@ -17,7 +19,7 @@ SHARDED = ("fsdp", "fsdp triton", "hsdp", "hsdp sharded", "mixed")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of all cases."""
-    return launch(2, tmp_path_factory.mktemp("lars"), module="tests.distributed.run_lars")
+    return launch(2, tmp_path_factory.mktemp("optimizers"), module="tests.distributed.run_lars")
 
 
 def one_process(
@@ -92,3 +94,55 @@ def test_what_cannot_be_right_is_refused(ranks: Results) -> None:
             "LARS: a parameter of shape (5, 6) has placements (Shard(dim=0),), its gradient"
         )
         assert "its trust ratios would be those of single shards" in said["apex"]
+
+
+def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any number."""
+    return max((ours[name] - value).abs().max().item() for name, value in theirs.items())
+
+
+def adamw_in_one_process(rounds: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters and averages after torch's optimizer and a lerp by hand."""
+    model, averages = (
+        adamw_ema.build(5),
+        {n: p.detach().clone() for n, p in adamw_ema.build(6).named_parameters()},
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw_ema.OPTIONS)
+
+    def update() -> None:
+        optimizer.step()
+        for name, param in model.named_parameters():
+            if name != "second.weight":
+                averages[name].lerp_(param.detach(), 1 - adamw_ema.MOMENTUM)
+
+    for _ in range(rounds):
+        adamw_ema.train(model, slice(None), update)
+    return {n: p.detach() for n, p in model.named_parameters()}, averages
+
+
+@pytest.mark.parametrize("case", ["adamw foreach", "adamw triton"])
+def test_adamw_takes_the_steps_of_whole_tensors(ranks: Results, case: str) -> None:
+    params, averages = adamw_in_one_process(1)
+    farthest = gap(dict(adamw_ema.build(5).named_parameters()), params)
+    assert farthest > adamw_ema.STEPS * adamw_ema.OPTIONS["lr"] / 2
+    for rank in ranks:
+        assert gap(rank[case]["params"], params) < 2e-5
+        assert gap(rank[case]["averages"], averages) < 2e-5
+        assert rank[case]["sharded_state"]
+
+
+def test_the_state_of_adamw_moves_to_torch_on_the_same_shards(ranks: Results) -> None:
+    params, _ = adamw_in_one_process(2)
+    assert all(gap(rank["adamw, then torch"]["params"], params) < 5e-5 for rank in ranks)
+
+
+def test_some_shards_of_adamw_are_empty_and_uneven(ranks: Results) -> None:
+    """Otherwise the cases above would prove less than they say."""
+    assert ranks[0]["adamw triton"]["local_sizes"] == [6, 18, 3, 5]
+    assert ranks[1]["adamw triton"]["local_sizes"] == [0, 12, 2, 0]
+
+
+def test_a_gradient_of_adamw_placed_otherwise_is_refused(ranks: Results) -> None:
+    for rank in ranks:
+        assert "Shard(dim=0)" in rank["adamw refusal"]["text"]
+        assert "Replicate()" in rank["adamw refusal"]["text"]
