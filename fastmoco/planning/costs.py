@@ -224,7 +224,7 @@ def measure_costs(
         pieces.traced = compiled and recompute == "none"
         with traced_blocks(objective, budget=budget) if pieces.traced else nullcontext():
             sizes = pieces.on_all_blocks(recompute, pieces.bytes_to_train)
-            key = (*key, budget if pieces.traced else None)
+            key = (*key, pieces.traced)
             if key not in _BYTES:
                 _BYTES.clear()
                 _BYTES[key] = pieces.on_all_blocks(recompute, pieces.bytes_of_the_rest)

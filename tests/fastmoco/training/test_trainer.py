@@ -160,8 +160,8 @@ sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
 """
 
 
-# fp64 at the recipe's learning rate: a real difference would show, rounding cannot. fp32 at a
-# learning rate too small for AdamW to turn rounding noise into whole steps (its first updates have
+# fp64 at the recipe's peak of the learning rate: a real difference would show, rounding cannot.
+# fp32 at a rate too small for AdamW to turn rounding noise into whole steps (its first updates have
 # the size of lr however small the gradient).
 @pytest.fixture(scope="module")
 def on_two(brief_run, digits, tmp_path_factory) -> dict[str, tuple[Config, Path]]:
