@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import tracemalloc
 from collections.abc import Callable
@@ -127,12 +128,18 @@ def test_memory_is_that_of_the_positions():
 # statistic that sees nothing is noticed.
 
 
+@functools.lru_cache(maxsize=1)
+def drawn_words(count: int, seeds: int, epoch: int) -> np.ndarray:
+    """[passes, 4, seeds]: those of many permutations."""
+    each = [keyed_permutation(seed, epoch, 0, count) for seed in range(seeds)]
+    return np.stack([one.words for one in each], axis=-1)
+
+
 def drawn(
     count: int, seeds: int, passes: int | None = None, epoch: int = 0, positions: int = 0
 ) -> np.ndarray:
     """[seeds, positions or count]: the first values of many permutations, computed together."""
-    each = [keyed_permutation(seed, epoch, 0, count) for seed in range(seeds)]
-    words = np.stack([one.words[:passes] for one in each], axis=-1)[..., None]
+    words = drawn_words(count, seeds, epoch)[:passes, ..., None]
     together = KeyedPermutation(count, words)
     cells = np.arange(positions or count, dtype=np.uint64)
     values = together._on_the_grid(np.tile(cells, (seeds, 1)))
