@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -156,7 +157,17 @@ def _measure(jobs: Sequence[tuple[str, str, int]]) -> list[Row]:
                 assembled[job] = assemble_case(cases[job[:2]], job[2])
             except Exception as error:  # classes of Triton and MLIR differ between versions
                 broken[job] = f"does not compile: {str(error).strip().splitlines()[-1][:160]}"
-    costs = dict(zip(assembled, read_code(list(assembled.values())), strict=True))
+
+    # All at once; if one cannot be read, each by itself.
+    try:
+        costs = dict(zip(assembled, read_code(list(assembled.values())), strict=True))
+    except (OSError, subprocess.SubprocessError):
+        costs = {}
+        for job, one in assembled.items():
+            try:
+                (costs[job],) = read_code([one])
+            except (OSError, subprocess.SubprocessError) as error:
+                broken[job] = f"is not disassembled: {error}"
     return [
         (
             job[1],

@@ -106,6 +106,7 @@ def pytest_collection() -> Iterator[None]:
     try:
         return (yield)
     finally:
+        gc.collect()
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # else Triton's library reports leaks

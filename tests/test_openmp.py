@@ -27,7 +27,7 @@ WAYS = {
     "\ntry: runpy.run_module('fastmoco', run_name='__main__')\nexcept SystemExit: pass",
 }
 FIRST = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
-"""What an import of torch loads first. It loads libgomp, unless a way in has done so already."""
+"""What an import of torch loads first, and libgomp with it; a test compares both."""
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 

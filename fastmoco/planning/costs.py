@@ -213,7 +213,7 @@ def measure_costs(
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels, at)
         features = pieces.features(images=1)
         # Whatever is kept, a plan asks for the same products once more, and for the same bytes of
-        # `forward` and `heads`: half of its time.
+        # `forward` and `heads`.
         key: tuple[Hashable, ...] = (config, precision, attention, levels, phase, DEPTHS)
         if key not in _FLOPS:
             _FLOPS.clear()
@@ -222,6 +222,7 @@ def measure_costs(
         # The compiler also does the checkpointing inside compiled blocks, but keeps what was
         # requested.
         pieces.traced = compiled and recompute == "none"
+        pieces.recompute(recompute)  # only blocks that keep everything are traced
         with traced_blocks(objective, budget=budget) if pieces.traced else nullcontext():
             sizes = pieces.on_all_blocks(recompute, pieces.bytes_to_train)
             key = (*key, pieces.traced)
@@ -441,6 +442,12 @@ class _Pieces:
         self.at = at
         self._rows: list[list[tuple[torch.Size, torch.dtype]]] | None = None
 
+    def recompute(self, what: Recompute) -> None:
+        """Choose what the backward of all blocks computes again."""
+        for parts in self.objective.trunks().values():
+            for block in parts.blocks:
+                block.recompute = what  # type: ignore[assignment]
+
     def on_all_blocks(self, recompute: Recompute, measure: Callable[[], Figures]) -> Figures:
         """The result of `measure` with all blocks.
 
@@ -449,9 +456,7 @@ class _Pieces:
         """
         networks = [parts for parts in self.objective.parts().values() if len(parts.blocks)]
         trunks: list[Any] = [parts.blocks for parts in networks]
-        for parts in self.objective.trunks().values():
-            for block in parts.blocks:
-                block.recompute = recompute  # type: ignore[assignment]
+        self.recompute(recompute)
 
         # Networks of different or small depths, and of unlike blocks, are measured as they are.
         depths = {len(blocks) for blocks in trunks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +32,12 @@ def launch(
     ``debug="DETAIL"`` lets torch compare every collective over the ranks, but torch 2.13 crashes in
     it as soon as DistributedDataParallel is built: only for cases without that.
     """
-    done = again_after_a_crash(
-        lambda: completed_ranks(
+    before = set(out.iterdir())
+
+    def start() -> Completed:
+        for path in set(out.iterdir()) - before:  # of a start that crashed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return completed_ranks(
             [sys.executable, "-X", "faulthandler", "-m", module, str(out), *cases],
             world_size,
             variables={
@@ -45,7 +50,8 @@ def launch(
             cwd=ROOT,
             stderr=subprocess.PIPE,
         )
-    )
+
+    done = again_after_a_crash(start)
     codes = [rank.returncode for rank in done]
     assert codes == [0] * world_size, "\n".join(
         [f"ranks ended with {codes}", *(rank.stderr.decode()[-3000:] for rank in done)]
@@ -54,16 +60,17 @@ def launch(
 
 
 def again_after_a_crash(start: Callable[[], Completed]) -> Completed:
-    """What became of some ranks, which are started once more if one of them was ended by SIGSEGV.
+    """What became of some ranks, which are started once more if one of them was ended by SIGSEGV in
+    a thread that runs no Python.
 
-    torch 2.13 crashes now and then in a thread of gloo, between correct collectives (docs/LOG.md). A
-    fault of ours would do so again. Every other end is the launch's own.
+    gloo's threads are such, and one of them has crashed between correct collectives (docs/LOG.md).
+    Every other end, and a second crash, is an answer.
     """
     done = start()
-    if -signal.SIGSEGV not in [rank.returncode for rank in done]:
+    crashed = [rank.stderr.decode() for rank in done if rank.returncode == -signal.SIGSEGV]
+    if not crashed or any("Current thread" in stack for stack in crashed):
         return done
-    crashed = next(rank for rank in done if rank.returncode == -signal.SIGSEGV)
     warnings.warn(
-        f"a rank crashed, all are started again: {crashed.stderr.decode()[-3000:]}", stacklevel=2
+        f"a rank crashed outside Python, all are started again: {crashed[0][-3000:]}", stacklevel=2
     )
     return start()

@@ -34,7 +34,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def language_prepared_once() -> Iterator[None]:
     """A launch in the interpreter replaces the functions of `triton.language`. So does each call of
     a function under `@triton.jit`, such as `tl.sum`, in a launch: it finds nothing left to replace,
@@ -47,11 +47,12 @@ def language_prepared_once() -> Iterator[None]:
     from triton.runtime import interpreter
 
     prepare: Callable[[Any], Any] = interpreter._patch_lang
+    nothing_to_restore: Callable[[], Any] = getattr(interpreter, "_LangPatchScope", lambda: None)
 
     def prepare_once(function: Any) -> Any:
         used = [m for m in function.__globals__.values() if m is tl or m is tl.core]
         if used and not any(tl.core.is_builtin(module.load) for module in used):
-            return None
+            return nothing_to_restore()
         return prepare(function)
 
     interpreter._patch_lang = prepare_once

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compiled
 from benchmarks.aot import machine_code
 from benchmarks.aot.machine_code import (
     AotCase,
@@ -87,6 +89,38 @@ def test_each_of_several_that_are_disassembled_together_keeps_its_own(monkeypatc
     assert first == Compiled(24, 8, 1024, Counter(FMUL=1, MOV=1) + looped, looped)
     assert other == Compiled(16, 0, 0, Counter(HMMA=1), Counter())
     assert last == Compiled(32, 0, 512, Counter(FMNMX=1, BRA=2, EXIT=1), Counter())
+
+
+def test_only_sections_of_instructions_are_code():
+    """Of a file with a section of data between two of instructions."""
+    sections = [(0, 0, 0), (6, 64, 32), (3, 96, 16), (6, 112, 16)]  # flags, start, length
+    headers = b"".join(
+        struct.pack("<IIQQQQ24x", 0, 1, flags, 0, start, length)
+        for flags, start, length in sections
+    )
+    head = struct.pack("<40xQ10xHH2x", 128, 64, len(sections))
+    assert machine_code._code(head + b"a" * 32 + b"x" * 16 + b"b" * 16 + headers) == (
+        b"a" * 32 + b"b" * 16
+    )
+
+
+def test_code_that_cannot_be_read_is_a_fault_of_its_own_row(monkeypatch):
+    def disassemble(code: bytes, _: int) -> str:
+        if b"?" in code:
+            raise subprocess.CalledProcessError(1, "nvdisasm")
+        return LISTING
+
+    codes = {"good": bytes(0x50), "bad": b"?" * 0x50}
+    monkeypatch.setattr(machine_code, "_disassemble", disassemble)
+    monkeypatch.setattr(compiled, "_cases", lambda _: [_case(name=name) for name in codes])
+    monkeypatch.setattr(
+        compiled, "assemble_case", lambda case, at: Assembled(at, 24, 0, 1024, codes[case.name])
+    )
+    good, bad = compiled._measure([("op", "good", 90), ("op", "bad", 90)])
+    assert good[2] is not None
+    assert good[2].registers == 24
+    assert bad[2] is None
+    assert "is not disassembled" in bad[3][0]
 
 
 @pytest.mark.parametrize(

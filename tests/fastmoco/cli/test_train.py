@@ -246,6 +246,7 @@ def test_slow_drawing_fails_no_rank_of_gpus_2(config: Config, tmp_path: Path) ->
     out = tmp_path / "run"
     words = ["quickstart_digits", "--gpus", "2", "--out", str(out), "--threads=1", "--epochs=1"]
     words += ["--data.shards", config.data.shards, "--optim.warmup-epochs=0"]
+    words += ["--global-batch-size=64"]
     command = [sys.executable, "-m", "fastmoco", "train", *words, "--knn.every-epochs=0"]
     more = {"PYTHONPATH": f"{tmp_path}:{environment()['PYTHONPATH']}"}
     end_of_slow_drawing(start_command(command, out, **more))

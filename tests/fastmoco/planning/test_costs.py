@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -152,9 +153,34 @@ def test_products_with_everything_kept_are_counted_once_for_a_plan() -> None:
     assert none.step_flops == full.step_flops
     assert none.recompute_flops == 0 < full.recompute_flops
 
-    # So are the bytes of parts that keep nothing, which are those that would be counted again.
+
+def test_bytes_of_parts_that_keep_nothing_are_counted_once_for_a_plan() -> None:
+    config = replace(quickstart_digits(), epochs=98)
+    counting = costs._Pieces.bytes_of_the_rest
+    with mock.patch.object(costs._Pieces, "bytes_of_the_rest", autospec=True) as count:
+        count.side_effect = counting
+        for how in ("none", "full"):
+            measure_costs(config, "fp32", recompute=how)
+        assert count.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "asked"),
+    [
+        ({"blocks": "fused"}, {"recompute": "full"}, {"recompute": "none"}),
+        ({"checkpointing": "full"}, {"recompute": "none"}, {"recompute": "none", "compiled": True}),
+    ],
+)
+def test_costs_do_not_depend_on_what_was_counted_before(
+    model: dict[str, Any], before: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    config = quickstart_digits()
+    config = replace(config, model=replace(config.model, **model))
+    measure_costs(config, "fp32", **before)
+    after_another = measure_costs(config, "fp32", **asked)
+    costs._FLOPS.clear()
     costs._BYTES.clear()
-    assert measure_costs(config, "fp32", recompute="full") == full
+    assert measure_costs(config, "fp32", **asked) == after_another
 
 
 def test_two_depths_tell_what_all_blocks_cost() -> None:

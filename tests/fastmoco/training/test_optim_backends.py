@@ -34,7 +34,8 @@ Losses = list[tuple[int, float]]
 def config(brief_run: Config) -> Config:
     """15 steps of 24 digits, through warm-up and the whole of both schedules."""
     rules = replace(brief_run.checkpoint, every_steps=0)
-    return replace(brief_run, epochs=1, global_batch_size=24, precision="fp64", checkpoint=rules)
+    config = replace(brief_run, epochs=1, global_batch_size=24, precision="fp64", checkpoint=rules)
+    return with_optim(config, lr=config.optim.lr * 64 / 24)  # the rate of a batch of 64
 
 
 def with_optim(config: Config, **changes: Any) -> Config:
@@ -96,7 +97,7 @@ def test_the_sweep_trains_to_the_losses_of_torch(folders):
 def test_the_sweep_trains_to_the_losses_of_torch_in_float32(config, tmp_path):
     """At a rate too small for AdamW to turn rounding noise into whole steps, as in
     test_trainer.py."""
-    config = replace(with_optim(config, lr=1e-6), precision="fp32")
+    config = replace(with_optim(config, lr=1e-6 * 64 / 24), precision="fp32")
     torchs = train(with_optim(config, fused_backend="torch"), tmp_path / "torch")
     assert (
         farthest(torchs, train(with_optim(config, fused_backend="fastmoco"), tmp_path / "ours"))

@@ -21,7 +21,8 @@ from fastmoco.distributed.mesh import World
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same
-from tests.fastmoco.training.test_trainer import _losses, _start, _train, _wait_for_step
+from tests.fastmoco.training.test_trainer import _command, _losses, _train
+from tests.fault_runs import start_command
 
 pytestmark = pytest.mark.faults
 
@@ -79,14 +80,18 @@ def test_two_ranks_are_continued_by_one_and_by_four(small_run: Config, tmp_path:
     config = replace(small_run, precision="fp64", optim=replace(small_run.optim, lr=1e-6))
     assert _train(config, tmp_path / "whole") == 0
     two = tmp_path / "two"
-    process = _start(config, two, *(word.format(ranks=2) for word in TORCHRUN), hold=4)
-    _wait_for_step(process, two, 2)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
-    text, _ = process.communicate(timeout=120)
+    command = _command(config, two, *(word.format(ranks=2) for word in TORCHRUN), hold=4)
+    run = start_command(command, two)
+    try:
+        run.wait_for_step(2)
+        run.process.send_signal(signal.SIGTERM)  # torchrun passes it on
+        run.end()
+    finally:
+        run.close()
     (folder,) = list_checkpoints(two / "checkpoints")[-1:]
     checkpoint = load_checkpoint(folder)
     assert checkpoint.metadata is not None, "two ranks wrote one file"
-    assert 2 <= checkpoint.step <= 5, text
+    assert 2 <= checkpoint.step <= 5, run.text()
     expected = dict(_losses(tmp_path / "whole"))
     for ranks in (1, 4):
         out = tmp_path / f"on {ranks}"
@@ -94,10 +99,13 @@ def test_two_ranks_are_continued_by_one_and_by_four(small_run: Config, tmp_path:
         if ranks == 1:
             assert _train(config, out) == 0
         else:
-            process = _start(config, out, *(word.format(ranks=ranks) for word in TORCHRUN))
-            text, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, text
-            assert "world_size 2 -> 4" in " ".join(text.split())
+            words = _command(config, out, *(word.format(ranks=ranks) for word in TORCHRUN))
+            run = start_command(words, out)
+            try:
+                assert run.end(seconds=240) == 0, run.text()
+            finally:
+                run.close()
+            assert "world_size 2 -> 4" in " ".join(run.text().split())
         continued = [(step, loss) for step, loss in _losses(out) if step > checkpoint.step]
         assert [step for step, _ in continued] == list(range(checkpoint.step + 1, 16))
         assert max(abs(loss - expected[step]) for step, loss in continued[:5]) <= 1e-9

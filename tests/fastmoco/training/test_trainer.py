@@ -34,8 +34,9 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.training import resume
 from fastmoco.training.trainer import Trainer
-from tests.fault_runs import environment
-from tests.killed_runs import start_command
+from tests import killed_runs
+from tests.fault_runs import environment, start_command
+from tests.held_steps import WORDS
 
 WORLD = World()
 
@@ -64,12 +65,20 @@ def _words(config: Config, out: Path) -> list[str]:
     return ["train", "quickstart_digits", "--out", str(out), *words]
 
 
+def _command(config: Config, out: Path, *launcher: str, hold: int = 0) -> list[str]:
+    """A process of such a run, which waits after `hold` steps; 0: nowhere."""
+    program = "import sys; from fastmoco.cli.main import main; sys.exit(main())"
+    if hold:
+        program = f"{WORDS.format(after=hold)}; {program}"
+    return [sys.executable, *launcher, "-c", program, *_words(config, out)]
+
+
 @contextmanager
 def _started(config: Config, out: Path, *, step: int, held_after: int) -> Iterator[BaseProcess]:
-    """A process that has taken a step of a run; its output is in `out.log`."""
+    """A forked process that has taken a step of a run; its output is in `out.log`."""
     pytest.importorskip("tyro", reason="tyro is not installed")
     log = Path(f"{out}.log")
-    process = start_command(_words(config, out), log, held_after=held_after)
+    process = killed_runs.start_command(_words(config, out), log, held_after=held_after)
     try:
         deadline = time.monotonic() + 120
         while not any(at >= step for at, _ in _losses(out)):
@@ -142,11 +151,14 @@ def test_killed_at_any_step_it_continues_bit_for_bit(brief_run, brief, tmp_path,
 def test_sigterm_finishes_the_step_saves_and_exits_with_75(brief_run, brief, tmp_path):
     config = replace(brief_run, checkpoint=replace(brief_run.checkpoint, every_steps=0))
     out = tmp_path / "run"
-    with _started(config, out, step=2, held_after=4) as process:
-        process.terminate()
-    text = Path(f"{out}.log").read_text()
-    assert process.exitcode == 75, text
-    assert "SIGTERM: saved step" in text
+    run = start_command(_command(config, out, hold=4), out)
+    try:
+        run.wait_for_step(2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 75, run.text()
+    finally:
+        run.close()
+    assert "SIGTERM: saved step" in run.text()
     assert _train(config, out) == 0
     assert _losses(out) == _losses(brief)
 
@@ -165,7 +177,9 @@ sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
 # the size of lr however small the gradient).
 @pytest.fixture(scope="module")
 def on_two(brief_run, digits, tmp_path_factory) -> dict[str, tuple[Config, Path]]:
-    """Config and folder of runs on two processes, by their precision; one start trains both."""
+    """Config and folder of runs on two processes, by their precision. One start trains both, fp32
+    first: what it left behind would show in fp64.
+    """
     pytest.importorskip("tyro", reason="tyro is not installed")
     knn = replace(brief_run.knn, every_epochs=3, test_shards=digits[0], max_share=1.0)
     config = replace(brief_run, knn=replace(knn, max_test_images=300))
@@ -175,7 +189,7 @@ def on_two(brief_run, digits, tmp_path_factory) -> dict[str, tuple[Config, Path]
             replace(config, precision=precision, optim=replace(config.optim, lr=lr)),
             folder / precision,
         )
-        for precision, lr in (("fp64", 6e-3), ("fp32", 4e-6))
+        for precision, lr in (("fp32", 4e-6), ("fp64", 6e-3))
     }
     words = json.dumps([_words(config, out) for config, out in runs.values()])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -48,7 +48,7 @@ def test_it_is_numpys_philox_over_the_order_without_the_batch(version):
 
 
 def test_candidates_come_from_the_window_and_not_from_the_batch():
-    from hypothesis import given, settings  # here: once imported, it reads every loaded module
+    from hypothesis import given, settings  # here: importing it takes all workers a second
     from hypothesis import strategies as st
 
     @settings(max_examples=60, deadline=None)
