@@ -47,7 +47,7 @@ def start_and_end(config: Config, out: Path, place: str = "") -> int:
     return process.exitcode
 
 
-def start_command(words: Sequence[str], log: Path, *, held_after: int) -> BaseProcess:
+def start_held(words: Sequence[str], log: Path, *, held_after: int) -> BaseProcess:
     """Start `fastmoco` in a process that waits after some steps, until it is killed or stopped.
 
     Args:

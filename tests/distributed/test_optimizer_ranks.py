@@ -32,9 +32,14 @@ def one_process(
     return model, [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
 
 
+def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any number."""
+    return max((ours[name] - value).abs().max().item() for name, value in theirs.items())
+
+
 def distance(case: dict[str, object], model: Model) -> float:
     """Largest difference of any parameter."""
-    return max((case["params"][n] - p).abs().max().item() for n, p in model.named_parameters())
+    return gap(case["params"], dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("case", [*SHARDED, "fsdp in buffer"])
@@ -94,11 +99,6 @@ def test_what_cannot_be_right_is_refused(ranks: Results) -> None:
             "LARS: a parameter of shape (5, 6) has placements (Shard(dim=0),), its gradient"
         )
         assert "its trust ratios would be those of single shards" in said["apex"]
-
-
-def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest difference of any number."""
-    return max((ours[name] - value).abs().max().item() for name, value in theirs.items())
 
 
 def adamw_in_one_process(rounds: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -78,7 +78,7 @@ def _started(config: Config, out: Path, *, step: int, held_after: int) -> Iterat
     """A forked process that has taken a step of a run; its output is in `out.log`."""
     pytest.importorskip("tyro", reason="tyro is not installed")
     log = Path(f"{out}.log")
-    process = killed_runs.start_command(_words(config, out), log, held_after=held_after)
+    process = killed_runs.start_held(_words(config, out), log, held_after=held_after)
     try:
         deadline = time.monotonic() + 120
         while not any(at >= step for at, _ in _losses(out)):
