@@ -33,6 +33,7 @@ from fastmoco.objectives.reference import plain_forward
 from fastmoco.recipes import get_recipe
 from fastmoco.training.profiling.events import by_part
 from fastmoco.training.trainer import Trainer
+from fastmoco_pipelines.loading.step_parts import collecting
 
 SIDES = ("fastmoco", "eager", "compiled")
 """`fastmoco`: the step of the trainer. `eager`: that of the baseline with explicit attention.
@@ -40,7 +41,7 @@ SIDES = ("fastmoco", "eager", "compiled")
 COMPILED_IMAGES = 1024
 """Largest batch of the compiled opponent, because every batch that does not fit
 costs a compilation first."""
-LARGEST = 12
+LARGEST = 40
 """Kernels that are listed."""
 SEGMENTS = "expandable_segments:True"
 """Setting of torch's allocator: a large step with changing shapes then does not return its memory
@@ -60,10 +61,11 @@ def config_of(options: dict[str, Any]) -> Config:
         options["recipe"]
         or ("vit_s16_e300_b4096" if device.type == "cuda" else "quickstart_digits")
     )
-    chunk = options["chunk"]
+    chunk, kept = options["chunk"], options["kept"]
     model = replace(
         config.model,
         architecture=options["architecture"] or config.model.architecture,
+        attention=options["attention"] or config.model.attention,
         linears=options["linears"],
         momentum_linears=options["momentum_linears"],
         blocks=options["blocks"],
@@ -79,21 +81,37 @@ def config_of(options: dict[str, Any]) -> Config:
         log_every_steps=10**6,
         batch=BatchConfig(
             chunk=chunk if chunk in ("auto", "none") else int(chunk),
+            kept=kept if kept == "auto" else int(kept),
             cuda_graphs=bool(options["cuda_graphs"]),
+            activation_budget=options["activation_budget"] or "auto",
         ),
         data=replace(config.data, synthetic=True),
         knn=KnnConfig(every_epochs=0),
     )
 
 
+@contextmanager
+def trainer_of(config: Config) -> Iterator[Trainer]:
+    """A trainer in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer.build(config, Path(folder) / "run", start_world(config.device))
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+
 def _profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """The kernels of one call after warm-up, on a CPU its operators: their number, the sum of
-    their times, and the largest.
+    their times, that of each part of the step, and the largest.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with (
+        collecting(ranges=True),
+        torch.profiler.profile(activities=activities, acc_events=True) as profiler,
+    ):
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -102,6 +120,7 @@ def _profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any
     return {
         "launches": sum(calls for _, _, calls in found.top),
         "busy_ms": round(busy, 2),
+        "parts_ms": {part or "rest": round(ms, 2) for part, ms in found.device_ms.items()},
         "largest_kernels": [
             f"{ms:.2f} ms {ms / max(busy, 1e-9):.1%} x{calls} {name[:80]}"
             for name, ms, calls in found.top[:LARGEST]
@@ -168,18 +187,14 @@ def open_side(name: str, options: dict[str, Any]) -> Iterator[Side]:
     """
     device, config = device_of(options), config_of(options)
     if name == "fastmoco":
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer.build(config, Path(folder) / "run", start_world(config.device))
-            try:
-                batch = trainer.loader.next()
-                checked = min(options["checked"], config.global_batch_size)
-                result = {
-                    "plan": str(trainer.forward_backward.plan),
-                    **check(trainer, *(view[:checked] for view in batch.views)),
-                }
-                yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
-            finally:
-                trainer.close()
+        with trainer_of(config) as trainer:
+            batch = trainer.loader.next()
+            checked = min(options["checked"], config.global_batch_size)
+            result = {
+                "plan": str(trainer.forward_backward.plan),
+                **check(trainer, *(view[:checked] for view in batch.views)),
+            }
+            yield Side(lambda: trainer.step(batch), config.global_batch_size, device, result)
         return
     plain = Baseline(
         config,

@@ -37,6 +37,7 @@ PACKAGES = (
     "tensorboard",
     "scikit-learn",
     "fsspec",
+    "urllib3",
 )
 STEP_TESTS = (
     "tests/fastmoco/training/test_step_gpu.py",

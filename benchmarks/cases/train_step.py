@@ -13,13 +13,17 @@ process.
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
+
 from benchmarks.case import chosen_words
 from benchmarks.measure import interleave, ratios
 from benchmarks.step_sides import SIDES, config_of, device_of, measure_apart, open_side
+from fastmoco.config import Config
 from fastmoco.models.precision import choose_precision
 from fastmoco.planning.costs import measure_costs
 
@@ -31,10 +35,13 @@ DEFAULTS = {
     "linears": "native",
     "momentum_linears": "native",
     "blocks": "modules",
+    "attention": "",
     "compile": 0,
     "cuda_graphs": 0,
     "batch": 0,
     "chunk": "auto",
+    "kept": "auto",
+    "activation_budget": 0.0,
     "sides": "fastmoco,eager",
     "processes": -1,
     "profile": 0,
@@ -58,10 +65,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         options: `device` ("auto", "cpu" or "cuda"); `recipe` (empty: vit_s16_e300_b4096 on a GPU,
-            quickstart_digits on a CPU); `architecture`, `linears`, `momentum_linears`, `blocks` as
-            in `ModelConfig`, instead of the recipe's; `compile` 1 for our blocks through
+            quickstart_digits on a CPU); `architecture`, `linears`, `momentum_linears`, `blocks`,
+            `attention` as in `ModelConfig`, instead of the recipe's; `compile` 1 for our blocks through
             torch.compile, `cuda_graphs` 1 for chunks replayed; `batch` images (0: the recipe's);
-            `chunk` ("auto", "none" or a number); `sides`, some of `step_sides.SIDES`; `processes`
+            `chunk` ("auto", "none" or a number); `kept` and `activation_budget` as in `BatchConfig` (budget 0: auto);
+            `sides`, some of `step_sides.SIDES`; `processes`
             1: each side in its own process, 0: in turns in this one, -1: separate on a GPU;
             `profile` 1 for launches and the largest kernels; `rounds` of `steps` steps; images
             `checked`; `tflops` of the device in bf16, for the utilisation.
@@ -76,12 +84,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """
     sides = chosen_words(options, "sides", SIDES)
     device, config = device_of(options), config_of(options)
+    # Counting takes seconds of the host, while a side may be in another process.
+    counted = ThreadPoolExecutor(1).submit(_flops, config, device)
     apart = device.type == "cuda" if options["processes"] < 0 else bool(options["processes"])
     failed: dict[str, str] = {}
     found = _apart(sides, options, failed) if apart else _in_turns(sides, options)
     result: dict[str, Any] = {"failed": failed, "speedup": {}, "subject": sides[0]}
     for name, side in found.items():
-        for key in ("plan", "errors", "plain_errors", "launches", "busy_ms", "largest_kernels"):
+        for key in (
+            *("plan", "errors", "plain_errors"),
+            *("launches", "busy_ms", "parts_ms", "largest_kernels"),
+        ):
             if key in side:
                 result[key] = side[key]
         if "batch" in side:
@@ -95,7 +108,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         if name != "fastmoco" and "fastmoco" in rates and not beyond:
             result["speedup"][name] = ratios(rates["fastmoco"], rates[name])
     if device.type == "cuda" and rates:
-        flops = measure_costs(config, choose_precision(config.precision, device)).step_flops
+        flops = counted.result()
         medians = {name: statistics.median(values) for name, values in rates.items()}
         result["milliseconds"] = {name: round(1e3 / value, 4) for name, value in medians.items()}
         result["mfu"] = {
@@ -105,6 +118,13 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         result["peak_bytes"] = {name: side["peak_bytes"] for name, side in found.items()}
         result["work"] = {"flops": flops, "ms": next(iter(result["milliseconds"].values()))}
     return result
+
+
+def _flops(config: Config, device: torch.device) -> float:
+    """FLOPs of a step for each image; 0 on a CPU, where no rate is reported."""
+    if device.type != "cuda":
+        return 0.0
+    return measure_costs(config, choose_precision(config.precision, device)).step_flops
 
 
 def _apart(

@@ -9,6 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from benchmarks.gpu.caches import ARCHIVE
+
 DONE = ".unpacked"
 
 
@@ -22,7 +24,8 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
         The folder for `PYTHONPATH`, None if nothing is carried; and the names
         of unpacked and failed files.
     """
-    files = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
+    found = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
+    files = [file for file in found if file.name != ARCHIVE]
     if not files:
         return None, []
     key = hashlib.sha256(

@@ -18,6 +18,7 @@ from benchmarks.gpu.lines import emit
 from benchmarks.gpu.stages import STAGES
 from benchmarks.outcome import FAILED, SKIPPED, outcome
 from benchmarks.registry import CASES
+from fastmoco_kernels import tuning
 
 SPOILED = 9
 """Exit code after which the remaining rows need another process."""
@@ -29,6 +30,7 @@ def main() -> int:
     parser.add_argument("stage")
     parser.add_argument("--rows", required=True, help="numbers, comma between them")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--ahead", action="store_true", help="in short, to compile what it runs")
     arguments = parser.parse_args()
     stage = next(stage for stage in STAGES if stage.name == arguments.stage)
     failed = False
@@ -41,7 +43,8 @@ def main() -> int:
             continue
 
         # Run the case; an error is a result too.
-        words = (*row.options, *row.dry) if arguments.dry_run else row.options
+        words = (*row.options, *(row.dry if arguments.dry_run else ()))
+        words += (row.ahead or ()) if arguments.ahead else ()
         device = ("device=cpu",) if arguments.dry_run else ()
         began = time.monotonic()
         try:
@@ -66,6 +69,7 @@ def main() -> int:
             options=options,
             result=result,
             seconds=seconds,
+            tiles=tuning.measured(),
             **about,
         )
         gc.collect()

@@ -6,19 +6,23 @@ Standard library only, so that it can report a torch that does not import.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import goals
+from benchmarks.gpu.caches import keep_caches, take_caches
 from benchmarks.gpu.carried import unpack
 from benchmarks.gpu.lines import last_words, run_lines
-from benchmarks.gpu.stages import CEILINGS, ENVIRONMENT, Stage, concerns, within
+from benchmarks.gpu.stages import CEILINGS, ENVIRONMENT, STAGES, Stage, concerns, within
 from benchmarks.gpu.summary import shown, summary
 from benchmarks.outcome import FAILED, MARKED, OK, SKIPPED
 
@@ -59,6 +63,7 @@ class Run:
         self.only = only
         self.dry = dry
         self._ends = time.monotonic() + budget
+        self._one_at_a_time = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
         self.lines: list[dict[str, Any]] = []
         self._kept_file = out / ("kept-dry.json" if dry else "kept.json")
@@ -75,6 +80,7 @@ class Run:
                 [*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
             "PYTHONUNBUFFERED": "1",
+            **({} if dry else take_caches(ROOT / ".gpu")),
         }
         if carried:
             self._say(f"carried: {', '.join(carried)}")
@@ -100,16 +106,14 @@ class Run:
             if not self._kept[key]
         ]
         stages = [*(stage for stage in first if stage not in stages), *stages]
+        stages = [stage for stage in stages if within(stage, self.only)]
         done: list[tuple[str, str, float]] = []
-        for stage in stages:
-            if not within(stage, self.only):
-                continue
-            began = time.monotonic()
-            outcome = self._stage(stage)
-            done.append((stage.name, outcome, time.monotonic() - began))
-            self._say(
-                f"-- {stage.name}: {outcome} after {done[-1][2]:.0f} s, {self._left():.0f} s left"
-            )
+        for beside, group in itertools.groupby(stages, key=lambda stage: stage.beside):
+            # Stages that time nothing run side by side.
+            with ThreadPoolExecutor(len(STAGES) if beside and not self.dry else 1) as pool:
+                done += pool.map(self._reported, group)
+        if not self.dry:
+            self._say(keep_caches(self.out))
         card = self._kept["machine"].get("gpu", "")
         self._say("\n".join(summary(self.lines, done, self._kept["ceilings"], card)))
         outcomes = {outcome for _, outcome, _ in done}
@@ -120,6 +124,17 @@ class Run:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
+    def _reported(self, stage: Stage) -> tuple[str, str, float]:
+        """Run a stage and print how it ended; returns its name, outcome and seconds."""
+        began = time.monotonic()
+        outcome = self._stage(stage)
+        seconds = time.monotonic() - began
+        self._say(f"-- {stage.name}: {outcome} after {seconds:.0f} s, {self._left():.0f} s left")
+        return stage.name, outcome, seconds
+
+    def _lines_of(self, stage: Stage) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["stage"] == stage.name]
+
     def _stage(self, stage: Stage) -> str:
         """One stage; "ok", "failed", "skipped" or "out of time"."""
         # A dry run may be on a busy machine, so only the budget ends a stage.
@@ -129,54 +144,41 @@ class Run:
         self._say(f"-- {stage.name}")
         if stage.rows:
             return self._rows(stage, limit)
-        words = ["--only", self.only] if stage.ops or stage.name == "tests" else []
-        words += ["--limit", f"{max(1.0, limit - 10):.0f}"] if stage.name == "tests" else []
-        first = len(self.lines)
+        words = ["--only", self.only] if stage.ops or stage.limited else []
+        words += ["--limit", f"{max(1.0, limit - 10):.0f}"] if stage.limited else []
+        words += stage.words
+        first = len(self._lines_of(stage))
         code, failed = self._process(stage, words, limit)
         if code in (OUT_OF_TIME, 3) and not failed:
             return "out of time"
         if code or failed:
             return FAILED
-        printed = [line["status"] for line in self.lines[first:]]
+        printed = [line["status"] for line in self._lines_of(stage)[first:]]
         return SKIPPED if printed and all(status == SKIPPED for status in printed) else "ok"
 
     def _rows(self, stage: Stage, limit: float) -> str:
         """Rows of a stage in one process, and in a new one after a row that killed it."""
         ends = time.monotonic() + limit
-        waiting, failed = [], False
 
-        # Rows whose tests passed.
-        for number, row in enumerate(stage.rows):
-            gate = self._kept["gates"].get(row.op)
-            if not concerns(self.only, row.name, row.op, row.case):
-                continue
-            # Training steps are timed even if their tests failed, and marked, because their figure
-            # is the main result.
-            if gate == FAILED and row.op != "step":
-                self._take(
-                    stage,
-                    {
-                        "name": row.name,
-                        "status": SKIPPED,
-                        "reason": f"the tests of {row.op} failed: not timed",
-                    },
-                )
-                failed = True
-            else:
-                waiting.append(number)
+        # Rows whose tests failed are timed too and marked: a case checks its results by itself, and
+        # a card is rarely at hand.
+        waiting = [
+            number
+            for number, row in enumerate(stage.rows)
+            if concerns(self.only, row.name, row.op, row.case)
+        ]
+        failed = False
 
         # Run them; a row that kills the process is not tried again.
         while waiting:
-            before = {line.get("row") for line in self.lines if line.get("stage") == stage.name}
+            before = {line.get("row") for line in self._lines_of(stage)}
             words = [stage.name, "--rows", ",".join(map(str, waiting))]
             left = ends - time.monotonic()
             code, bad = (
                 self._process(stage, words, left) if left > LEAST_SECONDS else (OUT_OF_TIME, False)
             )
             failed = failed or bad
-            seen = {
-                line.get("row") for line in self.lines if line.get("stage") == stage.name
-            } - before
+            seen = {line.get("row") for line in self._lines_of(stage)} - before
             waiting = [number for number in waiting if number not in seen]
             if code == OUT_OF_TIME:
                 for number in waiting:
@@ -201,7 +203,7 @@ class Run:
         its lines reports a failure.
         """
         command = [sys.executable, "-m", stage.module, *words, *(["--dry-run"] if self.dry else [])]
-        first = len(self.lines)
+        first = len(self._lines_of(stage))
         code = run_lines(
             command,
             limit=limit,
@@ -210,13 +212,17 @@ class Run:
             take=lambda line: self._take(stage, line),
             cwd=ROOT,
         )
-        failed = any(line["status"] == FAILED for line in self.lines[first:])
+        failed = any(line["status"] == FAILED for line in self._lines_of(stage)[first:])
         if code not in (0, 1, 3, SPOILED) or (code == 1 and not failed):
             self._say(f"{stage.name}: exit {code}: {last_words(self._log(stage))}")
         return code, failed
 
     def _take(self, stage: Stage, line: dict[str, Any]) -> None:
         """Store a line, print it, and keep the values that later stages need."""
+        with self._one_at_a_time:
+            self._take_alone(stage, line)
+
+    def _take_alone(self, stage: Stage, line: dict[str, Any]) -> None:
         if line["name"] == "environment":
             self._kept["machine"] = line["machine"]
         elif line["name"] == "ceilings":

@@ -12,6 +12,8 @@ from benchmarks.outcome import FAILED, MARKED, SKIPPED
 
 LINES = 80
 WIDTH = 150
+KERNELS = 25
+"""Of a profile; all are in the line."""
 
 
 def shown(line: Mapping[str, Any], ceilings: Mapping[str, float], card: str) -> list[str]:
@@ -85,10 +87,10 @@ def _contest(part: Mapping[str, Any]) -> list[str]:
         )
     text += [
         f"{key}: {part[key]}"
-        for key in ("plan", "launches", "compile_s", "step_ms")
+        for key in ("plan", "launches", "busy_ms", "parts_ms", "first_step_s", "step_ms")
         if part.get(key)
     ]
-    text += [f"    {kernel}" for kernel in part.get("largest_kernels", [])]
+    text += [f"    {kernel}" for kernel in part.get("largest_kernels", [])[:KERNELS]]
     if ratios := part.get("speedup"):
         text.append(
             "speed-up over: "

@@ -30,6 +30,7 @@ _MOST_BYTES = 16 << 20
 """Of a cache file: hundreds of thousands of choices."""
 _settled: dict[tuple[str, tuple[int | str, ...], torch.device], tuple[int, ...]] = {}
 """Choices by call, found without building the key's text and the file's path."""
+_times: dict[str, dict[tuple[int, ...], float]] = {}
 
 
 def tuned(
@@ -95,6 +96,14 @@ def choices() -> dict[str, dict[str, list[int]]]:
     return shown
 
 
+def measured() -> dict[str, dict[str, float]]:
+    """Milliseconds of every candidate that this process has measured, by `op(shape)` and tile."""
+    return {
+        key: {str(tuple(tile)): round(ms, 4) for tile, ms in times.items()}
+        for key, times in _times.items()
+    }
+
+
 def _fastest(
     key: str, candidates: Sequence[Tile], default: Tile, run: Callable[[Tile], object]
 ) -> Tile:
@@ -113,6 +122,7 @@ def _fastest(
             )
     if not times:
         return default  # its launch raises the error
+    _times[key] = {tuple(tile): ms for tile, ms in times.items()}
     best = min(times, key=times.__getitem__)
     _log.info(
         "%s: tile %s, %.3f ms (default %s: %.3f ms)",
