@@ -50,6 +50,8 @@ WARM_UP, TOTAL = 20, 5000
 """Steps of the schedule. No run reaches the total, so that the rate stays near its peak."""
 LR = 4e-4
 """Base rate, times batch / 256: above that of the recipes, as the runs are short."""
+CHUNKS: dict[str, Any] = {"chunk": 128, "activation_budget": 0.9}
+"""As planned for 4096 images, for which blocks are compiled already."""
 STRIDE = 4
 """Steps between two looks at the clock."""
 BUILD_S = {"ViT-S": 15.0, "ViT-B": 40.0}
@@ -91,7 +93,7 @@ class Setting:
 
     def config(self, model: Model, *, synthetic: bool = False, knn: bool = False) -> Config:
         """The run of a model."""
-        from fastmoco.config import DataConfig, KnnConfig
+        from fastmoco.config import BatchConfig, DataConfig, KnnConfig
         from fastmoco.recipes import vit_b16_e300_b4096, vit_nano8_e60_b256, vit_s16_e300_b1024
 
         recipe = {"ViT-S": vit_s16_e300_b1024, "ViT-B": vit_b16_e300_b4096}[model]
@@ -103,6 +105,7 @@ class Setting:
             device="cpu" if self.dry else "gpu",
             threads=1 if self.dry else 14,
             global_batch_size=self.batch,
+            batch=BatchConfig(**({} if self.dry else CHUNKS)),
             epochs=TOTAL / epoch,
             log_every_steps=20,
             data=replace(base.data if self.dry else own, shards=self.train, synthetic=synthetic),
