@@ -363,6 +363,26 @@ FUSED = Stage(
         ),
     ),
 )
+EQUALITY = Stage(
+    name="equality",
+    run="b",
+    limit=70,
+    rows=(
+        Row(
+            name="equality",
+            case="equality",
+            op="step",
+            options=(
+                *("device=cuda", "precisions=fp32,bf16", "batch=1024", "warmup_steps=20000"),
+                *("total_steps=150000", "loader_steps=1", "distinct=10", "workers=14", "threads=8"),
+            ),
+            dry=(
+                *("batch=16", "hidden=64", "steps=3", "distinct=2", "workers=0", "threads=1"),
+                "precisions=fp32",
+            ),
+        ),
+    ),
+)
 COLOR = Stage(
     name="color",
     run="b",
@@ -404,7 +424,7 @@ LOADER = Stage(
 STAGES = (
     *(ENVIRONMENT, SMOKE, TESTS, COMPILE, CEILINGS),
     *(PROFILE, STEP_S, LOSS, ATTENTION, STEP_B, SWEEPS, KNN, PEERS),
-    *(COMPILE_B, STEP_L, PEERS_B, VARIANTS, FUSED, COLOR, LOADER),
+    *(COMPILE_B, STEP_L, PEERS_B, VARIANTS, EQUALITY, FUSED, COLOR, LOADER),
 )
 """In the order of execution."""
 
