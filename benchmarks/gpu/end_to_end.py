@@ -98,7 +98,7 @@ class Setting:
 
         recipe = {"ViT-S": vit_s16_e300_b1024, "ViT-B": vit_b16_e300_b4096}[model]
         base = vit_nano8_e60_b256() if self.dry else recipe()
-        own = DataConfig(device=self.loader, timeout_s=60.0)
+        own = DataConfig(device=self.loader, timeout_s=40.0)
         epoch = max(1, train_images(self.dry) // self.batch)
         return replace(
             base,
@@ -207,6 +207,7 @@ def run(setting: Setting, folder: Path, about: dict[str, Any], *, again: Callabl
             return 1
         failed = not learnt
         failed |= compare("ViT-S", setting, folder, stack, trainer)
+    del trainer  # and the memory that it holds
     _release()
     with ExitStack() as stack:
         failed |= compare("ViT-B", setting, folder, stack)
@@ -305,7 +306,7 @@ def compare(
         turns={side: [round(w.images_per_s, 1) for w in some] for side, some in turns.items()},
         loader=setting.loader,
         batch=setting.batch,
-        plan=str(trainer.forward_backward.plan),
+        plans={side: str(each.forward_backward.plan) for side, each in sides.items()},
         **_memory(),
     )
     return False
@@ -396,9 +397,11 @@ def _memory() -> dict[str, Any]:
 
 
 def _release() -> None:
-    """Give memory back that closed trainers had."""
+    """Give memory back that closed trainers had, and forget their compiled graphs, of which torch
+    keeps a few for each function only."""
     import torch
 
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
