@@ -299,8 +299,16 @@ def measure(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Build, warm and time a side in this process."""
     with open_side(name, options) as side:
         side.warm(profile=bool(options["profile"]))
+        graphs = _graphs()
         rates = [side.images_per_s(options["steps"]) for _ in range(options["rounds"])]
-        return side.result | {"images_per_s": rates}
+        compiled = {"warm": graphs, "timed": _graphs() - graphs}
+        return side.result | {"images_per_s": rates, "graphs": compiled}
+
+
+def _graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    counters: Any = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return int(counters["stats"]["unique_graphs"]) if counters else 0
 
 
 def _pass_on(errors: IO[str], words: deque[str]) -> None:

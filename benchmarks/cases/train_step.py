@@ -76,7 +76,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `errors`, `plain_errors` and `failed`, and `marked` with the reason where the check failed;
-        `plan` of the trainer; `images_per_s` by side and round; `speedup` by images/s; `batch` of
+        `plan` of the trainer; `images_per_s` by side and round; `graphs` that torch.compile
+        made while it warmed up and while it was timed; `speedup` by images/s; `batch` of
         each opponent; on CUDA `milliseconds` per image, `mfu` and `peak_bytes` by side.
 
     Raises:
@@ -93,7 +94,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     for name, side in found.items():
         for key in (
             *("plan", "errors", "plain_errors"),
-            *("launches", "busy_ms", "parts_ms", "largest_kernels"),
+            *("launches", "busy_ms", "parts_ms", "largest_kernels", "graphs"),
         ):
             if key in side:
                 result[key] = side[key]

@@ -87,7 +87,7 @@ def _contest(part: Mapping[str, Any]) -> list[str]:
         )
     text += [
         f"{key}: {part[key]}"
-        for key in ("plan", "launches", "busy_ms", "parts_ms", "first_step_s", "step_ms")
+        for key in ("plan", "launches", "busy_ms", "parts_ms", "first_step_s", "graphs")
         if part.get(key)
     ]
     text += [f"    {kernel}" for kernel in part.get("largest_kernels", [])[:KERNELS]]
