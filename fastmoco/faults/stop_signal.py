@@ -100,6 +100,8 @@ class StopSignal:
         stopped = stopped and self._all_asked.wait(PATIENCE_SECONDS)
         leave_stopping_to(None)
         self._over.set()
+        with contextlib.suppress(BlockingIOError):  # else there is enough to read
+            self._sender.send(b"\0")  # no signal: it wakes the thread
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup_before)
         self._restore()

@@ -47,6 +47,14 @@ def test_a_signal_sets_the_flag_and_the_handlers_come_back_at_the_end(number):
     assert signal.getsignal(number) == before
 
 
+def test_the_end_of_a_run_does_not_wait_for_a_look_at_the_signals(monkeypatch):
+    monkeypatch.setattr(stop_signal, "_POLL_SECONDS", 60.0)
+    began = time.monotonic()
+    with StopSignal():
+        pass
+    assert time.monotonic() - began < 30
+
+
 def test_the_same_request_twice_is_one_request():
     """A scheduler signals every process, and the launcher passes its own signal on."""
     with StopSignal() as stop:
