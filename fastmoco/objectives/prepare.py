@@ -39,9 +39,11 @@ def view_preparation(
         if view.dtype != torch.uint8:
             return view.to(dtype) if dtype == torch.float64 else view
         # The numbers are made outside of what is compiled: inside, they would be copied to the
-        # device at every call.
-        return kernel(
-            view, *numbers(spec, view.device), multiply_first=spec.color == "exact", dtype=dtype
-        )
+        # device at every call. Without gradient, because both passes over a chunk then share one
+        # graph.
+        with torch.no_grad():
+            return kernel(
+                view, *numbers(spec, view.device), multiply_first=spec.color == "exact", dtype=dtype
+            )
 
     return lambda views: tuple(one(view, spec) for view, spec in zip(views, specs, strict=True))

@@ -441,6 +441,7 @@ class _Pieces:
         self.kind = torch.uint8 if levels else torch.get_default_dtype()
         self.at = at
         self._rows: list[list[tuple[torch.Size, torch.dtype]]] | None = None
+        self._seen: set[int] = set()
 
     def recompute(self, what: Recompute) -> None:
         """Choose what the backward of all blocks computes again."""
@@ -501,8 +502,8 @@ class _Pieces:
             for name, run in self._runs(images).items():
                 if name not in names:
                     continue
-                if name == "train" and self.traced:
-                    run(None)  # the first call traces
+                if name == "train":
+                    self._trace(images, run)
                 live = LiveBytes(self.objective.parameters())
                 with live:
                     graph = run(live)
@@ -516,6 +517,13 @@ class _Pieces:
             name: (slope, max(0.0, small[name] - slope * SIZES[0]))
             for name, slope in slopes.items()
         }
+
+    def _trace(self, images: int, run: Callable[[LiveBytes | None], int]) -> None:
+        """Call `run` once if its blocks are yet to be traced for this number of images; all depths
+        share graphs."""
+        if self.traced and images not in self._seen:
+            run(None)
+            self._seen.add(images)
 
     def flops_to_train(self) -> Figures:
         """FLOPs of `train` alone."""
@@ -532,8 +540,8 @@ class _Pieces:
         for name, run in self._runs(SIZES[0]).items():
             if name not in names:
                 continue
-            if name == "train" and self.traced:
-                run(None)
+            if name == "train":
+                self._trace(SIZES[0], run)
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 run(None)
             found[name] = (counter.get_total_flops() / SIZES[0],)

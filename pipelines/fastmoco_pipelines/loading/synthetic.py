@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmoco_pipelines.loading.batch import Batch, BatchStream
 from fastmoco_pipelines.sampling.order import ORDER_VERSION, rank_slice
@@ -60,9 +63,7 @@ class SyntheticLoader(BatchStream):
         noise = torch.Generator().manual_seed(spec.seed + rank)
         shapes = [(self.local_batch_size, 3, view.size, view.size) for view in spec.each_view]
         if spec.view_dtype == "uint8":
-            views = [
-                torch.randint(256, shape, generator=noise, dtype=torch.uint8) for shape in shapes
-            ]
+            views = [_levels(shape, noise) for shape in shapes]
         else:
             views = [torch.randn(shape, generator=noise, dtype=torch.float32) for shape in shapes]
         self._views = tuple(view.to(device) for view in views)
@@ -80,3 +81,10 @@ class SyntheticLoader(BatchStream):
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def _levels(shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """Levels of noise, eight of each number that is drawn: a large batch takes seconds otherwise."""
+    count = math.prod(shape)
+    drawn = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None, generator=noise)
+    return drawn.view(torch.uint8)[:count].view(shape)

@@ -164,6 +164,29 @@ def test_bytes_of_parts_that_keep_nothing_are_counted_once_for_a_plan() -> None:
         assert count.call_count == 1
 
 
+def test_a_number_of_images_passes_traced_blocks_once_before_it_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both counters share the graphs of the first pass."""
+    passes: list[int] = []
+    runs_of = costs._Pieces._runs
+
+    def counted(pieces: Any, images: int) -> dict[str, Any]:
+        runs = runs_of(pieces, images)
+        train = runs["train"]
+
+        def noted(live: Any) -> int:
+            passes.extend([images] if pieces.traced else [])
+            return int(train(live))
+
+        return runs | {"train": noted}
+
+    monkeypatch.setattr(costs._Pieces, "_runs", counted)
+    measure_costs(quickstart_digits(), "fp32", compiled=True)
+    # Once to trace, then for the bytes, and the first number also for the FLOPs.
+    assert [passes.count(images) for images in costs.SIZES] == [3, 2]
+
+
 @pytest.mark.parametrize(
     ("model", "before", "asked"),
     [
