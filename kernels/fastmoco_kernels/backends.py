@@ -92,8 +92,8 @@ def require_triton(op: str, device: torch.device) -> None:
 
 # What torch.compiler.assume_constant_result sets; calling that would import the compiler. Without it a
 # graph compiler stops at the environment and leaves the capability in the graph.
-for _constant in (_capability.__wrapped__, triton_is_default):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_capability.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_is_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
