@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.aot.machine_code import AotCase
-from fastmoco_kernels.soft_cross_entropy.launch import Tile, tile_of
+from fastmoco_kernels.soft_cross_entropy.launch import OPTIONS, Tile, tile_of
 from fastmoco_kernels.soft_cross_entropy.triton_kernels import (
     soft_cross_entropy_gradient_kernel,
     soft_cross_entropy_target_kernel,
@@ -79,5 +79,6 @@ def _case(
         num_stages=3,
         default_on=(80, 90, 100),
         aligned=tuple(name for name in signature if name.endswith("_ptr")),
+        fp_fusion=OPTIONS["enable_fp_fusion"],
         quick=flags in (_DINO, _SWAV) and types in (("bf16", "fp32"), ("fp32", "fp32")),
     )

@@ -45,9 +45,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Found once here: a graph compiler does not follow the search."""
 
 
 @functools.cache
@@ -62,7 +61,7 @@ def triton_is_default(device: torch.device) -> bool:
     """
     return (
         device.type == "cuda"
-        and _triton_installed()
+        and _TRITON_INSTALLED
         and not interpreting()
         and _capability(device) >= OLDEST_CAPABILITY
     )
@@ -74,7 +73,7 @@ def require_triton(op: str, device: torch.device) -> None:
     Raises:
         ValueError: naming the op, the device and the cure.
     """
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise ValueError(
             f"{op}: backend='triton' but triton is not installed; pip install triton, "
             "or backend='auto'"
@@ -89,6 +88,12 @@ def require_triton(op: str, device: torch.device) -> None:
             f"{op}: backend='triton' on compute capability {_capability(device)}; "
             f"it needs {OLDEST_CAPABILITY} or newer"
         )
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler. Without it a
+# graph compiler stops at the environment and leaves the capability in the graph.
+_capability.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_is_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -156,10 +156,9 @@ class TritonBlocks:
 
 def _added(rows: Tensor, dq: Tensor, dkeys: Tensor, request: Request) -> OnePass:
     """The results of all rows, from those of each row, [4, S, B]."""
-    # Sums of one shape have one order.
-    loss, *others = (
-        rows[: 4 if request.accuracy else 2 if request.gradient else 1].sum((1, 2)).unbind()
-    )
+    # Of all rows, also of those that nothing was written to: on CUDA the order of a sum depends on how
+    # many there are, and the loss must not depend on what else was asked for.
+    loss, *others = rows.sum((1, 2)).unbind()
     nothing = rows.new_empty(0)
     return OnePass(
         loss=loss.clone(),  # no view: a caller may add to it in place
