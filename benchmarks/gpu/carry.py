@@ -3,6 +3,8 @@ a machine with a network.
 
 Wheels of CPython 3.12 on Linux x86-64, without dependencies, because torch and NumPy are installed.
 DALI's wheels are too large; a slim `dali.tar.xz` in the same folder is unpacked in the same way.
+`--pictures /usr/share/wallpapers` makes the archive of photographs (`pictures.py`), and nothing
+else.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.gpu import pictures
 
 WHEELS = (
     "xformers==0.0.35",
@@ -27,21 +31,27 @@ LIMIT_MIB = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Download; returns 1 if a download failed."""
+    """Download, or make the archive of photographs; returns 1 if a download failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "wheels", nargs="*", default=WHEELS, help="requirements, instead of the usual ones"
     )
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / ".gpu")
+    parser.add_argument("--pictures", type=Path, help="a folder of photographs, see pictures.py")
     given = parser.parse_args(arguments)
     given.out.mkdir(exist_ok=True)
+    if given.pictures:
+        out = given.out / pictures.NAME
+        names = pictures.make(given.pictures, out)
+        print(f"{out.stat().st_size / 2**20:6.2f} MiB  {out.name}: {', '.join(names)}")
+        return 0
     failed = []
     for wheel in given.wheels:
         command = download_command(wheel, given.python, given.out)
         if subprocess.run(command, check=False).returncode != 0:
             failed.append(wheel)
-    files = sorted([*given.out.glob("*.whl"), *given.out.glob("*.tar.xz")])
+    files = sorted(file for kind in ("*.whl", "*.tar.xz", "*.tar") for file in given.out.glob(kind))
     size = sum(file.stat().st_size for file in files) / 2**20
     for file in files:
         print(f"{file.stat().st_size / 2**20:6.2f} MiB  {file.name}")
