@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases.ema import SHAPES, random_tensors, vit_shapes
 from benchmarks.contest import Contender, Results, Task, Work, flat
+from fastmoco.optim.apex import build_apex, require_apex
 from fastmoco_kernels.adamw_ema.op import bytes_moved
 from fastmoco_kernels.adamw_ema.optimizer import AdamWEMA
 
@@ -45,6 +46,13 @@ def tasks(options: dict[str, Any], device: torch.device) -> Task:
         contenders=[
             Contender(name=name, open=partial(_open, step, momentum=momentum))
             for name, step in steps.items()
+        ]
+        + [
+            Contender(
+                name="apex_then_lerp",
+                open=partial(_open, _apex, momentum=momentum),
+                skipped=_no_apex(device),
+            )
         ],
         subject="fastmoco",
         limits=LIMITS,
@@ -111,6 +119,33 @@ def _passes(
             average.copy_(average * momentum + param * (1 - momentum))
 
     return step
+
+
+def _apex(
+    params: list[torch.nn.Parameter], averages: list[Tensor], momentum: float
+) -> Callable[[], object]:
+    """apex's FusedAdam, then the momentum update."""
+    named = [(str(i), param) for i, param in enumerate(params)]
+    optimizer = build_apex("adamw", named, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    sources: list[Tensor] = [*params]
+
+    @torch.no_grad()
+    def step() -> None:
+        optimizer.step()
+        torch._foreach_lerp_(averages, sources, 1 - momentum)
+
+    return step
+
+
+def _no_apex(device: torch.device) -> str:
+    """Why apex does not run on a device; "" if it does."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    try:
+        require_apex()
+    except ValueError as reason:
+        return str(reason).splitlines()[0]
+    return ""
 
 
 def _truth(start: Start, *, momentum: float) -> Results:

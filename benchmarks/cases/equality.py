@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, redirect_stdout
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from benchmarks.baseline import data
 from benchmarks.baseline.trainer import Baseline
 from benchmarks.baseline.views import library
-from benchmarks.case import chosen_words
+from benchmarks.case import chosen_device, chosen_words
 from benchmarks.photos import sample_shards
 from benchmarks.shown import Chart, Lines, markdown
 from fastmoco.config import (
@@ -40,6 +41,7 @@ from fastmoco_pipelines.spec import moco_v3_views
 NAME = "equality"
 DEFAULTS = {
     "shards": "",
+    "device": "cpu",
     "precisions": "fp64,fp32,bf16",
     "architecture": "vit_nano",
     "size": 32,
@@ -52,6 +54,9 @@ DEFAULTS = {
     "warmup_steps": 200,
     "total_steps": 1500,
     "loader_steps": 10,
+    "distinct": 0,
+    "workers": 0,
+    "threads": 1,
 }
 QUICK = {"batch": 32, "hidden": 64, "steps": 4, "loader_steps": 2, "precisions": "fp64,fp32"}
 LIMITS = {"fp64": 1e-9, "fp32": 1e-5, "bf16": 1e-3}
@@ -63,11 +68,13 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     """Train both side by side.
 
     Args:
-        options: `shards` (empty: cut from sample photographs); `precisions`, with a comma between
-            them; `architecture`, `size` of the images, `patch` and `hidden` width of the heads;
+        options: `shards` (empty: cut from sample photographs); `device`, cpu or cuda; `precisions`,
+            with a comma between them; `architecture`, `size` of the images, `patch` and `hidden` width of the heads;
             images of a `batch`; `steps`; base `lr`, `eps` of AdamW, `warmup_steps` and
             `total_steps` of the schedule, which determine how fast rounding errors grow; `loader_steps`, the first
-            steps, in which fastmoco's own loader is compared.
+            steps, in which fastmoco's own loader is compared; `distinct` batches, which are
+            repeated (0: a new one in each step); `workers`, processes that make them, and `threads`
+            of fastmoco's loader.
 
     Returns:
         By precision: `largest_difference` of a loss and its `limit`, `differences` of all steps,
@@ -79,20 +86,26 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         ValueError: for an unknown precision.
     """
     precisions = chosen_words(options, "precisions", LIMITS)
+    device = chosen_device(options["device"])
     with ExitStack() as stack:
+        # torch lets convolutions of float32 round to TF32, though not its products of matrices.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shards = options["shards"] or sample_shards(folder, options["batch"])
+        configs = [config_of(options, shards, cast(Precision, each)) for each in precisions]
+        # Workers are forked, so start them before anything has threads.
+        batches = data.batches(configs[0], options["workers"])
         pairs = {}
-        for precision in precisions:
-            config = config_of(options, shards, cast(Precision, precision))
+        for precision, config in zip(precisions, configs, strict=True):
             with redirect_stdout(sys.stderr):  # the output has the result alone
-                trainer = Trainer.build(config, folder / precision, start_world("cpu"))
+                trainer = Trainer.build(config, folder / precision, start_world(config.device))
             stack.callback(trainer.close)
-            count = trainer.loader.sample_count
-            baseline = Baseline(config, torch.device("cpu"), sample_count=count)
+            baseline = Baseline(config, device, sample_count=trainer.loader.sample_count)
             baseline.load_from(trainer.objective)
             pairs[precision] = trainer, baseline
-        return _train(pairs, options)
+        if options["distinct"]:
+            batches = cycle(list(islice(batches, options["distinct"])))
+        return _train(pairs, batches, options)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -136,7 +149,7 @@ def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Con
     epoch = max(1, _count(shards) // batch)
     return Config(
         recipe="equality",
-        device="cpu",
+        device="cpu" if options["device"] == "cpu" else "gpu",
         threads=1,
         precision=precision,
         epochs=options["total_steps"] / epoch,
@@ -148,12 +161,20 @@ def config_of(options: dict[str, Any], shards: str, precision: Precision) -> Con
             patch_size=options["patch"],
             hidden_dim=options["hidden"],
             projection_dim=256,
+            compile=False,  # the baseline is not compiled
         ),
         objective=MoCoV3Config(),
         optim=OptimConfig(
             lr=options["lr"], eps=options["eps"], warmup_epochs=options["warmup_steps"] / epoch
         ),
-        data=DataConfig(shards=shards, view1=view1, view2=view2, threads=1),
+        data=DataConfig(
+            shards=shards,
+            view1=view1,
+            view2=view2,
+            device="cpu",  # as the baseline's views are made
+            threads=options["threads"],
+            view_dtype="float32",
+        ),
         knn=KnnConfig(every_epochs=0),
     )
 
@@ -163,12 +184,15 @@ def _count(shards: str) -> int:
     return data.sample_count(Config(data=DataConfig(shards=shards)))
 
 
-def _train(pairs: dict[str, tuple[Trainer, Baseline]], options: dict[str, Any]) -> dict[str, Any]:
+def _train(
+    pairs: dict[str, tuple[Trainer, Baseline]],
+    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
     """All steps of all precisions on the same batches."""
     first = next(iter(pairs.values()))[0]
     losses: dict[str, list[tuple[float, float]]] = {precision: [] for precision in pairs}
     apart = Apart()
-    batches = data.batches(first.config)
     for step in range(options["steps"]):
         view1, view2, ids = next(batches)
         if step < options["loader_steps"]:

@@ -20,8 +20,9 @@ make or of the environment:
 
 Exit code: 0 all passed, 1 something failed, 3 out of time and nothing failed.
 
-Packages that a bare machine lacks are in `.gpu/`, which git ignores: wheels (`.gpu/*.whl`) and
-DALI, cut down to one Python and one architecture (`.gpu/dali.tar.xz`, about 55 MiB). Both are
-unpacked into a temporary folder on the path of later stages; nothing is installed, nothing is
-downloaded. `python -m benchmarks.gpu.carry` fetches the wheels.
+Packages that a bare machine lacks are in `.gpu/`, which git ignores: wheels (`.gpu/*.whl`); DALI,
+cut down to one Python and one architecture (`.gpu/dali.tar.xz`, about 55 MiB); and NVIDIA's apex
+with `amp_C` alone, built for the machine's torch (`.gpu/apex.tar.xz`). All are unpacked into a
+temporary folder on the path of later stages; nothing is installed, nothing is downloaded.
+`python -m benchmarks.gpu.carry` fetches the wheels.
 """

@@ -7,7 +7,7 @@ the results, and unpacked from `.gpu/caches.tar.xz` if that was carried.
 
 from __future__ import annotations
 
-import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -29,7 +29,11 @@ def take_caches(carried: Path) -> dict[str, str]:
     folder, archive = _folder(), carried / ARCHIVE
     if archive.exists() and not folder.exists():
         folder.mkdir(parents=True)
-        subprocess.run(["tar", "-xJf", str(archive), "-C", str(folder)], check=False)
+        try:
+            with tarfile.open(archive, "r:xz") as carried_caches:
+                carried_caches.extractall(folder, filter="data")
+        except (OSError, tarfile.TarError, EOFError) as error:
+            print(f"{archive.name} FAILED: {error}")
     for name in FOLDERS.values():
         (folder / name).mkdir(parents=True, exist_ok=True)
     return {variable: str(folder / name) for variable, name in FOLDERS.items()}
@@ -38,10 +42,11 @@ def take_caches(carried: Path) -> dict[str, str]:
 def keep_caches(out: Path) -> str:
     """Pack the caches into a folder of results; returns a line that says so."""
     archive = out / ARCHIVE
-    command = ["tar", "-I", "xz -2 -T0", "-cf", str(archive), "-C", str(_folder()), "."]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return f"caches: not kept: {done.stderr[-200:]}"
+    try:
+        with tarfile.open(archive, "w:xz", preset=1) as packed:
+            packed.add(_folder(), ".")
+    except OSError as error:
+        return f"caches: not kept: {error}"
     return f"caches: {archive.stat().st_size / 2**20:.1f} MiB in {archive.name}"
 
 

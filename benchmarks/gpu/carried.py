@@ -1,4 +1,4 @@
-"""Unpack the wheels and the slim DALI of `.gpu/` into a folder on the path of later stages."""
+"""Unpack wheels, the slim DALI and apex of `.gpu/` into a folder on the path of later stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
     """Unpack all carried files, once for the same files.
 
     Args:
-        source: folder with `*.whl` and perhaps `dali.tar.xz`.
+        source: folder with `*.whl` and `*.tar.xz`.
 
     Returns:
         The folder for `PYTHONPATH`, None if nothing is carried; and the names

@@ -2,9 +2,9 @@
 a machine with a network.
 
 Wheels of CPython 3.12 on Linux x86-64, without dependencies, because torch and NumPy are installed.
-DALI's wheels are too large; a slim `dali.tar.xz` in the same folder is unpacked in the same way.
-`--pictures /usr/share/wallpapers` makes the archive of photographs (`pictures.py`), and nothing
-else.
+DALI's wheels are too large, and apex is in no index: a slim `dali.tar.xz` and an `apex.tar.xz` in
+the same folder are unpacked in the same way. `--pictures /usr/share/wallpapers` makes the archive
+of photographs (`pictures.py`), and nothing else.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ WARM_UP, TOTAL = 20, 5000
 """Steps of the schedule. No run reaches the total, so that the rate stays near its peak."""
 LR = 4e-4
 """Base rate, times batch / 256: above that of the recipes, as the runs are short."""
+CHUNKS: dict[str, Any] = {"chunk": 128, "activation_budget": 0.9}
+"""As planned for 4096 images, for which blocks are compiled already."""
 STRIDE = 4
 """Steps between two looks at the clock."""
 BUILD_S = {"ViT-S": 15.0, "ViT-B": 40.0}
@@ -91,18 +93,19 @@ class Setting:
 
     def config(self, model: Model, *, synthetic: bool = False, knn: bool = False) -> Config:
         """The run of a model."""
-        from fastmoco.config import DataConfig, KnnConfig
+        from fastmoco.config import BatchConfig, DataConfig, KnnConfig
         from fastmoco.recipes import vit_b16_e300_b4096, vit_nano8_e60_b256, vit_s16_e300_b1024
 
         recipe = {"ViT-S": vit_s16_e300_b1024, "ViT-B": vit_b16_e300_b4096}[model]
         base = vit_nano8_e60_b256() if self.dry else recipe()
-        own = DataConfig(device=self.loader, timeout_s=60.0)
+        own = DataConfig(device=self.loader, timeout_s=40.0)
         epoch = max(1, train_images(self.dry) // self.batch)
         return replace(
             base,
             device="cpu" if self.dry else "gpu",
             threads=1 if self.dry else 14,
             global_batch_size=self.batch,
+            batch=BatchConfig(**({} if self.dry else CHUNKS)),
             epochs=TOTAL / epoch,
             log_every_steps=20,
             data=replace(base.data if self.dry else own, shards=self.train, synthetic=synthetic),
@@ -204,6 +207,7 @@ def run(setting: Setting, folder: Path, about: dict[str, Any], *, again: Callabl
             return 1
         failed = not learnt
         failed |= compare("ViT-S", setting, folder, stack, trainer)
+    del trainer  # and the memory that it holds
     _release()
     with ExitStack() as stack:
         failed |= compare("ViT-B", setting, folder, stack)
@@ -302,7 +306,7 @@ def compare(
         turns={side: [round(w.images_per_s, 1) for w in some] for side, some in turns.items()},
         loader=setting.loader,
         batch=setting.batch,
-        plan=str(trainer.forward_backward.plan),
+        plans={side: str(each.forward_backward.plan) for side, each in sides.items()},
         **_memory(),
     )
     return False
@@ -393,9 +397,11 @@ def _memory() -> dict[str, Any]:
 
 
 def _release() -> None:
-    """Give memory back that closed trainers had."""
+    """Give memory back that closed trainers had, and forget their compiled graphs, of which torch
+    keeps a few for each function only."""
     import torch
 
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 NAME = "pictures.tar"
 SIZE = (1200, 800)
@@ -31,6 +31,9 @@ IMAGE_QUALITY = 95
 """As those of `benchmarks.photos`."""
 WIDTHS = (290, 390)
 """Of the windows, in pixels of the photograph."""
+LIGHT = (0.5, 1.5)
+"""Factors of brightness, contrast and saturation, drawn for each image: else the colors alone tell
+the photographs apart, also to an encoder that has learnt nothing."""
 LEFT = 2 * SIZE[0] // 3
 """Where the part for training ends."""
 SPLITS = ("train", "test")
@@ -108,6 +111,8 @@ def _cut_one(job: tuple[Path, Path, int, int]) -> None:
         image = photo.resize(
             IMAGE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
         )
+        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = change(image).enhance(rng.uniform(*LIGHT))
         image.save(folder / f"{number:04d}.jpg", quality=IMAGE_QUALITY)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.contest import relative_error
 from benchmarks.gpu.checks import Check, Place, Unavailable
+from benchmarks.gpu.smoke_apex import apex_check
 from fastmoco_kernels import (
     ViewColorParameters,
     adamw_ema_step_,
@@ -382,6 +383,8 @@ CHECKS: dict[tuple[str, str], Check] = {
     },
     ("ema", "ema"): _ema,
     ("adamw_ema", "adamw_ema"): _adamw,
+    ("apex adamw", "adamw_ema"): apex_check("adamw"),
+    ("apex lamb", "adamw_ema"): apex_check("lamb"),
     ("lars", "lars"): _lars,
     ("residual_norm", "residual_norm"): _residual_norm,
     ("soft_cross_entropy", "soft_cross_entropy"): _soft_cross_entropy,

@@ -89,11 +89,13 @@ _SMALL_ATTENTION = (
 )
 _STEP = ("sides=fastmoco", "processes=1", "rounds=3")
 _SHORT = ("rounds=1",)
+_CHUNKS = ("chunk=128", "activation_budget=0.9")
+"""As the planner chooses for 4096 images, so that the graphs are the same."""
+_PROFILED = ("batch=1024", *_CHUNKS, "profile=1", "steps=4")
 _VIT_B, _VIT_L = "recipe=vit_b16_e300_b4096", "recipe=vit_l16_e300_b4096"
 
 TRUNKS = (
     Trunk(name="ViT-S", recipe="vit_s16_e300_b4096"),
-    Trunk(name="ViT-S, all kept", recipe="vit_s16_e300_b4096", budget=1.0),
     Trunk(name="ViT-B", recipe="vit_b16_e300_b4096"),
     Trunk(name="ViT-L", recipe="vit_l16_e300_b4096", run="b"),
 )
@@ -153,14 +155,14 @@ PROFILE = Stage(
             name="ViT-S 1024 compiled",
             case="train_step",
             op="step",
-            options=("batch=1024", "compile=1", "profile=1", "steps=4", *_STEP),
+            options=(*_PROFILED, "compile=1", *_STEP),
             dry=(*_SMALL_STEP, "processes=1", "profile=1"),
         ),
         Row(
             name="ViT-S 1024 fused",
             case="train_step",
             op="step",
-            options=("batch=1024", "blocks=fused", "profile=1", "steps=4", *_STEP),
+            options=(*_PROFILED, "blocks=fused", *_STEP),
             dry=(*_SMALL_STEP, "blocks=fused"),
         ),
     ),
@@ -316,7 +318,7 @@ VARIANTS = Stage(
             name=f"ViT-S 1024, {name}",
             case="train_step",
             op="step",
-            options=("batch=1024", "steps=4", *options, *_STEP),
+            options=("batch=1024", *_CHUNKS, "steps=4", *options, *_STEP),
             dry=_SMALL_STEP,
         )
         for name, options in (
@@ -361,6 +363,26 @@ FUSED = Stage(
         ),
     ),
 )
+EQUALITY = Stage(
+    name="equality",
+    run="b",
+    limit=70,
+    rows=(
+        Row(
+            name="equality",
+            case="equality",
+            op="step",
+            options=(
+                *("device=cuda", "precisions=fp32,bf16", "batch=1024", "warmup_steps=20000"),
+                *("total_steps=150000", "loader_steps=1", "distinct=10", "workers=14", "threads=8"),
+            ),
+            dry=(
+                *("batch=16", "hidden=64", "steps=3", "distinct=2", "workers=0", "threads=1"),
+                "precisions=fp32",
+            ),
+        ),
+    ),
+)
 COLOR = Stage(
     name="color",
     run="b",
@@ -402,7 +424,7 @@ LOADER = Stage(
 STAGES = (
     *(ENVIRONMENT, SMOKE, TESTS, COMPILE, CEILINGS),
     *(PROFILE, STEP_S, LOSS, ATTENTION, STEP_B, SWEEPS, KNN, PEERS),
-    *(COMPILE_B, STEP_L, PEERS_B, VARIANTS, FUSED, COLOR, LOADER),
+    *(COMPILE_B, STEP_L, PEERS_B, VARIANTS, EQUALITY, FUSED, COLOR, LOADER),
 )
 """In the order of execution."""
 

@@ -55,6 +55,7 @@ def start_comparing(
                 blocks,
                 temperature=temperature,
                 positive_offset=offset,
+                precision=_precision(queries),
                 accuracy=accuracy,
             )
 
@@ -71,10 +72,17 @@ def start_comparing(
             keys1,
             temperature=temperature,
             positive_offset=offset,
+            precision=_precision(queries),
             accuracy=accuracy,
         )
 
     return from_all_ranks
+
+
+def _precision(queries: Tensor) -> str:
+    """Of the products of the loss: in a float32 run they are exact."""
+    exact = queries.dtype == torch.float32 and not torch.is_autocast_enabled(queries.device.type)
+    return "fp32" if exact else "auto"
 
 
 def info_nce_reference(

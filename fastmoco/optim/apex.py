@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ def build_apex(
     """Build apex's FusedAdam in AdamW mode, or its FusedLAMB, over all parameters in one group.
 
     By default apex's LAMB clips the global gradient norm. This is off here, because the trainer
-    clips.
+    clips. Its step overwrites the gradients with the update.
 
     Args:
         name: "adamw" for FusedAdam, "lamb" for FusedLAMB.
@@ -53,7 +54,7 @@ def build_apex(
     """
     named = trainable_parameters(named_parameters)
     _require_whole(named)
-    _require_apex()
+    require_apex()
     _require_device(named)
 
     # apex takes parameters without names.
@@ -69,6 +70,9 @@ def build_apex(
     optimizer: torch.optim.Optimizer
     if name == "adamw":
         optimizer = classes.FusedAdam(parameters, **shared)
+        # A step pairs parameters and groups with master weights, which are all None here, and stops
+        # at the shorter list. Without end, so that it also reaches groups that are added later.
+        optimizer.param_groups_master = repeat({"params": repeat(None)})  # type: ignore[attr-defined]
     else:
         optimizer = classes.FusedLAMB(parameters, max_grad_norm=math.inf, **shared)
     for group in optimizer.param_groups:
@@ -90,10 +94,13 @@ def _require_whole(named: list[tuple[str, nn.Parameter]]) -> None:
             )
 
 
-def _require_apex() -> None:
+def require_apex() -> None:
     """Refuse a missing apex, another project of that name, and a build without kernels.
 
     Imports none of them.
+
+    Raises:
+        ValueError: a few lines with the reason and the cure.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:

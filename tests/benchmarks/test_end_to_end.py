@@ -15,7 +15,14 @@ from fastmoco.models.vit import ARCHITECTURES
 from fastmoco_pipelines.loading.step_parts import PARTS
 
 OPTIONS = {**end_to_end.DEFAULTS, **end_to_end.QUICK}
-EQUALITY = {**equality.DEFAULTS, **equality.QUICK, "batch": 16, "steps": 3, "loader_steps": 1}
+EQUALITY = {
+    **equality.DEFAULTS,
+    **equality.QUICK,
+    "batch": 16,
+    "steps": 3,
+    "loader_steps": 1,
+    "distinct": 2,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gpu import end_to_end, environment, goals, kernel_tests, rows, runner
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.caches import keep_caches, take_caches
 from benchmarks.gpu.carried import unpack
 from benchmarks.gpu.lines import run_lines
 from benchmarks.gpu.runner import Run
@@ -146,6 +147,23 @@ def test_wheels_are_unpacked_and_a_broken_one_costs_only_itself(tmp_path, monkey
         assert (site / "two.py").exists()
         assert names[0] == "one-1.0-py3-none-any.whl"
         assert names[1].startswith("broken.whl FAILED")
+
+
+def test_caches_travel_to_a_machine_that_has_none(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
+    named = take_caches(out)
+    Path(named["TRITON_CACHE_DIR"], "kernel.cubin").write_bytes(b"code")
+    assert "MiB in caches.tar.xz" in keep_caches(out)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "two"))
+    other = take_caches(out)
+    assert other.keys() == named.keys()
+    assert Path(other["TRITON_CACHE_DIR"], "kernel.cubin").read_bytes() == b"code"
+    assert unpack(out) == (None, [])
+    (out / "caches.tar.xz").write_bytes(b"damaged")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "three"))
+    assert Path(take_caches(out)["TRITON_CACHE_DIR"]).is_dir()
 
 
 def test_a_process_is_read_while_it_works_and_ended_at_its_limit(tmp_path):

@@ -2,7 +2,9 @@
 import, with torch's numbers.
 
 What the double copies from apex: steps counted by group and only from the first on, `zero_grad()`
-without arguments, no named parameters, a global norm that LAMB clips to 1 unless told otherwise.
+without arguments, no named parameters, Adam's list of master weights, which is made with the groups
+and ends its steps, and in LAMB a global norm that is clipped to 1 unless told otherwise, no trust
+ratio without decay, and gradients overwritten with the update.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.gpu import smoke_apex
+from benchmarks.gpu.checks import Place
+from benchmarks.gpu.smoke_apex import apex_check
 from fastmoco.checkpoint import flatten_optimizer, restore_optimizer
 from fastmoco.config import Config, OptimConfig
 from fastmoco.distributed.mesh import World
@@ -44,21 +49,38 @@ class _Counted(torch.optim.Optimizer):
             for p in group["params"]:
                 p.grad = None
 
+    def paired(self):
+        return [(group, group["params"]) for group in self.param_groups]
+
+    def clip(self):
+        return 1.0
+
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
+        clip = self.clip()
+        for group, params in self.paired():
             group["step"] = group["step"] + 1 if "step" in group else 1
             (beta1, beta2), t = group["betas"], group["step"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
+            for p in (p for p in params if p.grad is not None):
+                state, grad = self.state[p], p.grad / clip
                 if len(state) == 0:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
                 m, v = state["exp_avg"] / (1 - beta1**t), state["exp_avg_sq"] / (1 - beta2**t)
                 self.move(group, p, m / (v.sqrt() + group["eps"]) + group["weight_decay"] * p)
 
 class FusedAdam(_Counted):
+    def __init__(self, params, **more):
+        super().__init__(params, **more)
+        self.param_groups_master = [
+            {"params": [None for _ in group["params"]]} for group in self.param_groups
+        ]
+
+    def paired(self):
+        for group, masters in zip(self.param_groups, self.param_groups_master):
+            yield group, [p for p, _ in zip(group["params"], masters["params"])]
+
     def move(self, group, p, update):
         p.sub_(group["lr"] * update)
 
@@ -66,8 +88,15 @@ class FusedLAMB(_Counted):
     def __init__(self, params, max_grad_norm=1.0, **more):
         super().__init__(params, max_grad_norm=max_grad_norm, **more)
 
+    def clip(self):
+        grads = [p.grad for _, params in self.paired() for p in params if p.grad is not None]
+        norm, limit = torch.stack([grad.norm() for grad in grads]).norm(), self.defaults["max_grad_norm"]
+        return norm / limit if norm > limit else 1.0
+
     def move(self, group, p, update):
-        p.sub_(group["lr"] * (p.norm() / update.norm()) * update)
+        ratio = p.norm() / update.norm() if group["weight_decay"] else 1.0
+        p.sub_(group["lr"] * ratio * update)
+        p.grad.copy_(update)
 """
 
 
@@ -213,6 +242,25 @@ def test_the_trainer_trains_and_continues_with_it_bit_for_bit(
         losses.append(RunFolder(tmp_path / folder).read_metric("loss"))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 5
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_the_check_for_a_gpu_passes_and_finds_a_wrong_count(
+    name: Literal["adamw", "lamb"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(device=torch.device("cpu"), narrow=torch.float32, dry=True)
+    errors = apex_check(name)(place)
+    assert all(error <= limit for error, limit in errors.values()), errors
+
+    def forgetful(optimizer: torch.optim.Optimizer, *given: object) -> None:
+        restore_optimizer(optimizer, *given)
+        for group in optimizer.param_groups:
+            group["step"] = 0
+
+    monkeypatch.setattr(smoke_apex, "restore_optimizer", forgetful)
+    error, limit = apex_check(name)(place)["resumed"]
+    assert error > 100 * limit
 
 
 def _refusal(**changes: object) -> list[str]:
