@@ -58,7 +58,7 @@ def test_every_gate_has_tests_and_every_goal_a_row():
         end_to_end.NAME,
         *(end_to_end.RATIO.format(model) for model in end_to_end.GOALS),
     }
-    named = {row.name for row in ROWS} | stages | {"equality"}
+    named = {row.name for row in ROWS} | stages
     for goal in goals.GOALS:
         assert {goal.row, goal.over_row or goal.row} <= named
 

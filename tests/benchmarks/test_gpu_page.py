@@ -137,6 +137,28 @@ def test_images_per_s_of_all_steps_are_a_chart():
     }
 
 
+def test_the_loader_has_its_rates_and_memory():
+    result = {
+        **{"checked": {"exact": {}, "dali": {}}, "failed": {"dali": "no pair"}, "subject": "exact"},
+        **{"images_per_s": {"exact": [4000.0]}, "median": {"exact": 300.0}},
+        "memory": {"device_mb": 900.0, "growth_mb": 1.5},
+    }
+    text = page.section("gpu-x", [line("loader", "loader", case="loader", result=result)])
+    assert "| loader, exact | 4,000 | 300 | 900.0 | 1.5 |  |" in text
+    assert "| loader, dali |  |  |  |  | failed: no pair |" in text
+    text = page.section("gpu-x", [line("loader", "loader", "failed", reason="no DALI")])
+    assert "| loader |  |  |  |  | failed: no DALI |" in text
+
+
+def test_equality_has_the_differences_of_losses():
+    result = {"bf16": {"largest_difference": 5e-4, "limit": 1e-3, "differences": [1e-4, 5e-4]}}
+    lines = [line("equality", "equality", case="equality", result=result)]
+    text = page.section("gpu-x", lines)
+    assert "bf16: losses differ by at most 5.0e-04 in 2 steps, limit 1e-03 |" in text
+    assert "| G10 | equality | largest difference of a loss in bf16 | at most 0.001 |" in text
+    assert "| 5.00e-04 | met |" in text
+
+
 def test_a_profile_has_its_largest_kernels_and_the_shares_of_parts():
     result = {
         **{"launches": 1200, "busy_ms": 50.0, "parts_ms": {"loss": 5.0, "backward": 30.0}},
