@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import shown
 from benchmarks.chips import CHIPS
+from benchmarks.gpu import page as gpu
 from benchmarks.registry import CASES
 from benchmarks.shown import Bars, Chart, markdown, number
 
@@ -42,10 +43,11 @@ CURE = "run `python -m benchmarks plot` and commit docs/performance.md with its 
 
 
 def lines_of(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """The committed lines of each case, in the order of the registry."""
+    """The committed lines of each case, in the order of the registry; without those of GPUs."""
     found = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         for path in sorted(results.glob("*.jsonl"))
+        if not path.stem.startswith("gpu-")
     }
     order = [*CASES, *found]
     return {name: found[name] for name in dict.fromkeys(order) if found.get(name)}
@@ -54,6 +56,7 @@ def lines_of(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
     parts = [HEAD, _chips()]
+    parts += [gpu.section(name, lines) for name, lines in gpu.cards(results).items()]
     for name, lines in lines_of(results).items():
         case = CASES.get(name)
         parts.append(f"## {name}\n\n{case.summary if case else 'A case of an earlier tree.'}")
@@ -140,6 +143,9 @@ def write(*, check: bool) -> int:
         ]
         if drawn:
             draw(drawn, IMAGES / f"{name}.svg")
+    for name, lines in gpu.cards(RESULTS).items():
+        if charts := gpu.charts(lines):
+            draw(charts, IMAGES / gpu.image(name))
     print("wrote docs/performance.md and docs/images/performance/")
     return 0
 

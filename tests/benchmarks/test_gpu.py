@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import environment, goals, kernel_tests, rows, runner
+from benchmarks.gpu import end_to_end, environment, goals, kernel_tests, rows, runner
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.caches import keep_caches, take_caches
 from benchmarks.gpu.carried import unpack
@@ -54,7 +54,13 @@ def test_every_gate_has_tests_and_every_goal_a_row():
     for op, patterns in TESTS_OF.items():
         assert kernel_tests.test_files(patterns) or op == "step", op
     assert {row.op for row in ROWS} <= {*TESTS_OF, "loader"}
-    assert {goal.row for goal in goals.GOALS} <= {row.name for row in ROWS}
+    stages = {
+        end_to_end.NAME,
+        *(end_to_end.RATIO.format(model) for model in end_to_end.GOALS),
+    }
+    named = {row.name for row in ROWS} | stages
+    for goal in goals.GOALS:
+        assert {goal.row, goal.over_row or goal.row} <= named
 
 
 def test_goals_follow_the_card():
