@@ -208,7 +208,8 @@ class Run:
             command,
             limit=limit,
             log=self._log(stage),
-            environment=self._environment,
+            # Beside others a process takes few cores.
+            environment=self._environment | ({"OMP_NUM_THREADS": "2"} if stage.beside else {}),
             take=lambda line: self._take(stage, line),
             cwd=ROOT,
         )

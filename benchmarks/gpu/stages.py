@@ -128,7 +128,7 @@ SMOKE = Stage(
 TESTS = Stage(
     name="tests",
     run="a",
-    limit=130,
+    limit=110,
     module="benchmarks.gpu.kernel_tests",
     limited=True,
     beside=True,
@@ -137,7 +137,7 @@ COMPILE, COMPILE_B = (
     Stage(
         name=name,
         run=run,
-        limit=130,
+        limit=110,
         module="benchmarks.gpu.compile_ahead",
         words=("--run", run),
         limited=True,
@@ -227,7 +227,7 @@ ATTENTION = Stage(
 )
 STEP_B = Stage(
     name="vit_b",
-    run="a",
+    run="b",
     limit=120,
     rows=(
         Row(
@@ -423,8 +423,8 @@ LOADER = Stage(
 
 STAGES = (
     *(ENVIRONMENT, SMOKE, TESTS, COMPILE, CEILINGS),
-    *(PROFILE, STEP_S, LOSS, ATTENTION, STEP_B, SWEEPS, KNN, PEERS),
-    *(COMPILE_B, STEP_L, PEERS_B, VARIANTS, EQUALITY, FUSED, COLOR, LOADER),
+    *(PROFILE, STEP_S, LOSS, ATTENTION, PEERS, SWEEPS, KNN),
+    *(COMPILE_B, STEP_B, PEERS_B, STEP_L, VARIANTS, EQUALITY, FUSED, COLOR, LOADER),
 )
 """In the order of execution."""
 
