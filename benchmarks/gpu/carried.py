@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from benchmarks.gpu import tree
 from benchmarks.gpu.caches import ARCHIVE
 
 DONE = ".unpacked"
@@ -25,7 +26,7 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
         of unpacked and failed files.
     """
     found = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
-    files = [file for file in found if file.name != ARCHIVE]
+    files = [file for file in found if file.name not in (ARCHIVE, tree.NAME)]
     if not files:
         return None, []
     key = hashlib.sha256(
