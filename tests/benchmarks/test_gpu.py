@@ -149,6 +149,9 @@ def test_wheels_are_unpacked_and_a_broken_one_costs_only_itself(tmp_path, monkey
         assert (site / "two.py").exists()
         assert names[0] == "one-1.0-py3-none-any.whl"
         assert names[1].startswith("broken.whl FAILED")
+    (site / "two.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    said = "not used: two.cpython-39-x86_64-linux-gnu.so is of another Python"
+    assert unpack(carried) == (None, [said])
 
 
 def test_caches_travel_to_a_machine_that_has_none(tmp_path, monkeypatch):
