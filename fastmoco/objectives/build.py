@@ -22,6 +22,7 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
@@ -32,6 +33,7 @@ from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
@@ -55,6 +57,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
     SDSSLConfig: SDSSL.build,
+    MoBYConfig: MoBY.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

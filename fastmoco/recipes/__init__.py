@@ -27,6 +27,7 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.moby import moby_deit_s16_e300_b512, moby_digits, moby_nano7_e12_b256
 from fastmoco.recipes.moco import (
     moco_digits,
     moco_nano7_e12_b256,
@@ -177,6 +178,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         moco_v2_r50_e800_b256,
         moco_nano7_e12_b256,
         moco_digits,
+        moby_deit_s16_e300_b512,
+        moby_nano7_e12_b256,
+        moby_digits,
         simsiam_vit_s16_e300_b4096,
         simsiam_vit_b16_e300_b4096,
         simsiam_r50_e100_b512,

@@ -152,6 +152,14 @@ NAMES["moco"] = {
     network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
     for network in ("encoder", "momentum_encoder")
 }
+MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
+    known["moby"] = {
+        **dict.fromkeys(
+            ("encoder", "momentum_encoder"), trunk + [f"head.{name}" for name in MOBY_HEAD]
+        ),
+        "predictor": MOBY_HEAD,
+    }
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
@@ -161,6 +169,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "moco": {"queue": 768, "batch_norm_groups": 4},
+    "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl"}
