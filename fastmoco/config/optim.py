@@ -76,6 +76,8 @@ class OptimConfig:
     """Denominator floor of AdamW and LAMB."""
     sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
     """Momentum of the buffer of LARS, LARC and SGD."""
+    nesterov: Annotated[bool, Resume.WITH_ALLOW] = False
+    """SGD: Nesterov's momentum, a step of `gradient + sgd_momentum * buffer`."""
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
     """Norm of a step of LARS or LARC relative to that of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
@@ -118,6 +120,9 @@ class OptimConfig:
         rule = "is a choice of lars alone"
         in_buffer = self.lr_in_buffer
         require(not in_buffer or self.name == "lars", "lr_in_buffer", in_buffer, rule)
+        rule = "is a choice of sgd alone, with sgd_momentum above 0"
+        possible = self.name == "sgd" and self.sgd_momentum > 0
+        require(not self.nesterov or possible, "nesterov", self.nesterov, rule)
         require(self.lr >= 0, "lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")
