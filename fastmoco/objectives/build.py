@@ -17,6 +17,7 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.swin import SWINS, SwinTransformer
 from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
@@ -119,7 +120,7 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet) and _trains(network):
+        elif isinstance(network, ResNet | SwinTransformer) and _trains(network):
             network.recompute(model.checkpointing)
     if model.momentum_linears == "float8" and all(_trains(encoder) for encoder in encoders):
         raise ValueError(
@@ -129,7 +130,7 @@ def build_model(config: Config) -> Objective:
     for encoder in encoders:
         _in_form(encoder, model)
     if model.drop_path and _trains(objective.encoder):
-        depth = len(objective.encoder.blocks)
+        depth = len(objective.encoder.parts().blocks)
         objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     objective.phases = model.phases
     if objective.phases.drops_tokens:
@@ -145,6 +146,8 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
             image_size=model.image_size,
             zero_residual=model.zero_residual,
         )
+    if model.family == "swin":
+        return partial(SWINS[model.architecture], image_size=model.image_size, window=model.window)
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,
@@ -189,6 +192,8 @@ def attention_choice(
         ValueError: if the config names a backend that does not run here: with what it lacks and the
             cure.
     """
+    if isinstance(encoder, SwinTransformer):
+        return AttentionChoice("sdpa", "in windows with a mask, which torch's own attention takes")
     if not isinstance(encoder, VisionTransformer):
         return AttentionChoice("none", f"{config.model.architecture} has no attention")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
