@@ -39,6 +39,9 @@ def eval_linear(
     batch: int = 0,
     copies: int | None = None,
     crop_min: float | None = None,
+    warmup_epochs: float = 0.0,
+    label_smoothing: float = 0.0,
+    nesterov: bool = False,
     holdout: float = 0.1,
     precision: Literal["fp32", "bf16"] = "fp32",
     seed: int = 0,
@@ -70,6 +73,9 @@ def eval_linear(
             0: the images without augmentation.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
+        warmup_epochs: Epochs of the linear warm-up of the learning rate; not with --fast.
+        label_smoothing: Share of a target that is spread over all classes; not with --fast.
+        nesterov: SGD with Nesterov's momentum; not with --fast. MoBY's probe has these three.
         holdout: With --fast, share of the training images on which rate and decay are chosen.
         precision: With --fast, of the encoder; the official protocol has fp32.
         seed: Of the classifier, the order, the crops and the held-out images.
@@ -80,7 +86,13 @@ def eval_linear(
     """
     say_first(f"linear classifier on {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
+        protocol: dict[str, Any] = {
+            "warmup_epochs": warmup_epochs,
+            "label_smoothing": label_smoothing,
+            "nesterov": nesterov,
+        }
         if fast:
+            _require_fast(protocol)
             found = _fast(
                 run,
                 train,
@@ -112,6 +124,7 @@ def eval_linear(
                 batch_size=batch,
                 crop_min=crop_min,
                 seed=seed,
+                **protocol,
             )
             code, found = _official(run, train, test, which, best, heads, out, options)
             if code != EXIT_FINISHED:
@@ -119,6 +132,13 @@ def eval_linear(
         if found is not None:
             _report(found, out, json)
     return EXIT_FINISHED
+
+
+def _require_fast(protocol: dict[str, Any]) -> None:
+    """Refuse options that --fast does not have."""
+    for name, value in protocol.items():
+        if value:
+            raise ValueError(f"{name}={value}: --fast has none; leave out one of the two")
 
 
 def _require_official(

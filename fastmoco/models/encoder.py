@@ -9,8 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-Family = Literal["vit", "resnet"]
-"""Kind of a trunk, by which a method chooses its heads."""
+from fastmoco.config.model import Family as Family
 
 
 class Coupling(StrEnum):

@@ -18,12 +18,14 @@ from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.swin import SWINS, SwinTransformer
 from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
@@ -36,6 +38,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
@@ -62,6 +65,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SDSSLConfig: SDSSL.build,
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
+    MoBYConfig: MoBY.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -123,7 +127,7 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet) and _trains(network):
+        elif isinstance(network, ResNet | SwinTransformer) and _trains(network):
             network.recompute(model.checkpointing)
         elif isinstance(network, TokenDecoder):
             _decoder_in_form(network, model)
@@ -135,7 +139,7 @@ def build_model(config: Config) -> Objective:
     for encoder in encoders:
         _in_form(encoder, model)
     if model.drop_path and _trains(objective.encoder):
-        depth = len(objective.encoder.blocks)
+        depth = len(objective.encoder.parts().blocks)
         objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     objective.phases = model.phases
     if objective.phases.drops_tokens:
@@ -151,6 +155,8 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
             image_size=model.image_size,
             zero_residual=model.zero_residual,
         )
+    if model.family == "swin":
+        return partial(SWINS[model.architecture], image_size=model.image_size, window=model.window)
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,
@@ -204,6 +210,8 @@ def attention_choice(
         ValueError: if the config names a backend that does not run here: with what it lacks and the
             cure.
     """
+    if isinstance(encoder, SwinTransformer):
+        return AttentionChoice("sdpa", "in windows with a mask, which torch's own attention takes")
     if not isinstance(encoder, VisionTransformer):
         return AttentionChoice("none", f"{config.model.architecture} has no attention")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]

@@ -19,6 +19,7 @@ from fastmoco.config import AccuracyConfig, Config, DataConfig
 from fastmoco.config.labelled import labelled_batch
 from fastmoco.config.serial import from_json
 from fastmoco.models.encoder import trunk_of
+from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.training import setup
 from fastmoco.training.accuracies import read_accuracies
 from fastmoco.training.encoder_source import EncoderSource
@@ -36,6 +37,9 @@ class OfficialOptions:
         epochs: passes over the training images.
         batch_size: 0: `labelled_batch`.
         crop_min: as of `probe_view`.
+        warmup_epochs: of the learning rate; 0 in the official protocol.
+        label_smoothing: share of a target that is spread over all classes; 0 there.
+        nesterov: whether SGD has Nesterov's momentum; not there.
         seed: of the classifier, the order and the crops.
     """
 
@@ -44,6 +48,9 @@ class OfficialOptions:
     epochs: int = 90
     batch_size: int = 0
     crop_min: float | None = None
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    nesterov: bool = False
     seed: int = 0
 
 
@@ -92,6 +99,8 @@ def official_config(
         images = len(sets.train.shards)
         for note in sets.notes:
             tell(f"warning: {note}")
+    own = recipe.objective
+    assert isinstance(own, SupervisedConfig)  # noqa: S101 - a type: that of every linear probe
     lr = official_lr(source.encoder) if options.lr is None else options.lr
     batch = options.batch_size or labelled_batch(images)
     config = replace(
@@ -101,7 +110,14 @@ def official_config(
         log_every_steps=log_every(images // batch),
         seed=options.seed,
         model=model_config(source),
-        optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),
+        objective=replace(own, label_smoothing=options.label_smoothing),
+        optim=replace(
+            recipe.optim,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            warmup_epochs=options.warmup_epochs,
+            nesterov=options.nesterov,
+        ),
         data=replace(
             data,
             shards=train,
@@ -148,6 +164,9 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
             "batch_size": config.global_batch_size,
             "seed": config.seed,
             "momentum": config.optim.sgd_momentum,
+            "nesterov": config.optim.nesterov,
+            "warmup_epochs": config.optim.warmup_epochs,
+            "label_smoothing": getattr(config.objective, "label_smoothing", 0.0),
             "crop_scale": config.data.view1.crop_scale,
             "flip_probability": config.data.view1.flip_probability,
             "precision": config.precision,

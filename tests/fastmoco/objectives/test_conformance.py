@@ -54,7 +54,10 @@ RESNET = replace(
     model=replace(CONFIG.model, architecture="resnet_nano", patch_size=16, image_size=16),
     data=replace(CONFIG.data, view1=SMALL, view2=SMALL),
 )
-TRUNKS = {"vit": CONFIG, "resnet": RESNET}
+SWIN_MODEL = {"architecture": "swin_nano", "patch_size": 16, "window": 2, "drop_path": 0.5}
+SWIN = replace(CONFIG, model=replace(CONFIG.model, **SWIN_MODEL))  # type: ignore[arg-type]
+"""Maps of 4 x 4 and 2 x 2 tokens: the windows of the first stage are shifted."""
+TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN}
 every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
@@ -103,6 +106,14 @@ RESNET_ENCODER = [
     "layer*.downsample.1.bias",
     "layer*.downsample.1.weight",
 ]
+SWIN_ENCODER = [
+    f"layers.{stage}.{name}"
+    for stage in (0, 1)
+    for name in (*ENCODER[:12], "blocks.*.attn.relative_position_bias_table")
+]
+SWIN_ENCODER += [f"layers.0.downsample.{name}" for name in ("norm.bias", "norm.weight")]
+SWIN_ENCODER += [f"patch_embed.{name}" for name in ("norm.bias", "norm.weight")]
+SWIN_ENCODER += ["layers.0.downsample.reduction.weight", *ENCODER[13:17]]
 NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": ENCODER + PROJECTOR,
@@ -166,7 +177,22 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
+    known["moby"] = {
+        **dict.fromkeys(
+            ("encoder", "momentum_encoder"), trunk + [f"head.{name}" for name in MOBY_HEAD]
+        ),
+        "predictor": MOBY_HEAD,
+    }
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
+SWIN_NAMES = {
+    kind: {
+        network: SWIN_ENCODER + names[len(ENCODER) :] if names[: len(ENCODER)] == ENCODER else names
+        for network, names in known.items()
+    }
+    for kind, known in NAMES.items()
+}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
@@ -177,17 +203,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
+    "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl", "mae", "supmae"}
-"""Objectives that read every block of a ViT, or leave out tokens; on a ResNet they are refused."""
+"""Objectives that read every block of a ViT, or leave out tokens; on others they are refused."""
 OWN_MASKS = {"mae", "supmae"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
-    if kind.kind in ONLY_VIT and base is RESNET:
+    if kind.kind in ONLY_VIT and base in (RESNET, SWIN):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
@@ -507,7 +534,7 @@ def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Conf
 @every_trunk
 @every_objective
 def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
-    known = RESNET_NAMES if base is RESNET else NAMES
+    known = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES}.get(id(base), NAMES)
     check_names(config_of(kind, base), known.get(kind.kind))
 
 
