@@ -27,7 +27,12 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
-from fastmoco.recipes.moby import moby_deit_s16_e300_b512, moby_digits, moby_nano7_e12_b256
+from fastmoco.recipes.moby import (
+    moby_deit_s16_e300_b512,
+    moby_digits,
+    moby_nano7_e12_b256,
+    moby_swin_t4_e300_b512,
+)
 from fastmoco.recipes.moco import (
     moco_digits,
     moco_nano7_e12_b256,
@@ -179,6 +184,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         moco_nano7_e12_b256,
         moco_digits,
         moby_deit_s16_e300_b512,
+        moby_swin_t4_e300_b512,
         moby_nano7_e12_b256,
         moby_digits,
         simsiam_vit_s16_e300_b4096,
