@@ -29,7 +29,7 @@ KINDS = {"lr_scaling": Scaling, "schedule": Schedule}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters; docs/optimizers.md compares them."""
+    """The optimizer; docs/optimizers.md compares them."""
 
     name: Literal["adamw", "lars", "lamb", "sgd", "larc"] = "adamw"
     """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`
@@ -47,20 +47,18 @@ class OptimConfig:
     schedule: Annotated[Schedule, Resume.WITH_ALLOW] = "cosine"
     """Linear warm-up, then half a cosine. `cosine` follows the fractional epoch (MoCo v3, BYOL).
     `cosine_steps` counts whole steps of warm-up and run (SimCLR). `cosine_inclusive` reaches the
-    peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_unshifted` is a
-    part of the cosine of the whole run, warm-up included, one step late (MoBY).
-    `cosine_per_epoch` is constant within an epoch (linear probes). `steps` stays at the peak after
-    the warm-up, and is multiplied by `milestone_factor` at each of `milestones` (MoCo v1)."""
+    peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_unshifted` begins
+    its cosine with the run, and is one step late (MoBY). `cosine_per_epoch` is constant within an
+    epoch (linear probes). `steps` stays at the peak after the warm-up, and is multiplied by
+    `milestone_factor` at each of `milestones` (MoCo v1)."""
     milestones: Annotated[tuple[float, ...], Resume.WITH_ALLOW] = ()
     """Epochs at which the learning rate falls, ascending. Only for `steps`."""
     milestone_factor: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Factor of the learning rate at each of `milestones`."""
     warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate of the first step of the warm-up, not scaled. Only for `cosine_inclusive` and
-    `cosine_unshifted`."""
+    """Learning rate of the first step of the warm-up, not scaled. Only for the two of SwAV and MoBY."""
     final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate to which the cosine falls, not scaled. Only for `cosine_inclusive` and
-    `cosine_unshifted`."""
+    """Learning rate to which the cosine falls, not scaled. Only for the same two."""
     lr_in_buffer: Annotated[bool, Resume.WITH_ALLOW] = False
     """LARS: multiply the learning rate into the momentum buffer, as SimCLR does, and not into the
     step, as MoCo v3 and BYOL do."""

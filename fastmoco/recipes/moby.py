@@ -1,4 +1,4 @@
-"""MoBY on vision transformers: its numbers, and its recipes."""
+"""MoBY on DeiT-S and Swin-T: its numbers, and its recipes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,26 @@ class MoBYConfig(ObjectiveConfig):
 @expects(Expected(linear=72.8, source=f"{RELEASE} of MoBY"))
 def moby_deit_s16_e300_b512() -> Config:
     """MoBY with ViT-S/16 of 6 heads (DeiT-S) on ImageNet, 300 epochs, batch 512."""
+    model = ModelConfig(
+        architecture="deit_small", positions="learned", freeze_patch_embed=False, drop_path=0.2
+    )
+    return _e300_b512("moby_deit_s16_e300_b512", model)
+
+
+@expects(Expected(linear=75.3, source=f"{RELEASE} of MoBY"))
+def moby_swin_t4_e300_b512() -> Config:
+    """MoBY with Swin-T, patches of 4 and windows of 7, on ImageNet, 300 epochs, batch 512."""
+    model = ModelConfig(architecture="swin_tiny", drop_path=0.2)
+    return _e300_b512("moby_swin_t4_e300_b512", model)
+
+
+def _e300_b512(recipe: str, model: ModelConfig) -> Config:
+    """What the official runs share; the views are those of MoCo v3."""
     return Config(
-        recipe="moby_deit_s16_e300_b512",
+        recipe=recipe,
         epochs=300,
         global_batch_size=512,
-        model=ModelConfig(
-            architecture="deit_small",
-            positions="learned",
-            freeze_patch_embed=False,
-            drop_path=0.2,
-        ),
+        model=model,
         objective=MoBYConfig(),
         optim=OptimConfig(
             lr=5e-4,
