@@ -23,7 +23,18 @@ Architecture = Literal[
     "resnet34",
     "resnet18",
     "resnet_nano",
+    "convnextv2_micro",
+    "convnextv2_atto",
+    "convnextv2_femto",
+    "convnextv2_pico",
+    "convnextv2_nano",
+    "convnextv2_tiny",
+    "convnextv2_base",
+    "convnextv2_large",
+    "convnextv2_huge",
 ]
+Family = Literal["vit", "resnet", "convnextv2"]
+"""Kind of a trunk, by which a method chooses its heads."""
 AttentionBackend = Literal[
     "auto",
     "sdpa",
@@ -53,22 +64,46 @@ KINDS = {
     "momentum_linears": Linears,
     "blocks": Blocks,
 }
-ONLY_VIT = {
-    "patch_size": "it has no patches",
-    "pooling": "its feature is the mean over positions",
-    "positions": "it has no positions",
-    "mlp_norm": "it has no MLP",
-    "freeze_patch_embed": "it has no patch projection, and all of it trains",
-    "drop_path": "stochastic depth is that of a ViT",
-    "keep_tokens": "it has no tokens",
-    "patch_schedule": "it has no patches",
-    "attention": "it has no attention",
-    "linears": "it multiplies by convolutions",
-    "momentum_linears": "it multiplies by convolutions",
-    "compile": "its convolutions are kernels of a library already",
-    "blocks": "fused blocks are those of a ViT",
+ONLY_RESNET = {"zero_residual": "it has no norms at the end of its branches"}
+NAMES: dict[Family, str] = {"vit": "ViT", "resnet": "ResNet", "convnextv2": "ConvNeXt V2"}
+"""How messages call a kind of trunk."""
+UNREAD: dict[Family, dict[str, str]] = {
+    "vit": ONLY_RESNET,
+    "resnet": {
+        "patch_size": "it has no patches",
+        "pooling": "its feature is the mean over positions",
+        "positions": "it has no positions",
+        "mlp_norm": "it has no MLP",
+        "freeze_patch_embed": "it has no patch projection, and all of it trains",
+        "drop_path": "stochastic depth is that of a ViT",
+        "keep_tokens": "it has no tokens",
+        "patch_schedule": "it has no patches",
+        "attention": "it has no attention",
+        "linears": "it multiplies by convolutions",
+        "momentum_linears": "it multiplies by convolutions",
+        "compile": "its convolutions are kernels of a library already",
+        "blocks": "fused blocks are those of a ViT",
+    },
+    "convnextv2": {
+        **ONLY_RESNET,
+        "patch_size": "the patches of its stem are those of the architecture",
+        "pooling": "its feature is the norm of the mean over positions",
+        "positions": "it has no positions",
+        "mlp_norm": "its norms are layer norms",
+        "freeze_patch_embed": "its stem trains",
+        "keep_tokens": "it has no tokens",
+        "patch_schedule": "the patches of its stem are those of the architecture",
+        "attention": "it has no attention",
+        "linears": "float8 is for the blocks of a ViT",
+        "momentum_linears": "float8 is for the blocks of a ViT",
+        "compile": "compiled blocks are those of a ViT",
+        "blocks": "fused blocks are those of a ViT",
+    },
 }
-"""Fields that a ResNet does not read, and why. They must keep their defaults."""
+"""Fields that an encoder does not read, and why. They must keep their defaults."""
+LEAST_SIDE = {"convnextv2": 32, "convnextv2_micro": 16}
+"""Pixels per side of the smallest image that leaves a position, by architecture, else by family;
+else 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +134,9 @@ class ModelConfig:
     """Keep the patch projection of a ViT at its random start values, as MoCo v3 does for stability.
     No effect on the convolutional stem and on ResNets, which always train."""
     drop_path: float = 0.0
-    """Rate of stochastic depth of the last block of a ViT in training; it rises linearly from 0 at
-    the first block. Each residual branch of an image is left out with this probability."""
+    """Rate of stochastic depth of the last block of a ViT or ConvNeXt V2 in training; it rises
+    linearly from 0 at the first block. Each residual branch of an image is left out with this
+    probability."""
     zero_residual: bool = True
     """Start the last norm of each residual branch of a ResNet at zero, as in MoCo v3, BYOL and
     SimCLR. `False` starts it at one: MoCo v1 and v2, SwAV."""
@@ -144,20 +180,14 @@ class ModelConfig:
             require(value in get_args(kind), name, value, f"must be one of {get_args(kind)}")
         known = self.compile == "auto" or isinstance(self.compile, bool)
         require(known, "compile", self.compile, "must be auto, True or False")
-        if self.family == "resnet":
-            self._require_resnet()
-        rule = (
-            "has no effect on a ViT, which has no norms at the end of its branches: take "
-            "--model.zero-residual"
-        )
-        known = self.zero_residual or self.family == "resnet"
-        require(known, "zero_residual", self.zero_residual, rule)
+        self._require_read()
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
         if self.family == "vit":
             divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
             rule = f"must be a multiple of patch_size={self.patch_size}"
             require(divides, "image_size", self.image_size, rule)
-        require(self.image_size >= 1, "image_size", self.image_size, "must be at least 1 pixel")
+        rule = f"must be at least {self.least_side} for {self.architecture}"
+        require(self.image_size >= self.least_side, "image_size", self.image_size, rule)
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "must be in [0, 1)")
         require(
             self.projection_dim >= 2, "projection_dim", self.projection_dim, "must be at least 2"
@@ -205,9 +235,14 @@ class ModelConfig:
             require(self.compile is not True, "compile", self.compile, rule)
 
     @property
-    def family(self) -> Literal["vit", "resnet"]:
+    def family(self) -> Family:
         """Kind of the encoder."""
-        return "resnet" if self.architecture.startswith("resnet") else "vit"
+        return next((kind for kind in UNREAD if self.architecture.startswith(kind)), "vit")
+
+    @property
+    def least_side(self) -> int:
+        """Pixels per side of the smallest image that the encoder takes."""
+        return LEAST_SIDE.get(self.architecture, LEAST_SIDE.get(self.family, 1))
 
     @property
     def phases(self) -> Phases:
@@ -237,21 +272,24 @@ class ModelConfig:
             rule = "the patches of the conv stem have 16 pixels: use a ViT with linear patches"
             require(False, "patch_schedule", self.patch_schedule, rule)
 
-    def _require_resnet(self) -> None:
-        """Refuse what would have no effect on a ResNet."""
+    def _require_read(self) -> None:
+        """Refuse what would have no effect on this kind of encoder."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name, reason in ONLY_VIT.items():
+        trunk = "a ViT" if self.family == "vit" else self.architecture
+        for name, reason in UNREAD[self.family].items():
             value, default = getattr(self, name), defaults[name]
             # Without compiled blocks, False is what `auto` chooses.
             unread = value == default or (name == "compile" and value is False)
             option = f"--model.{name.replace('_', '-')}"
+            others = [family for family, unread in UNREAD.items() if name not in unread]
             rule = (
-                f"has no effect on {self.architecture}, because {reason}: take {option} {default}, "
-                "or a ViT"
+                f"has no effect on {trunk}, because {reason}: take {option} {default}, or a "
+                f"{' or a '.join(NAMES[family] for family in others)}"
             )
             require(unread, name, value, rule)
         rule = (
-            f"recomputes layer norms and GELU, which {self.architecture} does not have: "
+            f"chooses parts of a ViT's blocks, which {self.architecture} does not have: "
             "use full or none"
         )
-        require(self.checkpointing != "selective", "checkpointing", self.checkpointing, rule)
+        selective = self.checkpointing == "selective" and self.family != "vit"
+        require(not selective, "checkpointing", self.checkpointing, rule)

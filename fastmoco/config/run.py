@@ -175,6 +175,9 @@ class Config:
         for number, view in enumerate(self.data.more_views):
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)
+            least = self.model.least_side
+            above = f"must be at least {least} for {self.model.architecture}"
+            require(view.size >= least, f"data.more_views.{number}.size", view.size, above)
         self._require_phases()
         rule = "needs data.images, a folder that can be split; shards are packed already"
         splits = not self.knn.holdout_share or bool(self.data.images)

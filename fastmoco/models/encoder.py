@@ -9,8 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-Family = Literal["vit", "resnet"]
-"""Kind of a trunk, by which a method chooses its heads."""
+from fastmoco.config.model import Family as Family
 
 
 class Coupling(StrEnum):
@@ -93,7 +92,7 @@ class Encoder(Protocol):
 class TokenEncoder(Encoder, Protocol):
     """An encoder that turns images into tokens before its blocks, as a ViT does.
 
-    Objectives use more than a call only where the trunk couples no images.
+    Objectives use more than a call only where the trunk couples no images and has these methods.
     """
 
     tokens: int

@@ -13,6 +13,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
@@ -116,7 +117,7 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet) and _trains(network):
+        elif isinstance(network, ResNet | ConvNeXtV2) and _trains(network):
             network.recompute(model.checkpointing)
     if model.momentum_linears == "float8" and all(_trains(encoder) for encoder in encoders):
         raise ValueError(
@@ -126,7 +127,7 @@ def build_model(config: Config) -> Objective:
     for encoder in encoders:
         _in_form(encoder, model)
     if model.drop_path and _trains(objective.encoder):
-        depth = len(objective.encoder.blocks)
+        depth = len(objective.encoder.parts().blocks)
         objective.path_draws = PathDraws(model.drop_path, depth, config.seed)
     objective.phases = model.phases
     if objective.phases.drops_tokens:
@@ -142,6 +143,8 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
             image_size=model.image_size,
             zero_residual=model.zero_residual,
         )
+    if model.family == "convnextv2":
+        return partial(CONVNEXTS[model.architecture], image_size=model.image_size)
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,

@@ -223,6 +223,8 @@ def _choose_for_blocks(
         )
     if config.model.family == "resnet":
         return CompileChoice(False, "a ResNet's convolutions are kernels of a library already")
+    if config.model.family == "convnextv2":
+        return CompileChoice(False, "compiled blocks are those of a ViT")
     if config.model.mlp_norm == "batch":
         return CompileChoice(False, "mlp_norm=batch exchanges statistics inside the blocks")
     if config.model.blocks != "fused":

@@ -12,13 +12,14 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import Pooling, Positions
 from fastmoco.models.encoder_file import (
     CUSTOM,
+    NAMED,
     Description,
     EncoderDescription,
-    ResNetDescription,
+    NamedDescription,
+    Trunk,
     build_with,
 )
-from fastmoco.models.resnet import RESNETS, ResNet
-from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.fitting import fit_encoder
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -33,7 +34,7 @@ from fastmoco.models.weights.reading import read_weights
 class ForeignEncoder(NamedTuple):
     """An encoder from a file of weights."""
 
-    encoder: VisionTransformer | ResNet
+    encoder: Trunk
     """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     description: Description
     """Its sizes, and how images are resized, cropped and normalised."""
@@ -81,10 +82,11 @@ def describe(weights: EncoderWeights) -> Description:
 
     Raises:
         CheckpointError: if a ViT's file does not show its number of heads or has no positions, or
-            a ResNet is none of ours.
+            another trunk is none of ours.
     """
-    if weights.family == "resnet":
-        return _describe_resnet(weights)
+    for kind in NAMED:
+        if weights.family == kind.family:
+            return _describe_named(weights, kind)
     sizes, heads = weights.sizes(), require_heads(weights)
     trunk = weights.trunk
     positions: Positions = "none"
@@ -124,16 +126,17 @@ def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
     return "norm_mean" if "norm.weight" in trunk else "mean"
 
 
-def _describe_resnet(weights: EncoderWeights) -> ResNetDescription:
+def _describe_named(weights: EncoderWeights, kind: type[NamedDescription]) -> NamedDescription:
     """The architecture whose tensors have these names and shapes."""
     own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
-    for name, architecture in RESNETS.items():
+    for name, architecture in kind.known.items():
         with torch.device("meta"):
             target = architecture().state_dict()
         if own == {key: tensor.shape for key, tensor in target.items() if not _counts(key)}:
-            return ResNetDescription(architecture=name, image=weights.image)
+            return kind(architecture=name, image=weights.image)
     raise CheckpointError(
-        f"{weights.source} ({weights.format}) is none of {', '.join(RESNETS)}, which fastmoco has"
+        f"{weights.source} ({weights.format}) is none of {', '.join(kind.known)}, which fastmoco "
+        "has"
     )
 
 

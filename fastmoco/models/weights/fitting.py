@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.encoder import trunk_of
 from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.foreign import (
@@ -31,7 +32,7 @@ from fastmoco.models.weights.foreign import (
     require_heads,
     vit_sizes,
 )
-from fastmoco.models.weights.names import some
+from fastmoco.models.weights.names import find_format, some
 
 Positions = Literal["sincos", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
@@ -101,7 +102,7 @@ def fit_encoder(
         target: its state dict with head; tensors may be on the meta device.
         weights: of a file.
         positions: of the encoder.
-        heads: its attention heads; None for a ResNet.
+        heads: its attention heads; None for a trunk without.
 
     Raises:
         CheckpointError: naming the file, what did not match, and the cure.
@@ -186,7 +187,7 @@ def _fit_positions(
     fit: Fit,
 ) -> None:
     source, found = weights.source, weights.trunk.get("pos_embed")
-    if found is None and weights.family == "resnet":
+    if found is None and weights.family != "vit":
         return  # reported with the other tensors
     if found is None:
         raise CheckpointError(
@@ -224,7 +225,7 @@ def _fit_positions(
 
 
 def _require_heads(weights: EncoderWeights, heads: int | None, fit: Fit) -> None:
-    if weights.family == "resnet" or heads is None:
+    if weights.family != "vit" or heads is None:
         return
     if weights.heads is None and heads_differ(weights):
         require_heads(weights)
@@ -240,15 +241,17 @@ def _require_heads(weights: EncoderWeights, heads: int | None, fit: Fit) -> None
 
 def _cure(trunk: Mapping[str, Tensor], weights: EncoderWeights) -> str:
     """What to do about an encoder of another kind or size."""
-    of_run = "vit" if any(name.startswith("blocks.") for name in trunk) else "resnet"
-    kinds = {"vit": "a ViT", "resnet": "a ResNet"}
+    known = find_format(trunk)
+    of_run = weights.family if known is None else known[0].family
     if of_run != weights.family:
         return (
-            f"The file is {kinds[weights.family]}, the encoder of the run {kinds[of_run]}: choose "
-            "another --model.architecture"
+            f"The file is a {TRUNK_NAMES[weights.family]}, the encoder of the run a "
+            f"{TRUNK_NAMES[of_run]}: choose another --model.architecture"
         )
     if of_run == "resnet":
         return "The file is another ResNet: choose --model.architecture resnet18, 34 or 50"
+    if of_run != "vit":
+        return f"The file is another {TRUNK_NAMES[of_run]}: choose its --model.architecture"
     theirs, ours = weights.sizes(), vit_sizes(trunk, "the run")
     if (theirs.width, theirs.depth, theirs.stem) != (ours.width, ours.depth, ours.stem):
         names = [

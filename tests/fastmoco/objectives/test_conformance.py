@@ -54,7 +54,10 @@ RESNET = replace(
     model=replace(CONFIG.model, architecture="resnet_nano", patch_size=16, image_size=16),
     data=replace(CONFIG.data, view1=SMALL, view2=SMALL),
 )
-TRUNKS = {"vit": CONFIG, "resnet": RESNET}
+CONVNEXT = replace(
+    RESNET, model=replace(RESNET.model, architecture="convnextv2_micro", drop_path=0.3)
+)
+TRUNKS = {"vit": CONFIG, "resnet": RESNET, "convnext": CONVNEXT}
 every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
@@ -103,6 +106,22 @@ RESNET_ENCODER = [
     "layer*.downsample.1.bias",
     "layer*.downsample.1.weight",
 ]
+CONVNEXT_ENCODER = [
+    f"stages.{stage}.0.{layer}.{kind}"
+    for stage in range(4)
+    for layer in ("dwconv", "norm", "pwconv1", "pwconv2")
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += [
+    f"stages.{stage}.0.grn.{kind}" for stage in range(4) for kind in ("gamma", "beta")
+]
+CONVNEXT_ENCODER += [
+    f"downsample_layers.{stage}.{layer}.{kind}"
+    for stage in range(4)
+    for layer in (0, 1)
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += ["norm.bias", "norm.weight"]
 NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": ENCODER + PROJECTOR,
@@ -153,6 +172,13 @@ NAMES["moco"] = {
     for network in ("encoder", "momentum_encoder")
 }
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
+CONVNEXT_NAMES = {
+    kind: {
+        network: CONVNEXT_ENCODER + names[len(ENCODER) :] if "cls_token" in names else names
+        for network, names in known.items()
+    }
+    for kind, known in NAMES.items()
+}
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
@@ -164,12 +190,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl"}
-"""Objectives that read every block of a ViT; on a ResNet they are refused."""
+"""Objectives that read every block of a ViT; on other trunks they are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
-    if kind.kind in ONLY_VIT and base is RESNET:
+    if kind.kind in ONLY_VIT and base in (RESNET, CONVNEXT):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs the blocks of a ViT")
@@ -480,7 +506,7 @@ def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Conf
 @every_trunk
 @every_objective
 def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
-    known = RESNET_NAMES if base is RESNET else NAMES
+    known = {id(RESNET): RESNET_NAMES, id(CONVNEXT): CONVNEXT_NAMES}.get(id(base), NAMES)
     check_names(config_of(kind, base), known.get(kind.kind))
 
 
