@@ -168,7 +168,7 @@ class ConvNeXtV2(nn.Module):
         )
         self.norm = LayerNorm(self.embed_dim, eps=EPS)
         self.head: nn.Module = nn.Identity()
-        self.apply(_start)
+        self.apply(start_)
 
     def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] images -> [B, E] features, at least float32.
@@ -338,8 +338,8 @@ def _blocks_of(stage: nn.Module) -> list[ConvNeXtV2Block]:
     return [block for block in stage.children() if isinstance(block, ConvNeXtV2Block)]
 
 
-def _start(module: nn.Module) -> None:
-    """The start values of a layer."""
+def start_(module: nn.Module) -> None:
+    """Give a convolution or linear layer its start values; no effect on other modules."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.normal_(module.weight, std=INIT_STD)
         assert module.bias is not None  # noqa: S101 - a type: all layers have biases
