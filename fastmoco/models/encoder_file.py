@@ -24,6 +24,7 @@ from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
+from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2, ConvNeXtV2Architecture
 from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet, ResNetArchitecture
 from fastmoco.models.swin import SWINS, SwinArchitecture, SwinTransformer
@@ -32,7 +33,7 @@ from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
-Trunk: TypeAlias = VisionTransformer | ResNet | SwinTransformer
+Trunk: TypeAlias = VisionTransformer | ResNet | SwinTransformer | ConvNeXtV2
 """The encoders of fastmoco."""
 CHANNELS = 3
 EVALUATED = "evaluated"
@@ -63,6 +64,7 @@ IN_HEADER = {
     "mean": "patch_mean",
     "norm_mean": "patch_mean_after_norm",
     "sincos": "sincos_2d_fixed_stored",
+    "sincos_columns": "sincos_2d_columns_first_fixed_stored",
     "learned": "learned",
     "none": "none",
 }
@@ -84,7 +86,7 @@ class EncoderDescription:
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
         pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
-        positions: "sincos", "learned" or "none".
+        positions: "sincos", "sincos_columns", "learned" or "none".
         mlp_norm: "layer" or "batch".
     """
 
@@ -255,7 +257,7 @@ class NamedDescription:
     image: EvalSpec
 
     family: ClassVar[Family]
-    known: ClassVar[Mapping[str, ResNetArchitecture | SwinArchitecture]]
+    known: ClassVar[Mapping[str, ResNetArchitecture | SwinArchitecture | ConvNeXtV2Architecture]]
     """Architectures of the family, by name."""
     pooling: ClassVar[str] = "mean"
     heads: ClassVar[int | None] = None
@@ -311,7 +313,7 @@ class NamedDescription:
                 )
         return found
 
-    def build(self) -> ResNet | SwinTransformer:
+    def build(self) -> ResNet | SwinTransformer | ConvNeXtV2:
         """An encoder with random weights."""
         return self.known[self.architecture](image_size=self.image.size)
 
@@ -366,7 +368,20 @@ class SwinDescription(NamedDescription):
         return SWINS[self.architecture](image_size=self.image.size, window=self.window)
 
 
-NAMED: tuple[type[NamedDescription], ...] = (ResNetDescription, SwinDescription)
+class ConvNeXtV2Description(NamedDescription):
+    """That of a ConvNeXt V2."""
+
+    __slots__ = ()
+    family = "convnextv2"
+    known = CONVNEXTS
+    pooling = "mean_before_norm"
+
+
+NAMED: tuple[type[NamedDescription], ...] = (
+    ResNetDescription,
+    SwinDescription,
+    ConvNeXtV2Description,
+)
 """Descriptions of trunks whose architecture says all."""
 Description: TypeAlias = EncoderDescription | NamedDescription
 

@@ -1,7 +1,7 @@
 """The names of the tensors of an encoder in the formats of other packages, as tables.
 
 Our names are those of timm for a ViT, of torchvision for a ResNet and of the published files for a
-Swin. A row of a table pairs one of our names with one or several of the other format;
+Swin and a ConvNeXt V2. A row of a table pairs one of our names with one or several of the other format;
 several are the parts of ours along its first dimension (q, k and v of `qkv`). `{i}` and `{s}` stand
 for a number, `{s-1}` for the number before it, `{p}` for weight or bias, `{b}` for any tensor of a
 norm. The same table serves both directions.
@@ -68,6 +68,17 @@ SWIN = (
 )
 """Our names of a Swin's trunk: those of the published files."""
 
+CONVNEXTV2 = (
+    "downsample_layers.{s}.{i}.{p}",
+    "stages.{s}.{i}.dwconv.{p}",
+    "stages.{s}.{i}.norm.{p}",
+    "stages.{s}.{i}.pwconv{c}.{p}",
+    "stages.{s}.{i}.grn.gamma",
+    "stages.{s}.{i}.grn.beta",
+    "norm.{p}",
+)
+"""Our names of a ConvNeXt V2's trunk: those of the published files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -94,6 +105,18 @@ class Format:
         return set(self.signs) <= set(names)
 
 
+DECODER_OF_MAE = {
+    "mask_token": "decoder",
+    "decoder_pos_embed": "decoder",
+    "decoder_embed.{p}": "decoder",
+    **{
+        f"decoder_blocks.{{i}}.{layer}.{{p}}": "decoder"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    },
+    "decoder_norm.{p}": "decoder",
+    "decoder_pred.{p}": "decoder",
+}
+"""What is beside the encoder in a published checkpoint of MAE."""
 HEAD_OF_DINO = {
     "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
@@ -111,6 +134,7 @@ TIMM_VIT = Format(
         "pre_logits.fc.{p}": "layer before the classifier",
         "head.{i}.{b}": "projector",
         **HEAD_OF_DINO,
+        **DECODER_OF_MAE,
     },
     signs=("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),
 )
@@ -240,6 +264,13 @@ PUBLISHED_SWIN = Format(
     },
     signs=("patch_embed.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
 )
+PUBLISHED_CONVNEXTV2 = Format(
+    name="ConvNeXt V2",
+    family="convnextv2",
+    rows=tuple((name, name) for name in CONVNEXTV2),
+    beside={"head.{p}": "classifier", "head.{i}.{b}": "projector", **HEAD_OF_DINO},
+    signs=("downsample_layers.0.0.weight", "stages.0.0.grn.gamma"),
+)
 FORMATS = (
     TIMM_VIT,
     TORCHVISION_VIT,
@@ -248,6 +279,7 @@ FORMATS = (
     TORCHVISION_RESNET,
     HF_RESNET,
     PUBLISHED_SWIN,
+    PUBLISHED_CONVNEXTV2,
 )
 
 FULL_STATE = "full state of fastmoco"

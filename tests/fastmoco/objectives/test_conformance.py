@@ -28,7 +28,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import OBJECTIVES, build_objective
 from fastmoco.objectives.chunk_graphs import ChunkGraphs
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.objectives.interface import Coupling, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import Coupling, Objective, Output, Progress
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
@@ -57,7 +57,10 @@ RESNET = replace(
 SWIN_MODEL = {"architecture": "swin_nano", "patch_size": 16, "window": 2, "drop_path": 0.5}
 SWIN = replace(CONFIG, model=replace(CONFIG.model, **SWIN_MODEL))  # type: ignore[arg-type]
 """Maps of 4 x 4 and 2 x 2 tokens: the windows of the first stage are shifted."""
-TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN}
+CONVNEXT = replace(
+    RESNET, model=replace(RESNET.model, architecture="convnextv2_micro", drop_path=0.3)
+)
+TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
 every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
@@ -114,6 +117,22 @@ SWIN_ENCODER = [
 SWIN_ENCODER += [f"layers.0.downsample.{name}" for name in ("norm.bias", "norm.weight")]
 SWIN_ENCODER += [f"patch_embed.{name}" for name in ("norm.bias", "norm.weight")]
 SWIN_ENCODER += ["layers.0.downsample.reduction.weight", *ENCODER[13:17]]
+CONVNEXT_ENCODER = [
+    f"stages.{stage}.0.{layer}.{kind}"
+    for stage in range(4)
+    for layer in ("dwconv", "norm", "pwconv1", "pwconv2")
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += [
+    f"stages.{stage}.0.grn.{kind}" for stage in range(4) for kind in ("gamma", "beta")
+]
+CONVNEXT_ENCODER += [
+    f"downsample_layers.{stage}.{layer}.{kind}"
+    for stage in range(4)
+    for layer in (0, 1)
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += ["norm.bias", "norm.weight"]
 NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": ENCODER + PROJECTOR,
@@ -163,14 +182,31 @@ NAMES["moco"] = {
     network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
     for network in ("encoder", "momentum_encoder")
 }
-NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
-SWIN_NAMES = {
-    kind: {
-        network: SWIN_ENCODER + names[len(ENCODER) :] if names[: len(ENCODER)] == ENCODER else names
-        for network, names in known.items()
-    }
-    for kind, known in NAMES.items()
+TRUNK_BLOCK = [name.removeprefix("blocks.*.") for name in ENCODER if name.startswith("blocks.")]
+NAMES["mae"] = {
+    "encoder": ENCODER,
+    "decoder": [
+        *(f"blocks.*.{name}" for name in TRUNK_BLOCK),
+        *(f"{layer}.{kind}" for layer in ("embed", "norm", "pred") for kind in ("weight", "bias")),
+        "mask_token",
+        "pos_embed",
+    ],
 }
+NAMES["supmae"] = {
+    **NAMES["mae"],
+    "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
+}
+NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
+SWIN_NAMES, CONVNEXT_NAMES = (
+    {
+        kind: {
+            network: trunk + names[len(ENCODER) :] if "cls_token" in names else names
+            for network, names in known.items()
+        }
+        for kind, known in NAMES.items()
+    }
+    for trunk in (SWIN_ENCODER, CONVNEXT_ENCODER)
+)
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
@@ -178,19 +214,24 @@ for good."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
+    "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
+    "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl"}
-"""Objectives that read every block of a ViT; on others they are refused."""
+ONLY_VIT = {"sdssl", "mae", "supmae"}
+"""Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
+refused."""
+OWN_MASKS = {"mae", "supmae"}
+"""Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
-    if kind.kind in ONLY_VIT and base in (RESNET, SWIN):
+    if kind.kind in ONLY_VIT and base in (RESNET, SWIN, CONVNEXT):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
-        pytest.skip(f"{kind.kind} needs the blocks of a ViT")
+        pytest.skip(f"{kind.kind} needs a ViT")
     view2 = base.data.view2
     if _class_of(kind).view_count == 1:
         view2 = replace(view2, copies=0)
@@ -316,7 +357,7 @@ def check_features(config: Config) -> None:
     objective, views = rough(config), views_of(config)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     objective.choices(AT)
-    inputs = Inputs(views, **rest_of(objective))
+    inputs = objective.inputs(views, at=AT, **rest_of(objective))
     with torch.no_grad():
         first = objective.features(inputs, AT)
         second = objective.features(inputs, AT, target=False)
@@ -471,6 +512,15 @@ def test_tokens_are_dropped_alike_in_every_pass(kind: type[ObjectiveConfig]) -> 
     def having(**model: Any) -> Config:
         return replace(plain, model=replace(plain.model, **model))
 
+    if plain.objective.kind in OWN_MASKS:
+        for name, value in (
+            ("keep_tokens", "0.5"),
+            ("patch_schedule", f"{2 * patch}@0,{patch}@0.5"),
+        ):
+            with pytest.raises(ValueError, match=rf"model\.{name}=.*by its own ratio"):
+                build_objective(having(**{name: value}), torch.device("cpu"))
+        pytest.skip(f"{plain.objective.kind} masks patches itself")
+
     dropping = having(keep_tokens="0.5", drop_path=0.5)
     for config in (dropping, having(patch_schedule=f"{2 * patch}@0,{patch}@0.5")):
         check_reference(config)
@@ -498,7 +548,8 @@ def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Conf
 @every_trunk
 @every_objective
 def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
-    known = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES}.get(id(base), NAMES)
+    others = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES, id(CONVNEXT): CONVNEXT_NAMES}
+    known = others.get(id(base), NAMES)
     check_names(config_of(kind, base), known.get(kind.kind))
 
 
