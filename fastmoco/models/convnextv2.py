@@ -101,11 +101,22 @@ class ConvNeXtV2Block(nn.Module):
         out: Tensor = x + scaled(branch, factors).permute(0, 3, 1, 2)
         return out
 
-    def plain(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Reference of `forward` of whole images, with nothing recomputed."""
-        branch = F.gelu(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1))))
-        branch = self.pwconv2(self.grn.plain(branch)).permute(0, 3, 1, 2)
-        out: Tensor = x + (branch if factors is None else branch * factors[:, None, None, None])
+    def plain(
+        self,
+        x: Tensor,
+        factors: Tensor | None = None,
+        keep: Tensor | None = None,
+        scope: Scope = "image",
+    ) -> Tensor:
+        """Reference of `forward`: every layer of its own, the mask before and after the convolution,
+        before the norms and at the end; nothing recomputed."""
+        rows = torch.ones_like(x[:, :1]) if keep is None else keep.permute(0, 3, 1, 2).to(x.dtype)
+        branch = (self.dwconv(x * rows) * rows).permute(0, 2, 3, 1)
+        branch = F.gelu(self.pwconv1(self.norm(branch))) * rows.permute(0, 2, 3, 1)
+        branch = self.pwconv2(self.grn.plain(branch, scope)).permute(0, 3, 1, 2)
+        if factors is not None:
+            branch = branch * factors[:, None, None, None]
+        out: Tensor = (x + branch) * rows
         return out
 
 
@@ -188,16 +199,18 @@ class ConvNeXtV2(nn.Module):
 
     def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """Reference of `forward`: each block in turn as the paper writes it, nothing recomputed."""
-        by_block = iter(self._by_block(paths))
-        x = images
-        for down, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = down(x)
-            for block in _blocks_of(stage):
-                x = block.plain(x, next(by_block))
-        features: Tensor = self.norm(x.flatten(2).mean(2))
+        features: Tensor = self.norm(self._map(images, paths, plain=True).flatten(2).mean(2))
         return features
 
-    def masked(self, images: Tensor, keep: Tensor, scope: Scope = "image") -> Tensor:
+    def masked(
+        self,
+        images: Tensor,
+        keep: Tensor,
+        scope: Scope = "image",
+        paths: Tensor | None = None,
+        *,
+        plain: bool = False,
+    ) -> Tensor:
         """The map after the last stage of images of which some patches are hidden, without a final
         norm (FCMAE, section 2 of the paper).
 
@@ -210,6 +223,8 @@ class ConvNeXtV2(nn.Module):
             keep: [B, H / stride * W / stride] by row, true or 1 for patches that are kept.
             scope: positions of the norms of `GRN`: "image" as the paper, or "batch" as the official
                 PyTorch release, which couples the images of a batch.
+            paths: as for a call.
+            plain: whether blocks are computed by their reference.
 
         Returns:
             [B, E, H / stride, W / stride], exactly zero where hidden.
@@ -229,7 +244,7 @@ class ConvNeXtV2(nn.Module):
             raise ValueError(
                 f"keep shape={tuple(keep.shape)}: must be {(len(images), grid[0] * grid[1])}"
             )
-        return self._map(images, None, keep.view(-1, 1, *grid), scope)
+        return self._map(images, paths, keep.view(-1, 1, *grid), scope, plain=plain)
 
     def recompute(self, what: Recompute) -> None:
         """Choose which activations the backward computes again.
@@ -281,6 +296,8 @@ class ConvNeXtV2(nn.Module):
         paths: Tensor | None,
         keep: Tensor | None = None,
         scope: Scope = "image",
+        *,
+        plain: bool = False,
     ) -> Tensor:
         """[B, E, h, w] after the last stage; `keep` [B, 1, h, w] of the same positions."""
         self._require_images(images)
@@ -297,7 +314,7 @@ class ConvNeXtV2(nn.Module):
                 x = x * fine.to(x.dtype)
                 rows = fine.permute(0, 2, 3, 1)
             for block in _blocks_of(stage):
-                x = block(x, next(by_block), rows, scope)
+                x = (block.plain if plain else block)(x, next(by_block), rows, scope)
         return x
 
     def _require_images(self, images: Tensor) -> None:

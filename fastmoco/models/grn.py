@@ -48,8 +48,9 @@ class GRN(nn.Module):
         scale = 1 + self.gamma.to(wide) * relative
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
 
-    def plain(self, x: Tensor) -> Tensor:
-        """Reference of `forward` for one image each, as the paper writes it."""
-        response = x.square().sum((1, 2), keepdim=True).sqrt()
+    def plain(self, x: Tensor, scope: Scope = "image") -> Tensor:
+        """Reference of `forward`, as the paper writes it."""
+        axes = (1, 2) if scope == "image" else (0, 1, 2)
+        response = x.square().sum(axes, keepdim=True).sqrt()
         relative = response / (response.mean(-1, keepdim=True) + EPS)
         return self.gamma * (x * relative) + self.beta + x

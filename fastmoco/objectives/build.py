@@ -17,6 +17,7 @@ from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2
 from fastmoco.models.decoder import TokenDecoder
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
+from fastmoco.models.map_decoder import MapDecoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
 from fastmoco.models.swin import SWINS, SwinTransformer
@@ -24,6 +25,7 @@ from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
+from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
 from fastmoco.objectives.moby import MoBY
@@ -38,6 +40,7 @@ from fastmoco.objectives.supmae import SupMAE
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
@@ -67,6 +70,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
     MoBYConfig: MoBY.build,
+    FCMAEConfig: FCMAE.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -128,7 +132,9 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet | SwinTransformer | ConvNeXtV2) and _trains(network):
+        elif isinstance(network, ResNet | SwinTransformer | ConvNeXtV2 | MapDecoder) and _trains(
+            network
+        ):
             network.recompute(model.checkpointing)
         elif isinstance(network, TokenDecoder):
             _decoder_in_form(network, model)

@@ -169,7 +169,7 @@ class MAE(Objective):
             count = self._patches - self.kept
             loss = masked_mean(square_errors(predictions, targets), mask, count)
             figures = torch.stack(
-                [masked_mean(figure, mask, count) for figure in _figures(predictions, targets)],
+                [masked_mean(figure, mask, count) for figure in figures_of(predictions, targets)],
                 dim=1,
             )
         return loss, latents, figures
@@ -184,7 +184,7 @@ class MAE(Objective):
         removed[rows, kept] = 0
         targets = self.targets(view)
         errors = ((predictions - targets) ** 2).mean(dim=2)
-        figures = [(f * removed).sum(1) / removed.sum(1) for f in _figures(predictions, targets)]
+        figures = [(f * removed).sum(1) / removed.sum(1) for f in figures_of(predictions, targets)]
         loss = (errors * removed).sum() / removed.sum()
         return loss, latents, torch.stack(figures, dim=1)
 
@@ -237,7 +237,7 @@ def watched(figures: Tensor, queries: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _figures(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def figures_of(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Two figures [b, L] of each patch that show a decoder that predicts no structure.
 
     The loss of predicting the mean of the patch, which a decoder that learns nothing else comes

@@ -27,6 +27,11 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.fcmae import (
+    fcmae_convnextv2_base_e800_b4096,
+    fcmae_convnextv2_tiny_e800_b4096,
+    fcmae_micro_e60_b256,
+)
 from fastmoco.recipes.mae import (
     mae_digits,
     mae_nano7_e12_b256,
@@ -224,6 +229,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        fcmae_convnextv2_tiny_e800_b4096,
+        fcmae_convnextv2_base_e800_b4096,
+        fcmae_micro_e60_b256,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

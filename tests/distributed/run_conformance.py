@@ -42,6 +42,7 @@ from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import part
 from tests.distributed.some_costs import with_some_costs
 from tests.fastmoco.objectives.test_conformance import (
+    ONLY_CONVNEXT,
     ONLY_VIT,
     TRUNKS,
     config_of,
@@ -170,7 +171,7 @@ def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")
     if trunk == "vit":
         return ("ddp", "fsdp chunked")
-    return () if kind.kind in ONLY_VIT else ("fsdp",)
+    return () if kind.kind in ONLY_VIT | ONLY_CONVNEXT else ("fsdp",)
 
 
 def scores_in_bf16(world: World) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.checkpoint import list_checkpoints, load_latest
-from fastmoco.config import Config, MoCoV3Config, ObjectiveConfig
+from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import OBJECTIVES, build_objective
 from fastmoco.objectives.chunk_graphs import ChunkGraphs
@@ -196,6 +196,18 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+NAMES["fcmae"] = {
+    "encoder": CONVNEXT_ENCODER,
+    "decoder": [
+        "mask_token",
+        *(f"{layer}.{kind}" for layer in ("proj", "pred") for kind in ("weight", "bias")),
+        *(
+            name.replace("stages.0.0.", "decoder.0.")
+            for name in CONVNEXT_ENCODER
+            if name.startswith("stages.0.0.")
+        ),
+    ],
+}
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["moby"] = {
@@ -224,6 +236,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
+    "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
@@ -231,6 +244,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ONLY_VIT = {"sdssl", "mae", "supmae"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
+ONLY_CONVNEXT = {"fcmae"}
+"""Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
 OWN_MASKS = {"mae", "supmae"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
@@ -241,6 +256,8 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
+    if kind.kind in ONLY_CONVNEXT:
+        base = on_convnext(kind, base)
     view2 = base.data.view2
     if _class_of(kind).view_count == 1:
         view2 = replace(view2, copies=0)
@@ -249,6 +266,19 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         objective=kind(**SETTINGS.get(kind.kind, {})),
         data=replace(base.data, view2=view2),
     )
+
+
+def on_convnext(kind: type[ObjectiveConfig], base: Config) -> Config:
+    """A run with a ConvNeXt V2 in place of its ViT, on images of four patches."""
+    if base is RESNET:
+        with pytest.raises(ValueError, match="must be a ConvNeXt V2"):
+            build_objective(replace(base, objective=kind()), torch.device("cpu"))
+    if base in (RESNET, CONVNEXT):
+        pytest.skip(f"{kind.kind} takes a ConvNeXt V2 in place of a ViT")
+    trunk = {"architecture": "convnextv2_micro", "image_size": 32, "drop_path": 0.0}
+    view1, view2 = (replace(view, size=32) for view in (base.data.view1, base.data.view2))
+    model = ModelConfig(**trunk, hidden_dim=32, projection_dim=8)  # type: ignore[arg-type]
+    return replace(base, model=model, data=replace(base.data, view1=view1, view2=view2))
 
 
 def _class_of(kind: type[ObjectiveConfig]) -> type[Objective]:
@@ -475,6 +505,8 @@ def check_peak(real_peaks: RealPeaks, config: Config, images: int, chunk: int) -
 def wide(kind: type[ObjectiveConfig]) -> Config:
     """Activations of a quarter of a gigabyte at 256 images."""
     base = config_of(kind, quickstart_digits())
+    if kind.kind in ONLY_CONVNEXT:
+        return replace(base, precision="fp32")
     model: dict[str, Any] = {"architecture": "vit_micro", "hidden_dim": 128, "projection_dim": 32}
     return replace(base, precision="fp32", model=replace(base.model, **model))
 
@@ -521,6 +553,8 @@ def test_tokens_are_dropped_alike_in_every_pass(kind: type[ObjectiveConfig]) -> 
     def having(**model: Any) -> Config:
         return replace(plain, model=replace(plain.model, **model))
 
+    if kind.kind in ONLY_CONVNEXT:
+        pytest.skip(f"the trunk of {kind.kind} has no tokens")
     if plain.objective.kind in OWN_MASKS:
         for name, value in (
             ("keep_tokens", "0.5"),
