@@ -26,6 +26,7 @@ from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
@@ -38,6 +39,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
@@ -64,6 +66,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SDSSLConfig: SDSSL.build,
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
+    MoBYConfig: MoBY.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

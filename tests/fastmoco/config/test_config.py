@@ -303,7 +303,7 @@ WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperatur
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
 optim.warmup_epochs optim.clip_norm optim.clip_tensor_norm optim.final_weight_decay
 optim.lr_scaling optim.schedule optim.warmup_lr optim.final_lr
-optim.lr_in_buffer optim.milestones optim.milestone_factor data.view1.* data.view2.* data.more_views"""
+optim.lr_in_buffer optim.nesterov optim.milestones optim.milestone_factor data.view1.* data.view2.* data.more_views"""
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,14 @@ NAMES["moco"] = {
     network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
     for network in ("encoder", "momentum_encoder")
 }
+MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
+    known["moby"] = {
+        **dict.fromkeys(
+            ("encoder", "momentum_encoder"), trunk + [f"head.{name}" for name in MOBY_HEAD]
+        ),
+        "predictor": MOBY_HEAD,
+    }
 TRUNK_BLOCK = [name.removeprefix("blocks.*.") for name in ENCODER if name.startswith("blocks.")]
 NAMES["mae"] = {
     "encoder": ENCODER,
@@ -217,6 +225,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
+    "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl", "mae", "supmae"}
