@@ -64,7 +64,7 @@ class MAE(Objective):
         kept: K.
 
     Raises:
-        ValueError: if the encoder is another one, or no patch would be seen.
+        ValueError: if the encoder is another one, or no patch would be seen, or none predicted.
     """
 
     view_count = 1
@@ -90,10 +90,11 @@ class MAE(Objective):
         self.coupling = Coupling.NONE
         grid = encoder.image_size // encoder.patch_size
         self.kept = kept_count(grid**2, mask_ratio)
-        if self.kept < 1:
+        if not 1 <= self.kept < grid**2:
+            few, cure = ("none", "smaller") if self.kept < 1 else ("all", "larger")
             raise ValueError(
-                f"objective.mask_ratio={mask_ratio}: shows the encoder none of the {grid**2} "
-                "patches; take a smaller share or smaller patches"
+                f"objective.mask_ratio={mask_ratio}: shows the encoder {few} of the {grid**2} "
+                f"patches; take a {cure} share"
             )
         initialise_(encoder)
         self.decoder = TokenDecoder(
@@ -152,6 +153,25 @@ class MAE(Objective):
         plain = parameter.ndim <= 1 or name.endswith(".bias")
         return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
 
+    def _seen(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The view, and the patches of it that the encoder sees.
+
+        Raises:
+            ValueError: if there is not one view of the encoder's size, with its mask.
+        """
+        if len(inputs.views) != 1 or len(inputs.kept) != 1:
+            raise ValueError(
+                f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes "
+                "one view, whose mask `Objective.inputs` draws"
+            )
+        view, size = inputs.views[0], self.encoder.image_size
+        if view.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks "
+                f"and decoder are those of image_size={size}"
+            )
+        return view, inputs.kept[0]
+
     @property
     def _patches(self) -> int:
         """L."""
@@ -160,7 +180,7 @@ class MAE(Objective):
     def _passed(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each image [b], what the encoder makes of the seen tokens [b, 1 + K, E], and
         figures [b, 2] without gradient."""
-        view, kept = _seen(inputs)
+        view, kept = self._seen(inputs)
         with part(QUERY_FORWARD):
             latents = self.encoder.latents(view, *_paths(inputs))
             predictions = self.decoder(latents, kept)
@@ -176,7 +196,7 @@ class MAE(Objective):
 
     def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Reference of `_passed`, with the loss of the batch."""
-        view, kept = _seen(inputs)
+        view, kept = self._seen(inputs)
         latents = self.encoder.plain_latents(view, *_paths(inputs))
         predictions = self.decoder.plain(latents, kept)
         rows = torch.arange(len(view), device=view.device)[:, None]
@@ -245,20 +265,6 @@ def figures_of(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = targets.var(dim=-1, correction=0)
     return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
-
-
-def _seen(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The view, and the patches of it that the encoder sees.
-
-    Raises:
-        ValueError: if there is not one view, or nothing is masked.
-    """
-    if len(inputs.views) != 1 or len(inputs.kept) != 1:
-        raise ValueError(
-            f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes one "
-            "view, whose mask `Objective.inputs` draws"
-        )
-    return inputs.views[0], inputs.kept[0]
 
 
 def _paths(inputs: Inputs) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ InitialWeights = Literal["dino", "xavier"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DINOConfig(ObjectiveConfig):
-    """Last layer, temperatures, centre and momentum encoder of DINO (Caron et al. 2021)."""
+    """DINO (Caron et al. 2021): its last layer, temperatures, centre and average."""
 
     kind: ClassVar[str] = "dino"
     evaluated: ClassVar[str] = "momentum_encoder"

@@ -222,7 +222,7 @@ def _hides_a_password(scheme: str, rest: str) -> bool:
 def first_sentence(doc: str | None) -> str:
     """The first sentence of a docstring on one line, for lists and help texts; "" for none."""
     paragraph = " ".join((doc or "").strip().partition("\n\n")[0].split())
-    stop = re.search(r"(?<!\be\.g)(?<!\bi\.e)\.(?= |$)", paragraph)
+    stop = re.search(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bet al)\.(?= |$)", paragraph)
     return paragraph[: stop.end()] if stop else paragraph
 
 

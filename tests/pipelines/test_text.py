@@ -25,6 +25,7 @@ from fastmoco_pipelines.text import (
             "One sentence over two lines.",
         ),
         ("76.7 % with 1.5e-4 in\nmain.py. More", "76.7 % with 1.5e-4 in main.py."),
+        ("Of MAE (He et al. 2022), e.g. this. More.", "Of MAE (He et al. 2022), e.g. this."),
         ("\n    Below the quotes.\n    ", "Below the quotes."),
         ("No full stop\n\nA paragraph.", "No full stop"),
         ("", ""),

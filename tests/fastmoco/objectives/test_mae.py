@@ -358,9 +358,10 @@ def test_what_it_cannot_do_is_refused() -> None:
         wrong = replace(base, model=replace(base.model, **{name: value}))
         with pytest.raises(ValueError, match=rule):
             build_objective(wrong, CPU)
-    few = replace(base, objective=replace(base.objective, mask_ratio=0.99))
-    with pytest.raises(ValueError, match=r"mask_ratio=0\.99.*none of the 16"):
-        build_objective(few, CPU)
+    for ratio, rule in ((0.99, "none of the 16"), (1e-17, "all of the 16")):
+        wrong = replace(base, objective=replace(base.objective, mask_ratio=ratio))
+        with pytest.raises(ValueError, match=f"mask_ratio={ratio}.*{rule}"):
+            build_objective(wrong, CPU)
     with pytest.raises(ValueError, match=r"classes=0.*--objective\.classes"):
         build_objective(get_recipe("supmae_digits"), CPU)
     for fields in ({"mask_ratio": 1.0}, {"decoder_width": 30}, {"decoder_depth": 0}):
@@ -369,9 +370,14 @@ def test_what_it_cannot_do_is_refused() -> None:
     for fields in ({"classes": 1}, {"class_weight": -1.0}, {"class_temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             SupMAEConfig(**fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"decoder_depth.*at most 64"):
+        replace(base, objective=replace(base.objective, decoder_depth=10**6))
     objective = build_objective(base, CPU)
     with pytest.raises(ValueError, match="with masks: 0"):
         objective.features(Inputs((torch.zeros(2, 3, 8, 8),)), START)
+    for size in (4, 12):
+        with pytest.raises(ValueError, match=r"must be \[B, 3, 8, 8\]"):
+            objective(torch.zeros(2, 3, size, size))
     labelled = replace(base, objective=SupMAEConfig(classes=3, decoder_width=32))
     with pytest.raises(ValueError, match=r"labels=None"):
         build_objective(labelled, CPU)(torch.zeros(2, 3, 8, 8))
