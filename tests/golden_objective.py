@@ -27,6 +27,12 @@ def read_sibling(name: str) -> Data:
         return {key: archive[key] for key in archive.files}
 
 
+def read_sibling_b(name: str) -> Data:
+    """The arrays of a golden file of the second set."""
+    with np.load(SIBLINGS.with_name("siblings_b") / f"{name}.npz", allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
 def sibling_vit(data: Data) -> Callable[[], VisionTransformer]:
     """What builds the ViT of `vit/` of such a file."""
     _, size, patch, width, depth, heads, _, _ = data["vit/cfg"].tolist()

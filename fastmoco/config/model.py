@@ -43,7 +43,7 @@ AttentionBackend = Literal[
     "reference",
 ]
 Pooling = Literal["class", "mean", "norm_mean"]
-Positions = Literal["sincos", "learned", "none"]
+Positions = Literal["sincos", "sincos_columns", "learned", "none"]
 MlpNorm = Literal["layer", "batch"]
 Recompute = Literal["none", "selective", "full"]
 Linears = Literal["native", "float8"]
@@ -128,7 +128,8 @@ class ModelConfig:
     the mean of the patch tokens (`mean`), or of the patch tokens after the final norm
     (`norm_mean`)."""
     positions: Positions = "sincos"
-    """Positions of a ViT: the fixed sine-cosine table, a trained table, or none."""
+    """Positions of a ViT: the fixed sine-cosine table of MoCo v3 (`sincos`, rows first) or of MAE
+    (`sincos_columns`), a trained table, or none."""
     mlp_norm: MlpNorm = "layer"
     """Norm before the MLP of each block of a ViT: layer norm, or batch norm over all tokens of the
     global batch."""

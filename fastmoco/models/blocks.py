@@ -78,6 +78,14 @@ def _linear(fan_in: int, fan_out: int, *, matrices: int = 1) -> nn.Linear:
     return layer
 
 
+def xavier_(module: nn.Module) -> None:
+    """Start a linear layer Xavier-uniform as one matrix, also where it stacks several, and its bias
+    at 0; leave any other module as it is."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm, with weights that may be narrower than the input.
 

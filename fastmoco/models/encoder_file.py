@@ -60,6 +60,7 @@ IN_HEADER = {
     "mean": "patch_mean",
     "norm_mean": "patch_mean_after_norm",
     "sincos": "sincos_2d_fixed_stored",
+    "sincos_columns": "sincos_2d_columns_first_fixed_stored",
     "learned": "learned",
     "none": "none",
 }
@@ -81,7 +82,7 @@ class EncoderDescription:
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
         pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
-        positions: "sincos", "learned" or "none".
+        positions: "sincos", "sincos_columns", "learned" or "none".
         mlp_norm: "layer" or "batch".
     """
 

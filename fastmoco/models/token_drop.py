@@ -36,9 +36,6 @@ class TokenDraws:
     ) -> Tensor:
         """The tokens of one view that stay, of this rank's images.
 
-        The stream of a step and view is numpy's Philox with key (seed, tag) and counter words
-        (block, 0, step, view), at four numbers a block; each image has whole blocks of its own.
-
         Args:
             images: of this rank; every rank has equally many.
             view: its number.
@@ -50,13 +47,38 @@ class TokenDraws:
         Returns:
             [images, kept] int64, in the order of their noise.
         """
-        blocks = -(-tokens // 4)
-        key = np.array([self.seed % 2**64, TOKEN_TAG], dtype=np.uint64)
-        start = np.array([group_rank() * images * blocks, 0, step, view], dtype=np.uint64)
-        words = np.random.Philox(key=key, counter=start).random_raw(images * blocks * 4)
-        # 63 bits, because torch sorts no unsigned numbers.
-        noise = (words >> np.uint64(1)).astype(np.int64).reshape(images, blocks * 4)[:, :tokens]
-        return kept_ids(sent(torch.from_numpy(np.ascontiguousarray(noise)), device), kept)
+        noise = row_noise(self.seed, TOKEN_TAG, images, tokens, step=step, view=view, device=device)
+        return kept_ids(noise, kept)
+
+
+def row_noise(
+    seed: int, tag: int, images: int, numbers: int, *, step: int, view: int, device: torch.device
+) -> Tensor:
+    """Random numbers of this rank's images, each a function of seed, step, row of the global batch
+    and view.
+
+    The stream of a step and view is numpy's Philox with key (seed, tag) and counter words
+    (block, 0, step, view), at four numbers a block; each image has whole blocks of its own.
+
+    Args:
+        seed: of the run.
+        tag: second word of the key, one for each use.
+        images: of this rank; every rank has equally many.
+        numbers: of each image.
+        step: optimizer steps done before this one.
+        view: its number.
+        device: of the result.
+
+    Returns:
+        [images, numbers] int64, uniform in [0, 2^63).
+    """
+    blocks = -(-numbers // 4)
+    key = np.array([seed % 2**64, tag], dtype=np.uint64)
+    start = np.array([group_rank() * images * blocks, 0, step, view], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=start).random_raw(images * blocks * 4)
+    # 63 bits, because torch sorts no unsigned numbers.
+    noise = (words >> np.uint64(1)).astype(np.int64).reshape(images, blocks * 4)[:, :numbers]
+    return sent(torch.from_numpy(np.ascontiguousarray(noise)), device)
 
 
 def kept_ids(noise: Tensor, kept: int) -> Tensor:

@@ -13,7 +13,7 @@ Legend: B images, L patch tokens, E width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -48,8 +48,8 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
     Row 0 belongs to the class token and is zero. The token at row r and column c holds
     `[sin(r w), cos(r w), sin(c w), cos(c w)]`, a quarter of the width each, with
-    `w_i = 10000^(-i / (width / 4))`. The row block comes first. Tables of MAE put the column first
-    and are not compatible.
+    `w_i = 10000^(-i / (width / 4))`. The row block comes first; `column_first_positions` is the
+    table of MAE.
 
     Args:
         grid: tokens per side.
@@ -67,6 +67,37 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     by_column = waves[None, :, :].expand(grid, grid, -1)
     table = torch.cat([by_row, by_column], dim=2).reshape(grid * grid, width)
     return torch.cat([table.new_zeros(1, width), table])
+
+
+def column_first_positions(grid: int, width: int) -> Tensor:
+    """The fixed two-dimensional sine-cosine table of MAE (He et al. 2022).
+
+    As `sincos_positions`, but the token at row r and column c holds
+    `[sin(c w), cos(c w), sin(r w), cos(r w)]`.
+
+    Args:
+        grid: tokens per side.
+        width: channels, divisible by 4.
+
+    Returns:
+        [1 + grid * grid, width] float32.
+    """
+    # In float64 and rounded once, as the released checkpoints.
+    quarter = width // 4
+    w = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * w
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+    by_row = waves[:, None, :].expand(grid, grid, -1)
+    by_column = waves[None, :, :].expand(grid, grid, -1)
+    table = torch.cat([by_column, by_row], dim=2).reshape(grid * grid, width)
+    return torch.cat([table.new_zeros(1, width), table]).float()
+
+
+FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {
+    "sincos": sincos_positions,
+    "sincos_columns": column_first_positions,
+}
+"""Kinds of positions that never train, and what makes their table of a grid and a width."""
 
 
 def resized_positions(table: Tensor, grid: int) -> Tensor:
@@ -123,7 +154,8 @@ class VisionTransformer(nn.Module):
         pooling: "class": the class token after the final norm; without a class token, "norm_mean":
             the mean of the patch tokens after the final norm, "mean": of the patch tokens, without
             a final norm.
-        positions: "sincos" is the fixed table, "learned" a trained one, "none" adds nothing.
+        positions: "sincos" is the fixed table of MoCo v3, "sincos_columns" that of MAE, "learned" a
+            trained one, "none" adds nothing.
         mlp_norm: norm before each MLP: "layer", or "batch" over all tokens of the global batch.
         attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
@@ -221,7 +253,7 @@ class VisionTransformer(nn.Module):
             self._require_whole_patches(images)
         patches: Tensor = self.patch_embed(images)
         tokens = patches.flatten(2).transpose(1, 2)
-        if self.pos_embed is not None and self.positions == "sincos":
+        if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
             tokens = tokens + self._patch_positions(tokens.shape[1])
         return tokens
 
@@ -334,6 +366,29 @@ class VisionTransformer(nn.Module):
         """Reference of `forward`."""
         return self.encode_plain(self.patch_tokens(images), paths, kept)
 
+    def latents(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """[B, 3, H, W] images -> [B, T, E]: every token after all blocks and the final norm, for a
+        decoder: the class token, if there is one, then the patch tokens in the order of `kept`.
+
+        `paths` and `kept` as for `encode`.
+        """
+        tokens = self._embedded(images, kept)
+        branch = None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors)
+        return self._normalised(sum_of(tokens, branch))
+
+    def plain_latents(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `latents`: all tokens get their positions, then some are left out."""
+        tokens = self._plain_tokens(self.patch_tokens(images), kept)
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+        return self._normalised(tokens)
+
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
         row by row.
@@ -348,7 +403,7 @@ class VisionTransformer(nn.Module):
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
         tensors = list(self.patch_embed.parameters())
-        if self.pos_embed is not None and self.positions == "sincos":
+        if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
             return [self.pos_embed, *tensors]
         return [*tensors]
 
@@ -359,7 +414,7 @@ class VisionTransformer(nn.Module):
 
     def parts(self) -> Parts:
         """Modules by role. Objectives call more than `forward` of some of them."""
-        methods: dict[str, tuple[str, ...]] = {"": ("encode", "taps", "encode_taps")}
+        methods: dict[str, tuple[str, ...]] = {"": ("encode", "taps", "encode_taps", "latents")}
         if isinstance(self.patch_embed, PatchStem):
             methods["patch_embed"] = ("of_patches",)
         if self.reads_class_row:
@@ -418,8 +473,8 @@ class VisionTransformer(nn.Module):
         """[1, tokens, E]: the fixed table, or one that trains."""
         if kind == "none":
             return None
-        if kind == "sincos":
-            table = sincos_positions(grid, self.embed_dim)[1 - self._class_tokens :]
+        if kind in FIXED_POSITIONS:
+            table = FIXED_POSITIONS[kind](grid, self.embed_dim)[1 - self._class_tokens :]
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
 
@@ -465,7 +520,7 @@ class VisionTransformer(nn.Module):
         tokens = patch_tokens
         if self.cls_token is not None:
             class_token: Tensor = self.cls_token
-            if self.pos_embed is not None and self.positions == "sincos":
+            if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
                 class_token = class_token + self.pos_embed[:, :1]
             tokens = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.pos_embed is not None and self.positions == "learned":
@@ -542,7 +597,7 @@ def _check_sizes(
         raise ValueError(f"image_size={image_size}: must be a multiple of patch_size={patch_size}")
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise ValueError(f"embed_dim={embed_dim}: must be a multiple of num_heads={num_heads}")
-    if embed_dim % (8 if stem == "conv" else 4 if positions == "sincos" else 1):
+    if embed_dim % (8 if stem == "conv" else 4 if positions in FIXED_POSITIONS else 1):
         rule = (
             "must be a multiple of 8, because the conv stem starts with an eighth of it"
             if stem == "conv"

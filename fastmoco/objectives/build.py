@@ -13,6 +13,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.decoder import TokenDecoder
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
 from fastmoco.models.precision import choose_precision
@@ -23,6 +24,7 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.mae import MAE
 from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
@@ -31,9 +33,11 @@ from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
 from fastmoco.objectives.simsiam import SimSiam
 from fastmoco.objectives.supervised import Supervised
+from fastmoco.objectives.supmae import SupMAE
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
@@ -41,6 +45,7 @@ from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.simsiam import SimSiamConfig
 from fastmoco.recipes.supervised import SupervisedConfig
+from fastmoco.recipes.supmae import SupMAEConfig
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco_kernels.attention.choice import AttentionChoice, choose_attention
 from fastmoco_pipelines.spec import each_view
@@ -59,6 +64,8 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SupervisedConfig: Supervised.build,
     SDSSLConfig: SDSSL.build,
     MoBYConfig: MoBY.build,
+    MAEConfig: MAE.build,
+    SupMAEConfig: SupMAE.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -122,6 +129,8 @@ def build_model(config: Config) -> Objective:
             encoders.append(network)
         elif isinstance(network, ResNet | SwinTransformer) and _trains(network):
             network.recompute(model.checkpointing)
+        elif isinstance(network, TokenDecoder):
+            _decoder_in_form(network, model)
     if model.momentum_linears == "float8" and all(_trains(encoder) for encoder in encoders):
         raise ValueError(
             f"model.momentum_linears='float8': {config.objective.kind} has no momentum encoder; "
@@ -181,6 +190,15 @@ def _in_form(encoder: VisionTransformer, model: ModelConfig) -> None:
     if model.momentum_linears == "float8" and not trains:
         float8_inference.require_gain(encoder)
         float8_inference.use_float8_inference_(encoder)
+
+
+def _decoder_in_form(decoder: TokenDecoder, model: ModelConfig) -> None:
+    """Give a decoder what it recomputes, and fused blocks. Its products stay native: it is narrower
+    than what gains by float8."""
+    decoder.recompute(model.checkpointing)
+    for block in decoder.blocks:
+        assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
+        block.fused = model.blocks == "fused"
 
 
 def attention_choice(

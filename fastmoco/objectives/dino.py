@@ -15,6 +15,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.agree import total
 from fastmoco.distributed.mesh import group_size
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.blocks import xavier_
 from fastmoco.models.encoder import with_heads
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
@@ -344,7 +345,7 @@ class DINOHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, projection),
         )
-        self.mlp.apply(_normal_ if initial_weights == "dino" else _xavier_)
+        self.mlp.apply(_normal_ if initial_weights == "dino" else xavier_)
         self.last_layer = WeightNormalised(projection, outputs, train_norm=train_norm)
 
     def forward(self, rows: Tensor) -> HeadRows:
@@ -404,12 +405,6 @@ def initialise_(encoder: VisionTransformer) -> None:
 def _normal_(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INITIAL_STD)
-        nn.init.zeros_(module.bias)
-
-
-def _xavier_(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 

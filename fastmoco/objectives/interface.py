@@ -90,8 +90,8 @@ class Inputs(NamedTuple):
     labels: Tensor | None = None
     """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
     kept: tuple[Tensor, ...] = ()
-    """With token dropping: one [b, k] int64 for each view, the numbers of the patch tokens that the
-    trained encoder sees; see `paths_of`."""
+    """With token dropping or masked patches: one [b, k] int64 for each view, the numbers of the patch
+    tokens that the trained encoder sees; see `paths_of`."""
 
     def paths_of(self, *views: int) -> tuple[Tensor | None, ...]:
         """The last arguments of a trained encoder for some views of one size by number,
@@ -186,7 +186,10 @@ class Objective(nn.Module, ABC):
         return Inputs(views, masks, paths, labels, self._kept(views, at))
 
     def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The tokens of each view that the trained encoder sees; empty where it sees all."""
+        """The tokens of each view that the trained encoder sees; empty where it sees all.
+
+        By token dropping; objectives that mask patches have their own rule.
+        """
         phase = self.phase(at)
         if self.token_draws is None or phase.keep == 1:
             return ()

@@ -27,6 +27,12 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e300_b1024,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.mae import (
+    mae_digits,
+    mae_nano7_e12_b256,
+    mae_vit_b16_e800_b4096,
+    mae_vit_l16_e800_b4096,
+)
 from fastmoco.recipes.moby import (
     moby_deit_s16_e300_b512,
     moby_digits,
@@ -94,6 +100,11 @@ from fastmoco.recipes.supervised import (
     supervised_nano7_e12_b256,
     supervised_vit_b16,
     supervised_vit_s16,
+)
+from fastmoco.recipes.supmae import (
+    supmae_digits,
+    supmae_nano7_e12_b256,
+    supmae_vit_b16_e400_b2048,
 )
 from fastmoco.recipes.swav import (
     swav_crops_digits,
@@ -206,6 +217,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
         sdssl_digits,
         sdssl_byol_digits,
         sdssl_simclr_digits,
+        mae_vit_b16_e800_b4096,
+        mae_vit_l16_e800_b4096,
+        mae_nano7_e12_b256,
+        mae_digits,
+        supmae_vit_b16_e400_b2048,
+        supmae_nano7_e12_b256,
+        supmae_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

@@ -24,7 +24,7 @@ from fastmoco.models.weights.foreign import (
     EncoderWeights,
     Which,
     find_encoder,
-    is_sincos,
+    fixed_positions,
     require_heads,
 )
 from fastmoco.models.weights.reading import read_weights
@@ -89,7 +89,7 @@ def describe(weights: EncoderWeights) -> Description:
     trunk = weights.trunk
     positions: Positions = "none"
     if sizes.grid is not None:
-        positions = "sincos" if is_sincos(trunk["pos_embed"], sizes.grid) else "learned"
+        positions = fixed_positions(trunk["pos_embed"], sizes.grid) or "learned"
     elif weights.image.size <= 1:
         raise CheckpointError(
             f"{weights.source} has no positions, so the size of its images is unknown; export it "

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.encoder import trunk_of
-from fastmoco.models.vit import ARCHITECTURES
+from fastmoco.models.vit import ARCHITECTURES, FIXED_POSITIONS
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
     ViTSizes,
+    fixed_positions,
     heads_differ,
-    is_sincos,
     require_heads,
     vit_sizes,
 )
 from fastmoco.models.weights.names import some
 
-Positions = Literal["sincos", "learned", "none", "stored"]
+Positions = Literal["sincos", "sincos_columns", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
 file."""
 
@@ -197,12 +197,15 @@ def _fit_positions(
     own_prefix = int("cls_token" in trunk)
     own = math.isqrt(place.shape[1] - own_prefix)
 
-    # The fixed table of MoCo v3 stays, and the file must have been trained with the same one.
-    if kind == "sincos":
-        if not is_sincos(found, grid):
+    # A fixed table stays, and the file must have been trained with the same one.
+    if kind in FIXED_POSITIONS:
+        theirs = fixed_positions(found, grid)
+        if theirs != kind:
+            method = "MAE" if kind == "sincos_columns" else "MoCo v3"
             raise CheckpointError(
-                f"{source}: its positions are not the fixed sine-cosine table of MoCo v3, which "
-                "model.positions=sincos keeps; give --model.positions learned to take them"
+                f"{source}: its positions are not the fixed sine-cosine table of {method}, which "
+                f"model.positions={kind} keeps; give --model.positions {theirs or 'learned'} to "
+                "take them"
             )
         if grid == own:
             fit.matched.append("pos_embed")

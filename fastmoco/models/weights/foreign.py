@@ -17,9 +17,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.config.model import Positions
 from fastmoco.models.encoder import Family
 from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
-from fastmoco.models.vit import sincos_positions
+from fastmoco.models.vit import FIXED_POSITIONS
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,
@@ -226,17 +227,16 @@ def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
     )
 
 
-def is_sincos(positions: Tensor, grid: int) -> bool:
-    """Whether a table of positions, with or without a class token's row, is the fixed one of MoCo
-    v3, to rounding.
-
-    Tables of MAE have columns first, and are others.
-    """
+def fixed_positions(positions: Tensor, grid: int) -> Positions | None:
+    """Which fixed table a table of positions is to rounding, with or without a class token's row:
+    "sincos" of MoCo v3, "sincos_columns" of MAE; None: neither."""
     width, rows = positions.shape[-1], positions.shape[-2]
     if width % 4 or rows not in (grid**2, grid**2 + 1):
-        return False
-    table = sincos_positions(grid, width)[-rows:]
-    return bool((positions.detach().float() - table).abs().max() < 1e-3)
+        return None
+    for kind, table in FIXED_POSITIONS.items():
+        if bool((positions.detach().float() - table(grid, width)[-rows:]).abs().max() < 1e-3):
+            return kind
+    return None
 
 
 def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
@@ -333,7 +333,7 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
         # Not so in a full state of fastmoco, which has ViT-S of both numbers with that table.
         foreign = weights.format != FULL_STATE
         if not of_moco_v3 and foreign and positions is not None and sizes.grid:
-            of_moco_v3 = is_sincos(positions, sizes.grid)
+            of_moco_v3 = fixed_positions(positions, sizes.grid) == "sincos"
         found = (MOCO_V3_HEADS if of_moco_v3 else HEADS).get(key)
         if found is not None and key not in HEADS:
             notes.append(f"{found} attention heads, as in MoCo v3 (timm and DeiT have 6)")

@@ -79,6 +79,18 @@ class Format:
         return set(self.signs) <= set(names)
 
 
+DECODER_OF_MAE = {
+    "mask_token": "decoder",
+    "decoder_pos_embed": "decoder",
+    "decoder_embed.{p}": "decoder",
+    **{
+        f"decoder_blocks.{{i}}.{layer}.{{p}}": "decoder"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    },
+    "decoder_norm.{p}": "decoder",
+    "decoder_pred.{p}": "decoder",
+}
+"""What is beside the encoder in a published checkpoint of MAE."""
 HEAD_OF_DINO = {
     "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
@@ -96,6 +108,7 @@ TIMM_VIT = Format(
         "pre_logits.fc.{p}": "layer before the classifier",
         "head.{i}.{b}": "projector",
         **HEAD_OF_DINO,
+        **DECODER_OF_MAE,
     },
     signs=("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),
 )

@@ -28,7 +28,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import OBJECTIVES, build_objective
 from fastmoco.objectives.chunk_graphs import ChunkGraphs
 from fastmoco.objectives.chunked import ChunkedStep
-from fastmoco.objectives.interface import Coupling, Inputs, Objective, Output, Progress
+from fastmoco.objectives.interface import Coupling, Objective, Output, Progress
 from fastmoco.objectives.reference import plain_forward
 from fastmoco.planning.costs import StepCosts, measure_costs
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
@@ -171,6 +171,20 @@ for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
         ),
         "predictor": MOBY_HEAD,
     }
+TRUNK_BLOCK = [name.removeprefix("blocks.*.") for name in ENCODER if name.startswith("blocks.")]
+NAMES["mae"] = {
+    "encoder": ENCODER,
+    "decoder": [
+        *(f"blocks.*.{name}" for name in TRUNK_BLOCK),
+        *(f"{layer}.{kind}" for layer in ("embed", "norm", "pred") for kind in ("weight", "bias")),
+        "mask_token",
+        "pos_embed",
+    ],
+}
+NAMES["supmae"] = {
+    **NAMES["mae"],
+    "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
+}
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
 SWIN_NAMES = {
     kind: {
@@ -186,12 +200,16 @@ for good."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
+    "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
+    "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl"}
-"""Objectives that read every block of a ViT; on others they are refused."""
+ONLY_VIT = {"sdssl", "mae", "supmae"}
+"""Objectives that read every block of a ViT, or leave out tokens; on others they are refused."""
+OWN_MASKS = {"mae", "supmae"}
+"""Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
@@ -199,7 +217,7 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     if kind.kind in ONLY_VIT and base in (RESNET, SWIN):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
-        pytest.skip(f"{kind.kind} needs the blocks of a ViT")
+        pytest.skip(f"{kind.kind} needs a ViT")
     view2 = base.data.view2
     if _class_of(kind).view_count == 1:
         view2 = replace(view2, copies=0)
@@ -325,7 +343,7 @@ def check_features(config: Config) -> None:
     objective, views = rough(config), views_of(config)
     before = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
     objective.choices(AT)
-    inputs = Inputs(views, **rest_of(objective))
+    inputs = objective.inputs(views, at=AT, **rest_of(objective))
     with torch.no_grad():
         first = objective.features(inputs, AT)
         second = objective.features(inputs, AT, target=False)
@@ -479,6 +497,15 @@ def test_tokens_are_dropped_alike_in_every_pass(kind: type[ObjectiveConfig]) -> 
 
     def having(**model: Any) -> Config:
         return replace(plain, model=replace(plain.model, **model))
+
+    if plain.objective.kind in OWN_MASKS:
+        for name, value in (
+            ("keep_tokens", "0.5"),
+            ("patch_schedule", f"{2 * patch}@0,{patch}@0.5"),
+        ):
+            with pytest.raises(ValueError, match=rf"model\.{name}=.*by its own ratio"):
+                build_objective(having(**{name: value}), torch.device("cpu"))
+        pytest.skip(f"{plain.objective.kind} masks patches itself")
 
     dropping = having(keep_tokens="0.5", drop_path=0.5)
     for config in (dropping, having(patch_schedule=f"{2 * patch}@0,{patch}@0.5")):

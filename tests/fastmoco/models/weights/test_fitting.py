@@ -13,7 +13,7 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.resnet import resnet18, resnet_nano
 from fastmoco.models.vit import VisionTransformer, sincos_positions
 from fastmoco.models.weights.fitting import fit_encoder, resample_positions
-from fastmoco.models.weights.foreign import EncoderWeights, find_encoder, is_sincos
+from fastmoco.models.weights.foreign import EncoderWeights, find_encoder, fixed_positions
 from fastmoco.models.weights.reading import RawWeights
 from tests.official_checkpoints import official_resnet18, official_vit, sincos_table
 
@@ -50,11 +50,13 @@ def test_all_tensors_of_the_trunk_are_taken_and_what_is_left_is_listed() -> None
     ]
 
 
-def test_the_fixed_table_is_the_one_of_the_description_and_that_of_mae_is_another() -> None:
+def test_the_fixed_tables_are_told_apart() -> None:
     for grid, width in ((4, 64), (7, 16)):
-        assert is_sincos(sincos_table(grid, width), grid)
+        assert fixed_positions(sincos_table(grid, width), grid) == "sincos"
         rows_and_columns = sincos_table(grid, width).split(width // 2, dim=2)
-        assert not is_sincos(torch.cat(rows_and_columns[::-1], dim=2), grid)
+        of_mae = torch.cat(rows_and_columns[::-1], dim=2)
+        assert fixed_positions(of_mae, grid) == "sincos_columns"
+        assert fixed_positions(of_mae + 0.01, grid) is None
 
 
 def test_fixed_positions_of_another_grid_are_computed_not_resampled() -> None:

@@ -1,0 +1,149 @@
+"""Which patches a masked objective shows to its encoder.
+
+A rule is a pure function of the noise of each image, so a draw can be given, stored and repeated:
+`mask_noise` draws it from the seed, the step, the image's row in the global batch and the view,
+which together name epoch and sample. A second pass of a chunk, a resumed run and another number of
+ranks therefore hide the same patches. The number of patches that stay is the same for all images,
+so images have equally many masked patches, and the mean of a loss over masked patches is a mean
+over images.
+
+Legend: B images, L patches in rows of g (row by row), K of them that stay.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoco.models.token_drop import kept_ids, row_noise
+
+MASK_TAG = 0x6D61736B
+""""mask": second word of the Philox key, so that no other use of the seed shares a stream with
+it."""
+TRIES = 10
+"""Rectangles that are tried before a mask of BEiT is left as it is."""
+FLATTEST = 0.3
+"""Smallest ratio of height to width of a rectangle of BEiT; the largest is its inverse."""
+
+
+def mask_noise(
+    seed: int, images: int, cells: int, *, step: int, view: int = 0, device: torch.device
+) -> Tensor:
+    """Noise for the rules below, of this rank's images.
+
+    Args:
+        seed: of the run.
+        images: of this rank; every rank has equally many.
+        cells: that a rule orders: L, or L / 4 for blocks.
+        step: optimizer steps done before this one.
+        view: number of the view.
+        device: of the result.
+
+    Returns:
+        [images, cells] int64, uniform in [0, 2^63): wide enough to have no ties.
+    """
+    return row_noise(seed, MASK_TAG, images, cells, step=step, view=view, device=device)
+
+
+def kept_count(cells: int, ratio: float) -> int:
+    """Cells that stay when a share of them is masked: int(cells * (1 - ratio)), with the rounding
+    of the published codes. 196 * (1 - 0.9) is 19.59..., so 19 stay."""
+    return int(cells * (1 - ratio))
+
+
+def shuffled(noise: Tensor, kept: int) -> Tensor:
+    """The patches with the least noise stay, in its order (He et al. 2022, MAE).
+
+    Args:
+        noise: [B, L] of any type that sorts; ties keep the order of the patches.
+        kept: K.
+
+    Returns:
+        [B, K] int64, numbers of patches.
+    """
+    return kept_ids(noise, kept)
+
+
+def disjoint(noise: Tensor, kept: int, pieces: int) -> Tensor:
+    """The same order cut into pieces, so that no patch is in two of them (ExtreMA).
+
+    Args:
+        noise: [B, L].
+        kept: K, of each piece.
+        pieces: n, with n * K at most L.
+
+    Returns:
+        [n, B, K] int64.
+
+    Raises:
+        ValueError: if the patches do not suffice.
+    """
+    if pieces * kept > noise.shape[1]:
+        raise ValueError(
+            f"pieces={pieces}: {pieces} pieces of {kept} patches need more than {noise.shape[1]}"
+        )
+    order = kept_ids(noise, pieces * kept)
+    return order.view(len(noise), pieces, kept).transpose(0, 1)
+
+
+def blocks2x2(noise: Tensor, kept: int) -> Tensor:
+    """Whole blocks of 2 x 2 patches stay, those with the least noise (CMAE).
+
+    Args:
+        noise: [B, L / 4], of the blocks row by row; g is even.
+        kept: blocks that stay.
+
+    Returns:
+        [B, 4 * kept] int64, numbers of patches: the four of the first block, row by row, and so on.
+    """
+    side = math.isqrt(noise.shape[1])
+    blocks = kept_ids(noise, kept)
+    first = 4 * side * (blocks // side) + 2 * (blocks % side)
+    within = torch.tensor([0, 1, 2 * side, 2 * side + 1], device=noise.device)
+    return (first[:, :, None] + within).flatten(1)
+
+
+def beit_blocks(draws: random.Random, grid: int, masked: int, least: int) -> np.ndarray:
+    """Masked rectangles until enough patches are masked (Bao et al. 2022, BEiT; MaskFeat).
+
+    A rectangle is taken if it masks something new and not too much. Where ten in a row are not, the
+    mask stays smaller than asked: the number of masked patches is not fixed.
+
+    Args:
+        draws: of one image.
+        grid: g.
+        masked: patches to mask.
+        least: smallest area of a rectangle that is drawn.
+
+    Returns:
+        [g, g] bool, True where masked.
+    """
+    mask, count = np.zeros((grid, grid), dtype=bool), 0
+    while count < masked:
+        room = masked - count
+        for _ in range(TRIES):
+            area = draws.uniform(least, room)
+            aspect = math.exp(draws.uniform(math.log(FLATTEST), math.log(1 / FLATTEST)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= grid or width >= grid:
+                continue
+            top, left = draws.randint(0, grid - height), draws.randint(0, grid - width)
+            part = mask[top : top + height, left : left + width]
+            new = part.size - int(part.sum())
+            if 0 < new <= room:
+                part[:] = True
+                count += new
+                break
+        else:
+            break
+    return mask
+
+
+def mask_of(kept: Tensor, cells: int) -> Tensor:
+    """[B, K] patches that stay -> [B, L] bool, True where masked."""
+    shown = torch.ones(len(kept), cells, dtype=torch.bool, device=kept.device)
+    return shown.scatter(1, kept, False)

@@ -1,0 +1,290 @@
+"""MAE (He et al. 2022): the encoder sees a quarter of the patches, and a decoder predicts the pixels
+of the others.
+
+Nothing couples images and every image has equally many masked patches, so the loss of the batch is
+the mean over its images: it may be accumulated over chunks as it is.
+
+Legend: B images, L patches, K of them seen, E width of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.config import Config
+from fastmoco.models.blocks import xavier_
+from fastmoco.models.decoder import TokenDecoder
+from fastmoco.models.encoder import Coupling
+from fastmoco.models.masks import kept_count, mask_noise, mask_of, shuffled
+from fastmoco.models.vit import VisionTransformer
+from fastmoco.objectives.interface import (
+    Features,
+    Inputs,
+    Objective,
+    Output,
+    ParameterGroup,
+    Progress,
+)
+from fastmoco.objectives.masked import (
+    masked_mean,
+    normalised_patches,
+    pixel_patches,
+    square_errors,
+)
+from fastmoco.recipes.mae import MAEConfig
+from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
+
+INITIAL_STD = 0.02
+"""Deviation of the initial class token."""
+
+
+class MAE(Objective):
+    """An encoder of the patches that are seen, and a decoder of all patches.
+
+    The encoder starts as MAE: every linear layer Xavier-uniform, q, k and v as one matrix; the
+    patch projection likewise with torch's bias; class token normal with deviation 0.02.
+
+    Args:
+        build_encoder: called once; a ViT with linear patches, layer norms and a class token.
+        mask_ratio: share of the patches that are predicted.
+        normalise_pixels: whether each patch is normalised before it is predicted.
+        decoder_width: channels of the decoder.
+        decoder_depth: its blocks.
+        decoder_heads: its attention heads.
+        attention: its attention backend.
+        seed: of the masks.
+
+    Attributes:
+        encoder: sees K patches in training; an evaluation gives it all of them.
+        decoder: predicts the pixels of a patch in the order row, column, channel.
+        kept: K.
+
+    Raises:
+        ValueError: if the encoder is another one, or no patch would be seen.
+    """
+
+    view_count = 1
+
+    def __init__(
+        self,
+        build_encoder: Callable[[], Any],
+        *,
+        mask_ratio: float = 0.75,
+        normalise_pixels: bool = True,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        attention: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        encoder = build_encoder()
+        _require_encoder(encoder)
+        self.encoder = encoder
+        self.normalise_pixels = normalise_pixels
+        self.seed = seed
+        self.coupling = Coupling.NONE
+        grid = encoder.image_size // encoder.patch_size
+        self.kept = kept_count(grid**2, mask_ratio)
+        if self.kept < 1:
+            raise ValueError(
+                f"objective.mask_ratio={mask_ratio}: shows the encoder none of the {grid**2} "
+                "patches; take a smaller share or smaller patches"
+            )
+        initialise_(encoder)
+        self.decoder = TokenDecoder(
+            in_dim=encoder.embed_dim,
+            grid=grid,
+            width=decoder_width,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+            out_dim=3 * encoder.patch_size**2,
+            attention=attention,
+        )
+
+    @classmethod
+    def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MAE:
+        """The objective of a config.
+
+        Raises:
+            ValueError: if an option has no effect beside the masks.
+        """
+        own = config.objective
+        assert isinstance(own, MAEConfig)  # noqa: S101 - a type: each class is built from its own config
+        return cls(build_encoder, **options_of(config, own))
+
+    def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
+        """Online: the loss of each image [b]. Target: figures of each image for telemetry [b, 2],
+        and the class feature [b, E].
+
+        Encoder, decoder and loss of a chunk are one pass, of which a number per image stays.
+        """
+        loss, latents, figures = self._passed(inputs)
+        if not target:
+            return Features((loss,))
+        return Features((loss,), (figures, latents[:, 0].detach().clone()))
+
+    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
+        """The mean over images."""
+        with part(LOSS):
+            loss = features.online[0].mean()
+        figures, queries = features.target
+        return Output(loss, watched(figures, queries))
+
+    def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
+        """The same with nothing left out early: all patches are embedded, mask tokens are appended
+        and put in their places, and the loss is a sum over the batch by a count over the batch."""
+        loss, latents, figures = self._plain(inputs)
+        return Output(loss, watched(figures, latents[:, 0].detach()))
+
+    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
+        """The patches of the view that the encoder sees, also in evaluation mode."""
+        (view,) = views
+        noise = mask_noise(self.seed, len(view), self._patches, step=at.step, device=view.device)
+        return (shuffled(noise, self.kept),)
+
+    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
+        """Biases and tensors of one dimension do not decay; class token and mask token do."""
+        plain = parameter.ndim <= 1 or name.endswith(".bias")
+        return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+
+    @property
+    def _patches(self) -> int:
+        """L."""
+        return int((self.encoder.image_size // self.encoder.patch_size) ** 2)
+
+    def _passed(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each image [b], what the encoder makes of the seen tokens [b, 1 + K, E], and
+        figures [b, 2] without gradient."""
+        view, kept = _seen(inputs)
+        with part(QUERY_FORWARD):
+            latents = self.encoder.latents(view, *_paths(inputs))
+            predictions = self.decoder(latents, kept)
+        with part(LOSS):
+            mask, targets = mask_of(kept, self._patches), self.targets(view)
+            count = self._patches - self.kept
+            loss = masked_mean(square_errors(predictions, targets), mask, count)
+            figures = torch.stack(
+                [masked_mean(figure, mask, count) for figure in _figures(predictions, targets)],
+                dim=1,
+            )
+        return loss, latents, figures
+
+    def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Reference of `_passed`, with the loss of the batch."""
+        view, kept = _seen(inputs)
+        latents = self.encoder.plain_latents(view, *_paths(inputs))
+        predictions = self.decoder.plain(latents, kept)
+        rows = torch.arange(len(view), device=view.device)[:, None]
+        removed = torch.ones_like(predictions[..., 0])
+        removed[rows, kept] = 0
+        targets = self.targets(view)
+        errors = ((predictions - targets) ** 2).mean(dim=2)
+        figures = [(f * removed).sum(1) / removed.sum(1) for f in _figures(predictions, targets)]
+        loss = (errors * removed).sum() / removed.sum()
+        return loss, latents, torch.stack(figures, dim=1)
+
+    def targets(self, view: Tensor) -> Tensor:
+        """Pixels of the patches of images [b, 3, S, S], normalised if so: [b, L, 3 p^2]."""
+        patches = pixel_patches(view, self.encoder.patch_size)
+        return normalised_patches(patches) if self.normalise_pixels else patches
+
+
+def options_of(config: Config, own: MAEConfig) -> dict[str, Any]:
+    """Arguments of `MAE` by a config.
+
+    Raises:
+        ValueError: if an option has no effect beside the masks.
+    """
+    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
+        if getattr(config.model, name) != value:
+            cure = f"leave out --model.{name.replace('_', '-')}"
+            raise ValueError(
+                f"model.{name}={getattr(config.model, name)!r}: {own.kind} masks patches of one "
+                f"size by its own ratio; {cure}, and see --objective.mask-ratio"
+            )
+    return {
+        "mask_ratio": own.mask_ratio,
+        "normalise_pixels": own.normalise_pixels,
+        "decoder_width": own.decoder_width,
+        "decoder_depth": own.decoder_depth,
+        "decoder_heads": own.decoder_heads,
+        "attention": config.model.attention,
+        "seed": config.seed,
+    }
+
+
+@torch.no_grad()
+def initialise_(encoder: VisionTransformer) -> None:
+    """The initial weights of MAE's ViT, beside those that MoCo v3 has too."""
+    encoder.blocks.apply(xavier_)
+    for module in encoder.patch_embed.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()  # the bias
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+    if encoder.cls_token is not None:
+        nn.init.normal_(encoder.cls_token, std=INITIAL_STD)
+
+
+def watched(figures: Tensor, queries: Tensor) -> dict[str, Tensor]:
+    """What telemetry sees of figures [b, 2] and class features [b, E]."""
+    flat, spread = figures.mean(dim=0).unbind()
+    return {"queries": queries[None], "patch_mean_loss": flat, "prediction_std": spread}
+
+
+@torch.no_grad()
+def _figures(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Two figures [b, L] of each patch that show a decoder that predicts no structure.
+
+    The loss of predicting the mean of the patch, which a decoder that learns nothing else comes
+    down to; and the deviation of the prediction within the patch, 0 for a flat one.
+    """
+    flat = targets.var(dim=-1, correction=0)
+    return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
+
+
+def _seen(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The view, and the patches of it that the encoder sees.
+
+    Raises:
+        ValueError: if there is not one view, or nothing is masked.
+    """
+    if len(inputs.views) != 1 or len(inputs.kept) != 1:
+        raise ValueError(
+            f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes one "
+            "view, whose mask `Objective.inputs` draws"
+        )
+    return inputs.views[0], inputs.kept[0]
+
+
+def _paths(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Factors of stochastic depth and patches that are seen, as an encoder takes them."""
+    return inputs.paths_of(0)
+
+
+def _require_encoder(encoder: Any) -> None:
+    """Refuse an encoder whose tokens cannot be left out or whose images are coupled.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(
+            "model.architecture: must be a ViT, whose patches can be left out; take "
+            "--model.architecture vit_base"
+        )
+    if encoder.coupling is not Coupling.NONE:
+        raise ValueError(
+            f"model: {encoder.coupling_reason}, so patches that are left out would change what "
+            "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
+            "--model.mlp-norm layer"
+        )
+    if encoder.pooling != "class":
+        raise ValueError(
+            f"model.pooling={encoder.pooling!r}: the decoder reads a class token; take "
+            "--model.pooling class"
+        )
