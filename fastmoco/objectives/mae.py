@@ -182,7 +182,7 @@ class MAE(Objective):
         figures [b, 2] without gradient."""
         view, kept = self._seen(inputs)
         with part(QUERY_FORWARD):
-            latents = self.encoder.latents(view, *_paths(inputs))
+            latents = self.encoder.latents(view, *inputs.paths_of(0))
             predictions = self.decoder(latents, kept)
         with part(LOSS):
             mask, targets = mask_of(kept, self._patches), self.targets(view)
