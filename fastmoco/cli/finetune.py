@@ -64,8 +64,8 @@ def eval_finetune(
         lr: Learning rate of the head for a batch of 256 images.
         weight_decay: Weight decay of AdamW, except of biases, norms, class token and positions.
         warmup_epochs: Epochs of warm-up; default: a twentieth of the epochs.
-        layer_decay: Factor of the rate from a layer to the one before it (default: 0.65; 1 for a
-            ResNet).
+        layer_decay: Factor of the rate from a layer to the one before it (default: 0.65 for a
+            ViT, otherwise 1).
         drop_path: Rate of stochastic depth of the last block (default: 0.1; 0 for a ResNet).
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Parameter of the Beta distribution of mixup; 0: none.

@@ -348,7 +348,7 @@ def _costs(
     attention = "explicit" if on_cpu and precision == "bf16" else config.model.attention
     settings: tuple[Recompute, ...] = ("none", "selective", "full")
     model = config.model
-    if model.linears == "float8" or model.blocks == "fused" or model.family == "resnet":
+    if model.linears == "float8" or model.blocks == "fused" or model.family != "vit":
         settings = ("none", "full")  # all refuse "selective"
     if configured_only:  # and what keeps everything, which is compared with
         settings = tuple(

@@ -27,8 +27,17 @@ Architecture = Literal[
     "swin_small",
     "swin_base",
     "swin_nano",
+    "convnextv2_micro",
+    "convnextv2_atto",
+    "convnextv2_femto",
+    "convnextv2_pico",
+    "convnextv2_nano",
+    "convnextv2_tiny",
+    "convnextv2_base",
+    "convnextv2_large",
+    "convnextv2_huge",
 ]
-Family = Literal["vit", "resnet", "swin"]
+Family = Literal["vit", "resnet", "swin", "convnextv2"]
 """Kind of a trunk, by which a method chooses its heads."""
 AttentionBackend = Literal[
     "auto",
@@ -63,7 +72,12 @@ ONLY_RESNET = {"zero_residual": "it has no norms at the end of its branches"}
 ONLY_SWIN = {"window": "its attention has no windows"}
 SWIN_PATCHES = {"swin_nano": 2}
 """Pixels per side of the patches of a Swin, else 4."""
-NAMES: dict[Family, str] = {"vit": "ViT", "resnet": "ResNet", "swin": "Swin"}
+NAMES: dict[Family, str] = {
+    "vit": "ViT",
+    "resnet": "ResNet",
+    "swin": "Swin",
+    "convnextv2": "ConvNeXt V2",
+}
 """How messages call a kind of trunk."""
 UNREAD: dict[Family, dict[str, str]] = {
     "vit": ONLY_RESNET | ONLY_SWIN,
@@ -98,9 +112,25 @@ UNREAD: dict[Family, dict[str, str]] = {
         "compile": "its blocks differ in shape, and each would be compiled for itself",
         "blocks": "fused blocks are those of a ViT",
     },
+    "convnextv2": {
+        **ONLY_RESNET,
+        **ONLY_SWIN,
+        "patch_size": "the patches of its stem are those of the architecture",
+        "pooling": "its feature is the norm of the mean over positions",
+        "positions": "it has no positions",
+        "mlp_norm": "its norms are layer norms",
+        "freeze_patch_embed": "its stem trains",
+        "keep_tokens": "it has no tokens",
+        "patch_schedule": "the patches of its stem are those of the architecture",
+        "attention": "it has no attention",
+        "linears": "float8 is for the blocks of a ViT",
+        "momentum_linears": "float8 is for the blocks of a ViT",
+        "compile": "compiled blocks are those of a ViT",
+        "blocks": "fused blocks are those of a ViT",
+    },
 }
 """Fields that an encoder does not read, and why. They must keep their defaults."""
-LEAST_SIDE = {"swin": 32, "swin_nano": 4}
+LEAST_SIDE = {"swin": 32, "swin_nano": 4, "convnextv2": 32, "convnextv2_micro": 16}
 """Pixels per side of the smallest image that leaves a position, by architecture, else by family;
 else 1."""
 
@@ -137,8 +167,9 @@ class ModelConfig:
     """Keep the patch projection of a ViT at its random start values, as MoCo v3 does for stability.
     No effect on the convolutional stem and on ResNets, which always train."""
     drop_path: float = 0.0
-    """Rate of stochastic depth of the last block of a ViT or Swin in training; it rises linearly from
-    0 at the first block. Each residual branch of an image is left out with this probability."""
+    """Rate of stochastic depth of the last block of a ViT, Swin or ConvNeXt V2 in training; it rises
+    linearly from 0 at the first block. Each residual branch of an image is left out with this
+    probability."""
     zero_residual: bool = True
     """Start the last norm of each residual branch of a ResNet at zero, as in MoCo v3, BYOL and
     SimCLR. `False` starts it at one: MoCo v1 and v2, SwAV."""

@@ -1,5 +1,7 @@
 """Encoders and heads."""
 
+from fastmoco.models.convnextv2 import CONVNEXTS as CONVNEXTS
+from fastmoco.models.convnextv2 import ConvNeXtV2 as ConvNeXtV2
 from fastmoco.models.heads import predictor as predictor
 from fastmoco.models.heads import projector as projector
 from fastmoco.models.resnet import RESNETS as RESNETS

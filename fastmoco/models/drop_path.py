@@ -44,7 +44,8 @@ class PathDraws:
             device: of the result.
 
         Returns:
-            [images, views, depth, 2] float32; the last dimension is attention and MLP.
+            [images, views, depth, 2] float32; the last dimension is attention and MLP. Blocks with
+            one branch take the first.
         """
         # Ranks draw for the whole batch and take their rows: 400,000 numbers for ViT-B at 4096.
         name = hashlib.sha256(f"drop_path {self.seed} {step}".encode()).digest()

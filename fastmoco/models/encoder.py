@@ -92,7 +92,7 @@ class Encoder(Protocol):
 class TokenEncoder(Encoder, Protocol):
     """An encoder that turns images into tokens before its blocks, as a ViT does.
 
-    Objectives use more than a call only where the trunk couples no images.
+    Objectives use more than a call only where the trunk couples no images and has these methods.
     """
 
     tokens: int

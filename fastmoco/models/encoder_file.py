@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, get_args
 
@@ -24,13 +24,17 @@ from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.config import Config, ObjectiveConfig
 from fastmoco.config.model import MlpNorm, Pooling, Positions
 from fastmoco.config.serial import from_json
+from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2, ConvNeXtV2Architecture
 from fastmoco.models.encoder import Family
-from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.resnet import RESNETS, ResNet, ResNetArchitecture
+from fastmoco.models.swin import SWINS, SwinArchitecture, SwinTransformer
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
+Trunk: TypeAlias = VisionTransformer | ResNet | SwinTransformer | ConvNeXtV2
+"""The encoders of fastmoco."""
 CHANNELS = 3
 EVALUATED = "evaluated"
 """In the header of a full state of fastmoco: the network that its run evaluates."""
@@ -241,18 +245,21 @@ class EncoderDescription:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResNetDescription:
-    """What the weights of a ResNet do not say, and what they must fit.
+class NamedDescription:
+    """What the weights of a trunk do not say whose architecture says all its sizes.
 
     Attributes:
-        architecture: a name of `fastmoco.models.RESNETS`.
+        architecture: a name of `known`.
         image: how an image is resized, cropped and normalised.
     """
 
     architecture: str
     image: EvalSpec
 
-    family: ClassVar[Family] = "resnet"
+    family: ClassVar[Family]
+    known: ClassVar[Mapping[str, ResNetArchitecture | SwinArchitecture | ConvNeXtV2Architecture]]
+    """Architectures of the family, by name."""
+    pooling: ClassVar[str] = "mean"
     heads: ClassVar[int | None] = None
 
     @classmethod
@@ -263,12 +270,12 @@ class ResNetDescription:
     @property
     def width(self) -> int:
         """Channels of the feature."""
-        return RESNETS[self.architecture].width
+        return self.known[self.architecture].width
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return sum(RESNETS[self.architecture].depths)
+        return sum(self.known[self.architecture].depths)
 
     def torchvision_name(self) -> str | None:
         """The name of the model in torchvision and in timm; None without one."""
@@ -282,7 +289,7 @@ class ResNetDescription:
             "width": str(self.width),
             "depth": str(self.depth),
             **_image_metadata(self.image),
-            "pooling": "mean",
+            "pooling": self.pooling,
             **({"torchvision_model": name, "timm_model": name} if name is not None else {}),
         }
 
@@ -306,18 +313,84 @@ class ResNetDescription:
                 )
         return found
 
-    def build(self) -> ResNet:
+    def build(self) -> ResNet | SwinTransformer | ConvNeXtV2:
         """An encoder with random weights."""
-        return RESNETS[self.architecture](image_size=self.image.size)
+        return self.known[self.architecture](image_size=self.image.size)
 
 
-Description: TypeAlias = EncoderDescription | ResNetDescription
+class ResNetDescription(NamedDescription):
+    """That of a ResNet."""
+
+    __slots__ = ()
+    family = "resnet"
+    known = RESNETS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwinDescription(NamedDescription):
+    """That of a Swin.
+
+    Attributes:
+        window: tokens per side of its windows, where its map is larger.
+    """
+
+    window: int = 7
+
+    family = "swin"
+    known = SWINS
+    pooling = "mean_after_norm"
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        model = config.model
+        return cls(architecture=model.architecture, image=config.eval_spec(), window=model.window)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        return {**NamedDescription.to_metadata(self), "window": str(self.window)}
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        found = super(SwinDescription, cls).from_metadata(header)
+        try:
+            return replace(found, window=int(header.get("window", found.window)))
+        except ValueError as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+
+    def build(self) -> SwinTransformer:
+        """An encoder with random weights."""
+        return SWINS[self.architecture](image_size=self.image.size, window=self.window)
+
+
+class ConvNeXtV2Description(NamedDescription):
+    """That of a ConvNeXt V2."""
+
+    __slots__ = ()
+    family = "convnextv2"
+    known = CONVNEXTS
+    pooling = "mean_before_norm"
+
+
+NAMED: tuple[type[NamedDescription], ...] = (
+    ResNetDescription,
+    SwinDescription,
+    ConvNeXtV2Description,
+)
+"""Descriptions of trunks whose architecture says all."""
+Description: TypeAlias = EncoderDescription | NamedDescription
 
 
 def describe_run(config: Config) -> Description:
     """The description of the encoder of a run."""
-    if config.model.family == "resnet":
-        return ResNetDescription.of(config)
+    kinds = {kind.family: kind for kind in NAMED}
+    if config.model.family in kinds:
+        return kinds[config.model.family].of(config)
     return EncoderDescription.of(config)
 
 
@@ -327,8 +400,9 @@ def description_of(header: Mapping[str, str]) -> Description:
     Raises:
         ValueError: naming the key that is missing, or contradicts another one.
     """
-    if header.get("architecture") in RESNETS:
-        return ResNetDescription.from_metadata(header)
+    for kind in NAMED:
+        if header.get("architecture") in kind.known:
+            return kind.from_metadata(header)
     return EncoderDescription.from_metadata(header)
 
 
@@ -447,7 +521,7 @@ def state_header(checkpoint: Checkpoint) -> dict[str, str]:
 class LoadedEncoder(NamedTuple):
     """An encoder from a file."""
 
-    encoder: VisionTransformer | ResNet
+    encoder: Trunk
     """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     image: EvalSpec
     """How its images are resized, cropped and normalised."""
@@ -507,9 +581,7 @@ def load_encoder(
     return LoadedEncoder(encoder.to(device).eval(), found.image, header)
 
 
-def build_with(
-    path: Path | str, description: Description, tensors: Mapping[str, Tensor]
-) -> VisionTransformer | ResNet:
+def build_with(path: Path | str, description: Description, tensors: Mapping[str, Tensor]) -> Trunk:
     """An encoder with these weights, which must be its own: no more and no fewer.
 
     Args:

@@ -29,8 +29,9 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from fastmoco.models.blocks import LayerNorm, Linear, Mlp, Recompute, checkpoint
 from fastmoco.models.drop_path import scaled
 from fastmoco.models.encoder import Coupling, Family, Parts
 
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 MLP_RATIO = 4
 APART = -100.0
 """Added to the score of two tokens of a shifted window that are no neighbours on the map. Not minus
@@ -74,29 +76,33 @@ def windows_of(side: int, window: int, shift: int, device: torch.device | str = 
         device: of the result.
     """
     padded = -(-side // window) * window
-    with torch.inference_mode(False):
-        line = torch.arange(padded, device="cpu")
-        row, column = ((line + shift) % padded).expand(padded, padded).T, (line + shift) % padded
-        token = torch.where((row < side) & (column < side), row * side + column, side**2)
-        order = _cut(token, window).flatten()
-        back = order.argsort(stable=True)[: side**2]
-        if not shift:
-            return Windows(order.to(device), back.to(device), None)
-        band = (line >= padded - window).long() + (line >= padded - shift)
+    line = np.arange(padded)
+    rolled = (line + shift) % padded
+    inside = (rolled < side)[:, None] & (rolled < side)
+    token = np.where(inside, rolled[:, None] * side + rolled, side**2)
+    order = _cut(token, window).ravel()
+    back = order.argsort(kind="stable")[: side**2]
+    apart = None
+    if shift:
+        band = (line >= padded - window) + (line >= padded - shift).astype(np.int64)
         region = _cut(3 * band[:, None] + band, window)
-        apart = region[:, :, None] != region[:, None, :]
-        return Windows(order.to(device), back.to(device), apart.to(device))
+        apart = _constant(region[:, :, None] != region[:, None, :], device)
+    return Windows(_constant(order, device), _constant(back, device), apart)
 
 
 def relative_index(window: int, device: torch.device | str = "cpu") -> Tensor:
     """[N, N] int64: the row of the bias table for the query i and key j of a window,
     `(y_i - y_j + M - 1) (2M - 1) + (x_i - x_j + M - 1)`."""
+    row, column = np.divmod(np.arange(window**2), window)
+    rows = row[:, None] - row + window - 1
+    columns = column[:, None] - column + window - 1
+    return _constant(rows * (2 * window - 1) + columns, device)
+
+
+def _constant(array: Numbers, device: torch.device | str) -> Tensor:
+    # Also one that is made in inference mode is saved for backwards.
     with torch.inference_mode(False):
-        place = torch.arange(window**2, device="cpu")
-        row, column = place // window, place % window
-        rows = row[:, None] - row + window - 1
-        columns = column[:, None] - column + window - 1
-        return (rows * (2 * window - 1) + columns).to(device)
+        return torch.tensor(array, device=device)
 
 
 # A few kilobytes for each size of view. Tensors of tracers and of fake modes are not kept.
@@ -123,10 +129,15 @@ def resampled_bias(table: Tensor, window: int) -> Tensor:
     return resized.flatten(2)[0].T.contiguous()
 
 
-def _cut(grid: Tensor, window: int) -> Tensor:
+def window_of(table: Tensor) -> int:
+    """M of a bias table of [(2 M - 1)^2, A]."""
+    return (math.isqrt(len(table)) + 1) // 2
+
+
+def _cut(grid: Numbers, window: int) -> Numbers:
     """[P, P] -> [W, N]: its windows, row by row."""
     parts = len(grid) // window
-    return grid.view(parts, window, parts, window).transpose(1, 2).reshape(parts**2, window**2)
+    return grid.reshape(parts, window, parts, window).swapaxes(1, 2).reshape(-1, window**2)
 
 
 class _Windowed(torch.autograd.Function):
@@ -509,7 +520,7 @@ class SwinTransformer(nn.Module):
             side: pixels per side of the view; default the image size.
         """
         total = 0
-        for block, places, width in self._sizes(self.image_size if side is None else side):
+        for block, _, places, width in self._sizes(self.image_size if side is None else side):
             pairs = block.attn.num_heads * block.window**2
             total += places * (40 * width + 8 * pairs)
         return total + total // len(self._blocks())
@@ -519,10 +530,10 @@ class SwinTransformer(nn.Module):
         tokens included; `keep` has no effect, because all tokens stay.
         """
         total = 0
-        for block, places, width in self._sizes(side):
-            weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-            weights -= block.attn.relative_position_bias_table.numel()
-            total += places * (2 * weights + 4 * block.window**2 * width)
+        for block, tokens, places, width in self._sizes(side):
+            # Weights of attention have 4 C^2 elements, those of the MLP 8 C^2.
+            attention = 8 * width**2 + 4 * block.window**2 * width
+            total += places * attention + tokens * 4 * MLP_RATIO * width**2
         sides = self._sides(side)
         total += 2 * sides[0] ** 2 * self.patch_embed.proj.weight.numel()
         for stage, after in zip(self._stages(), sides[1:], strict=False):
@@ -553,13 +564,14 @@ class SwinTransformer(nn.Module):
             sides.append((sides[-1] + 1) // 2)
         return sides
 
-    def _sizes(self, side: int) -> Iterator[tuple[SwinBlock, int, int]]:
-        """Every block with the places of its windows and its width, of a view of so many pixels."""
-        for stage, tokens in zip(self._stages(), self._sides(side), strict=True):
+    def _sizes(self, side: int) -> Iterator[tuple[SwinBlock, int, int, int]]:
+        """Every block with its tokens, the places of its windows and its width, for a view of so
+        many pixels."""
+        for stage, line in zip(self._stages(), self._sides(side), strict=True):
             for block in stage.blocks:
                 assert isinstance(block, SwinBlock)  # noqa: S101 - a type: all blocks are of this class
-                places = (-(-tokens // block.window) * block.window) ** 2
-                yield block, places, block.attn.proj.in_features
+                places = (-(-line // block.window) * block.window) ** 2
+                yield block, line**2, places, block.attn.proj.in_features
 
     def _whole_patches(self, images: Tensor) -> Tensor:
         """The images, if they are squares of whole patches.

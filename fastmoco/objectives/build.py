@@ -13,6 +13,7 @@ import torch
 from fastmoco.config import Config, MoCoV3Config, ModelConfig, ObjectiveConfig
 from fastmoco.models import float8, float8_inference
 from fastmoco.models.blocks import Block
+from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2
 from fastmoco.models.decoder import TokenDecoder
 from fastmoco.models.drop_path import PathDraws
 from fastmoco.models.encoder import Encoder
@@ -63,9 +64,9 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     ProjectorMomentumConfig: ProjectorMomentum.build,
     SupervisedConfig: Supervised.build,
     SDSSLConfig: SDSSL.build,
-    MoBYConfig: MoBY.build,
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
+    MoBYConfig: MoBY.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -127,7 +128,7 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet | SwinTransformer) and _trains(network):
+        elif isinstance(network, ResNet | SwinTransformer | ConvNeXtV2) and _trains(network):
             network.recompute(model.checkpointing)
         elif isinstance(network, TokenDecoder):
             _decoder_in_form(network, model)
@@ -157,6 +158,8 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
         )
     if model.family == "swin":
         return partial(SWINS[model.architecture], image_size=model.image_size, window=model.window)
+    if model.family == "convnextv2":
+        return partial(CONVNEXTS[model.architecture], image_size=model.image_size)
     return partial(
         ARCHITECTURES[model.architecture],
         image_size=model.image_size,

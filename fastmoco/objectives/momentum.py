@@ -106,7 +106,7 @@ class Momentum(Average):
         The comparison reads the device, so it runs only where one of the tensors has been replaced
         or written since.
         """
-        if _couples(self.encoder):
+        if not _embeds(self.encoder):
             return False
         own, average = self.encoder.stem_tensors(), self.momentum_encoder.stem_tensors()
         if any(tensor.requires_grad for tensor in own):
@@ -149,7 +149,7 @@ class Momentum(Average):
 
     def _stems(self) -> tuple[tuple[int, int, int], ...]:
         """Which memory the stems are in, and how often it has been written."""
-        if _couples(self.encoder):
+        if not _embeds(self.encoder):
             return ()
         tensors = self.encoder.stem_tensors() + self.momentum_encoder.stem_tensors()
         return tuple((t.untyped_storage()._cdata, t.storage_offset(), t._version) for t in tensors)
@@ -157,6 +157,11 @@ class Momentum(Average):
 
 def _couples(encoder: Encoder) -> bool:
     return encoder.coupling is Coupling.TRUNK
+
+
+def _embeds(encoder: Encoder) -> bool:
+    """Whether an encoder turns images into patch tokens that another one could share."""
+    return not _couples(encoder) and hasattr(encoder, "stem_tensors")
 
 
 def _class_features(

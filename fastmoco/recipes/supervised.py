@@ -175,8 +175,8 @@ class FineTuning:
         lr: for a batch of 256 images.
         weight_decay: of AdamW.
         warmup_epochs: None: a twentieth of the run, which is 5 of 100.
-        layer_decay: None: 0.65 for a ViT; a ResNet has no layers to decay by, 1.
-        drop_path: None: 0.1 for a ViT, 0 for a ResNet.
+        layer_decay: None: 0.65 for a ViT; others have no layers to decay by, 1.
+        drop_path: None: 0.1, 0 for a ResNet.
         label_smoothing: share of a target that is spread over all classes.
         mixup: 0: none.
         cutmix: 0: none.
@@ -227,12 +227,12 @@ def fine_tuning(
     Raises:
         ValueError: if an option does not suit the encoder.
     """
-    vit = model.family == "vit"
-    for name, value, neutral in (
-        ("layer_decay", options.layer_decay, 1),
-        ("drop_path", options.drop_path, 0),
+    vit, deep = model.family == "vit", model.family != "resnet"
+    for name, value, neutral, known in (
+        ("layer_decay", options.layer_decay, 1, vit),
+        ("drop_path", options.drop_path, 0, deep),
     ):
-        if not vit and value not in (None, neutral):
+        if not known and value not in (None, neutral):
             raise ValueError(
                 f"{name}={value}: needs the blocks of a ViT, and {model.architecture} has none; "
                 "leave it out"
@@ -244,7 +244,7 @@ def fine_tuning(
         view = replace(view, crop_scale=(options.crop_min, 1.0))
     warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
     decay = options.layer_decay if options.layer_decay is not None else (0.65 if vit else 1.0)
-    drop_path = options.drop_path if options.drop_path is not None else (0.1 if vit else 0.0)
+    drop_path = options.drop_path if options.drop_path is not None else (0.1 if deep else 0.0)
     data = one_view(view)
     if before is not None:
         names = [option.name for option in fields(LoaderOptions)]

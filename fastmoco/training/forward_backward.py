@@ -225,6 +225,8 @@ def _choose_for_blocks(
         return CompileChoice(False, "a ResNet's convolutions are kernels of a library already")
     if config.model.family == "swin":
         return CompileChoice(False, "a Swin's blocks differ in shape, one compilation for each")
+    if config.model.family == "convnextv2":
+        return CompileChoice(False, "compiled blocks are those of a ViT")
     if config.model.mlp_norm == "batch":
         return CompileChoice(False, "mlp_norm=batch exchanges statistics inside the blocks")
     if config.model.blocks != "fused":

@@ -101,11 +101,11 @@ def config_for(
     variant: str = "",
 ) -> Config:
     """LARS, which does not enlarge the rounding of gradients that are zero in truth; stochastic
-    depth of a ViT, whose draws are those of an image wherever it is."""
+    depth where a trunk has it, whose draws are those of an image wherever it is."""
     options = VARIANTS.get(variant, Variant(kind))
     base = config_of(kind, TRUNKS[trunk])
     frozen = options.objective.get("train_from") == "head"
-    depth = 0.3 if trunk == "vit" and not frozen else 0.0
+    depth = 0.3 if trunk != "resnet" and not frozen else 0.0
     return replace(
         base,
         objective=replace(base.objective, **options.objective),
@@ -162,7 +162,10 @@ def run_steps(
 
 
 def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
-    """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks."""
+    """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks. A Swin and
+    a ConvNeXt V2 differ from a ViT by their blocks alone, and go one."""
+    if trunk in ("swin", "convnext"):
+        return ("fsdp chunked",) if kind is MoCoV3Config else ()
     if kind is MoCoV3Config:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")
     if trunk == "vit":

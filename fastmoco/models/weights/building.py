@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,16 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import Pooling, Positions
 from fastmoco.models.encoder_file import (
     CUSTOM,
+    NAMED,
     Description,
     EncoderDescription,
-    ResNetDescription,
+    NamedDescription,
+    SwinDescription,
+    Trunk,
     build_with,
 )
-from fastmoco.models.resnet import RESNETS, ResNet
-from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
+from fastmoco.models.swin import window_of
+from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.fitting import fit_encoder
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -29,11 +33,13 @@ from fastmoco.models.weights.foreign import (
 )
 from fastmoco.models.weights.reading import read_weights
 
+FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+
 
 class ForeignEncoder(NamedTuple):
     """An encoder from a file of weights."""
 
-    encoder: VisionTransformer | ResNet
+    encoder: Trunk
     """In eval mode; maps [B, 3, H, W] images to [B, E] features."""
     description: Description
     """Its sizes, and how images are resized, cropped and normalised."""
@@ -81,10 +87,11 @@ def describe(weights: EncoderWeights) -> Description:
 
     Raises:
         CheckpointError: if a ViT's file does not show its number of heads or has no positions, or
-            a ResNet is none of ours.
+            another trunk is none of ours.
     """
-    if weights.family == "resnet":
-        return _describe_resnet(weights)
+    for kind in NAMED:
+        if weights.family == kind.family:
+            return _describe_named(weights, kind)
     sizes, heads = weights.sizes(), require_heads(weights)
     trunk = weights.trunk
     positions: Positions = "none"
@@ -124,17 +131,36 @@ def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
     return "norm_mean" if "norm.weight" in trunk else "mean"
 
 
-def _describe_resnet(weights: EncoderWeights) -> ResNetDescription:
+def _describe_named(weights: EncoderWeights, kind: type[NamedDescription]) -> NamedDescription:
     """The architecture whose tensors have these names and shapes."""
     own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
-    for name, architecture in RESNETS.items():
-        with torch.device("meta"):
-            target = architecture().state_dict()
+    more = {"window": _window(weights)} if kind is SwinDescription else {}
+    for name in kind.known:
+        description = kind(architecture=name, image=weights.image, **more)
+        try:
+            with torch.device("meta"):
+                target = description.build().state_dict()
+        except ValueError:
+            continue  # no encoder of this size takes such images
         if own == {key: tensor.shape for key, tensor in target.items() if not _counts(key)}:
-            return ResNetDescription(architecture=name, image=weights.image)
+            return description
     raise CheckpointError(
-        f"{weights.source} ({weights.format}) is none of {', '.join(RESNETS)}, which fastmoco has"
+        f"{weights.source} ({weights.format}) is none of {', '.join(kind.known)}, which fastmoco "
+        "has"
     )
+
+
+def _window(weights: EncoderWeights) -> int:
+    """The window of a Swin, by the first bias table, whose map is the largest.
+
+    Raises:
+        CheckpointError: if it has no such shape.
+    """
+    rows = weights.trunk[FIRST_TABLE].shape[0] if weights.trunk[FIRST_TABLE].ndim else 0
+    side = math.isqrt(rows)
+    if side**2 != rows or side % 2 == 0:
+        raise CheckpointError(f"{weights.source}: {FIRST_TABLE} of {rows} rows is of no window")
+    return window_of(weights.trunk[FIRST_TABLE])
 
 
 def _counts(name: str) -> bool:

@@ -7,6 +7,8 @@ is in the table that `Fit.lines` gives.
 Positions of another grid are resampled bicubically (with antialiasing, corners not aligned, in
 float32), the class token's row is kept. The fixed sine-cosine table is never resampled: each grid
 has its own, and the file's table is compared with the one of its grid.
+
+Tables of relative positions of a Swin with another window are resampled by `resampled_bias`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.encoder import trunk_of
+from fastmoco.models.swin import resampled_bias, window_of
 from fastmoco.models.vit import ARCHITECTURES, FIXED_POSITIONS
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -31,8 +35,9 @@ from fastmoco.models.weights.foreign import (
     require_heads,
     vit_sizes,
 )
-from fastmoco.models.weights.names import some
+from fastmoco.models.weights.names import find_format, some
 
+BIAS_TABLE = "relative_position_bias_table"
 Positions = Literal["sincos", "sincos_columns", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
 file."""
@@ -101,7 +106,7 @@ def fit_encoder(
         target: its state dict with head; tensors may be on the meta device.
         weights: of a file.
         positions: of the encoder.
-        heads: its attention heads; None for a ResNet.
+        heads: its attention heads; None for a trunk without.
 
     Raises:
         CheckpointError: naming the file, what did not match, and the cure.
@@ -122,6 +127,10 @@ def fit_encoder(
             fit.left.append(name)  # older files lack it, and no feature depends on it
         elif tensor is None:
             wrong.append(f"{name} is missing in the file")
+        elif name.endswith(BIAS_TABLE) and _is_of_another_window(tensor, place):
+            window = window_of(place)
+            fit.tensors[name] = resampled_bias(tensor, window)
+            fit.resampled[name] = f"(window {window_of(tensor)} to {window}, bicubic)"
         elif tensor.shape != place.shape:
             wrong.append(
                 f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(place.shape)} here"
@@ -178,6 +187,13 @@ def resample_positions(positions: Tensor, grid: int, new: int, *, prefix: int) -
     return torch.cat([first, resized.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
 
 
+def _is_of_another_window(found: Tensor, place: Tensor) -> bool:
+    """Whether a bias table is of the same heads and another window."""
+    same = found.dim() == 2 and found.shape[1] == place.shape[1]
+    side = math.isqrt(found.shape[0]) if same else 0
+    return same and side % 2 == 1 and side**2 == found.shape[0] != place.shape[0]
+
+
 def _fit_positions(
     place: Tensor,
     trunk: Mapping[str, Tensor],
@@ -186,7 +202,7 @@ def _fit_positions(
     fit: Fit,
 ) -> None:
     source, found = weights.source, weights.trunk.get("pos_embed")
-    if found is None and weights.family == "resnet":
+    if found is None and weights.family != "vit":
         return  # reported with the other tensors
     if found is None:
         raise CheckpointError(
@@ -227,7 +243,7 @@ def _fit_positions(
 
 
 def _require_heads(weights: EncoderWeights, heads: int | None, fit: Fit) -> None:
-    if weights.family == "resnet" or heads is None:
+    if weights.family != "vit" or heads is None:
         return
     if weights.heads is None and heads_differ(weights):
         require_heads(weights)
@@ -243,15 +259,17 @@ def _require_heads(weights: EncoderWeights, heads: int | None, fit: Fit) -> None
 
 def _cure(trunk: Mapping[str, Tensor], weights: EncoderWeights) -> str:
     """What to do about an encoder of another kind or size."""
-    of_run = "vit" if any(name.startswith("blocks.") for name in trunk) else "resnet"
-    kinds = {"vit": "a ViT", "resnet": "a ResNet"}
+    known = find_format(trunk)
+    of_run = weights.family if known is None else known[0].family
     if of_run != weights.family:
         return (
-            f"The file is {kinds[weights.family]}, the encoder of the run {kinds[of_run]}: choose "
-            "another --model.architecture"
+            f"The file is a {TRUNK_NAMES[weights.family]}, the encoder of the run a "
+            f"{TRUNK_NAMES[of_run]}: choose another --model.architecture"
         )
     if of_run == "resnet":
         return "The file is another ResNet: choose --model.architecture resnet18, 34 or 50"
+    if of_run != "vit":
+        return f"The file is another {TRUNK_NAMES[of_run]}: choose its --model.architecture"
     theirs, ours = weights.sizes(), vit_sizes(trunk, "the run")
     if (theirs.width, theirs.depth, theirs.stem) != (ours.width, ours.depth, ours.stem):
         names = [

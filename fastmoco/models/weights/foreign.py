@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.config.model import Positions
 from fastmoco.models.encoder import Family
 from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
@@ -59,7 +60,7 @@ MOCO_V3_HEADS = {**HEADS, (384, 12, "patch"): 12}
 TIMM_HEADS_BY_NAME = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
 """Heads of timm's `vit_small_...`, where its config does not give them."""
 IMAGE_SIZE = 224
-"""Pixels per side of the images of a ResNet, whose weights do not depend on it."""
+"""Pixels per side of the images of a trunk whose weights do not depend on it: all but a ViT."""
 PROBE_KEYS = {"best_acc1", "optimizer"}
 """Keys of a linear-probe file of moco-v3 beside those of every checkpoint."""
 
@@ -72,10 +73,10 @@ class EncoderWeights:
         source: the file, as errors name it.
         format: of the file, as shown to the user.
         which: the encoder of the file that this is.
-        family: "vit" or "resnet".
+        family: kind of the encoder.
         trunk: tensors by our names, without head.
         beside: names of the file that are no part of the encoder, and what they are.
-        heads: attention heads; None if the file does not show them, and for a ResNet.
+        heads: attention heads; None if the file does not show them, and for a trunk without.
         image: how images are resized, cropped and normalised.
         networks: all tensors of a file of several networks by our names, head included.
         facts: what the file states: arch, epoch, header.
@@ -151,7 +152,8 @@ def find_encoder(
         raise CheckpointError(
             f"{source} contains no encoder that is known here: its first tensors are "
             f"{', '.join(list(raw.tensors)[:4])}. Known are ViTs of moco-v3, timm, torchvision and "
-            "Hugging Face, and ResNets of moco-v3, torchvision, timm and Hugging Face"
+            "Hugging Face, ResNets of moco-v3, torchvision, timm and Hugging Face, and published "
+            "Swins and ConvNeXt V2"
         )
     known, prefix = found
     stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -161,7 +163,7 @@ def find_encoder(
     if renamed.unknown:
         raise CheckpointError(
             f"{source} ({known.name}): {some(renamed.unknown)}: no part of a "
-            f"plain {'ViT' if known.family == 'vit' else 'ResNet'}: it is another architecture, "
+            f"plain {TRUNK_NAMES[known.family]}: it is another architecture, "
             "which fastmoco does not have"
         )
 

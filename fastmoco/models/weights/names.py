@@ -1,9 +1,10 @@
 """The names of the tensors of an encoder in the formats of other packages, as tables.
 
-Our names are those of timm for a ViT and of torchvision for a ResNet. A row of a table pairs one of
-our names with one or several of the other format; several are the parts of ours along its first
-dimension (q, k and v of `qkv`). `{i}` and `{s}` stand for a number, `{s-1}` for the number before
-it, `{p}` for weight or bias, `{b}` for any tensor of a norm. The same table serves both directions.
+Our names are those of timm for a ViT, of torchvision for a ResNet and of the published files for a
+Swin and a ConvNeXt V2. A row of a table pairs one of our names with one or several of the other format;
+several are the parts of ours along its first dimension (q, k and v of `qkv`). `{i}` and `{s}` stand
+for a number, `{s-1}` for the number before it, `{p}` for weight or bias, `{b}` for any tensor of a
+norm. The same table serves both directions.
 """
 
 from __future__ import annotations
@@ -52,6 +53,31 @@ RESNET = (
     "layer{s}.{i}.downsample.1.{b}",
 )
 """Our names of a ResNet's trunk: those of torchvision, of timm and of moco-v3 too."""
+
+SWIN = (
+    "patch_embed.proj.{p}",
+    "patch_embed.norm.{p}",
+    "layers.{s}.blocks.{i}.norm{c}.{p}",
+    "layers.{s}.blocks.{i}.attn.relative_position_bias_table",
+    "layers.{s}.blocks.{i}.attn.qkv.{p}",
+    "layers.{s}.blocks.{i}.attn.proj.{p}",
+    "layers.{s}.blocks.{i}.mlp.fc{c}.{p}",
+    "layers.{s}.downsample.norm.{p}",
+    "layers.{s}.downsample.reduction.weight",
+    "norm.{p}",
+)
+"""Our names of a Swin's trunk: those of the published files."""
+
+CONVNEXTV2 = (
+    "downsample_layers.{s}.{i}.{p}",
+    "stages.{s}.{i}.dwconv.{p}",
+    "stages.{s}.{i}.norm.{p}",
+    "stages.{s}.{i}.pwconv{c}.{p}",
+    "stages.{s}.{i}.grn.gamma",
+    "stages.{s}.{i}.grn.beta",
+    "norm.{p}",
+)
+"""Our names of a ConvNeXt V2's trunk: those of the published files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +251,26 @@ HF_RESNET = Format(
     signs=("embedder.embedder.convolution.weight",),
     prefixes=("resnet.", ""),
 )
+PUBLISHED_SWIN = Format(
+    name="Swin",
+    family="swin",
+    rows=tuple((name, name) for name in SWIN),
+    beside={
+        "head.{p}": "classifier",
+        "head.{i}.{b}": "projector",
+        **HEAD_OF_DINO,
+        "layers.{s}.blocks.{i}.attn.relative_position_index": "table that follows from the sizes",
+        "layers.{s}.blocks.{i}.attn_mask": "table that follows from the sizes",
+    },
+    signs=("patch_embed.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
+)
+PUBLISHED_CONVNEXTV2 = Format(
+    name="ConvNeXt V2",
+    family="convnextv2",
+    rows=tuple((name, name) for name in CONVNEXTV2),
+    beside={"head.{p}": "classifier", "head.{i}.{b}": "projector", **HEAD_OF_DINO},
+    signs=("downsample_layers.0.0.weight", "stages.0.0.grn.gamma"),
+)
 FORMATS = (
     TIMM_VIT,
     TORCHVISION_VIT,
@@ -232,6 +278,8 @@ FORMATS = (
     HF_VIT_IN_MEMORY,
     TORCHVISION_RESNET,
     HF_RESNET,
+    PUBLISHED_SWIN,
+    PUBLISHED_CONVNEXTV2,
 )
 
 FULL_STATE = "full state of fastmoco"

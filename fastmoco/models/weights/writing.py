@@ -21,10 +21,18 @@ from torch import Tensor, nn
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.checkpoint.whole_file import storable, write_whole
+from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.blocks import Block
 from fastmoco.models.encoder import Family, trunk_of
-from fastmoco.models.encoder_file import Description, EncoderDescription, build_with
-from fastmoco.models.resnet import RESNETS, BasicBlock, ResNet
+from fastmoco.models.encoder_file import (
+    ConvNeXtV2Description,
+    Description,
+    EncoderDescription,
+    SwinDescription,
+    Trunk,
+    build_with,
+)
+from fastmoco.models.resnet import RESNETS, BasicBlock
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.names import (
     HF_RESNET,
@@ -139,6 +147,11 @@ def refusal(to: Target, description: Description) -> str:
             if to in faults.targets and getattr(description, faults.field) in faults.values:
                 return f"--to {to} has {faults.lacks}; {', '.join(faults.instead)} can express it"
         return ""
+    if isinstance(description, SwinDescription | ConvNeXtV2Description) and to not in WITH_FUNCTION:
+        return (
+            f"--to {to} has no {TRUNK_NAMES[description.family]} by the names of the published files; "
+            f"{', '.join(WITH_FUNCTION)} can express it, safetensors by these names"
+        )
     small = description.torchvision_name() is None
     if small and to in ("timm", "torchvision", "hf", "moco-v3"):
         return (
@@ -148,9 +161,7 @@ def refusal(to: Target, description: Description) -> str:
     return ""
 
 
-def plain_encoder(
-    encoder: VisionTransformer | ResNet, description: Description
-) -> VisionTransformer | ResNet:
+def plain_encoder(encoder: Trunk, description: Description) -> Trunk:
     """A copy in float32 on the host, in eval mode, of the plainest operations: for tracing, and to
     compare features with."""
     trunk = {
@@ -168,7 +179,7 @@ def plain_encoder(
 def write_encoder(
     to: Target,
     path: Path,
-    encoder: VisionTransformer | ResNet,
+    encoder: Trunk,
     description: Description,
     header: Mapping[str, str],
 ) -> None:
@@ -282,9 +293,7 @@ def official_checkpoint(
     }
 
 
-def traced(
-    encoder: VisionTransformer | ResNet, description: Description
-) -> torch.export.ExportedProgram:
+def traced(encoder: Trunk, description: Description) -> torch.export.ExportedProgram:
     """The encoder as a program of torch's own operations, for batches of any size.
 
     Raises:
@@ -363,7 +372,7 @@ def hf_preprocessor(image: EvalSpec) -> dict[str, Any]:
 def _write_hf(
     path: Path,
     state: Mapping[str, Tensor],
-    encoder: VisionTransformer | ResNet,
+    encoder: Trunk,
     description: Description,
 ) -> None:
     tensors = renamed(state, HF_VIT if description.family == "vit" else HF_RESNET)
@@ -378,7 +387,7 @@ def _write_hf(
 
 def _write_onnx(
     path: Path,
-    encoder: VisionTransformer | ResNet,
+    encoder: Trunk,
     description: Description,
     notes: Mapping[str, str],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmoco.checkpoint import CheckpointError
+from fastmoco.config import ModelConfig
+from fastmoco.models.encoder_file import SwinDescription, describe_run, description_of
+from fastmoco.models.resnet import resnet_nano
 from fastmoco.models.swin import (
     APART,
     SWINS,
@@ -20,6 +25,14 @@ from fastmoco.models.swin import (
     swin_nano,
     windows_of,
 )
+from fastmoco.models.vit import vit_nano
+from fastmoco.models.weights.building import describe, load_foreign
+from fastmoco.models.weights.fitting import fit_encoder
+from fastmoco.models.weights.foreign import find_encoder
+from fastmoco.models.weights.reading import RawWeights
+from fastmoco.models.weights.writing import refusal
+from fastmoco.recipes import get_recipe
+from fastmoco_pipelines.spec import EvalSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "siblings_b" / "swin.npz"
 FLOAT64, FLOAT32 = 1e-9, 1.1e-7
@@ -199,3 +212,81 @@ def test_what_does_not_fit_is_refused() -> None:
         swin_nano()(torch.zeros(2, 3, 9, 9))
     with pytest.raises(ValueError, match="use full or none"):
         swin_nano().recompute("selective")
+
+
+def release(tensors: dict[str, Tensor], window: int) -> RawWeights:
+    """As the published files are: with the tables that follow from the sizes, and a classifier."""
+    more: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("attn.proj.bias")]:
+        block = name.removesuffix(".attn.proj.bias")
+        more[f"{block}.attn.relative_position_index"] = relative_index(window)
+        if ".blocks.1" in block:
+            more[f"{block}.attn_mask"] = torch.zeros(4, window**2, window**2)
+    more["head.weight"] = torch.zeros(9, 4)
+    return RawWeights(path=Path("swin.pth"), tensors=tensors | more, wrapped_in="model")
+
+
+@pytest.mark.parametrize("window", [7, 14])
+@pytest.mark.parametrize(
+    ("name", "width", "depths"),
+    [("swin_tiny", 96, (2, 2, 6, 2)), ("swin_base", 128, (2, 2, 18, 2))],
+)
+def test_a_published_file_is_known_by_its_names_and_shapes(
+    name: str, width: int, depths: tuple[int, ...], window: int
+) -> None:
+    shapes = published(width, depths, window)
+    tensors = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+    weights = find_encoder(release(tensors, 2))
+    assert (weights.family, weights.format, weights.heads) == ("swin", "Swin", None)
+    assert weights.trunk.keys() == shapes.keys()
+    description = describe(weights)
+    assert isinstance(description, SwinDescription)
+    assert (description.architecture, description.window) == (name, window)
+    del tensors["norm.bias"]
+    with pytest.raises(CheckpointError, match=r"is none of swin_nano, swin_tiny"):
+        describe(find_encoder(release(tensors, 2)))
+
+
+def test_a_file_gives_the_features_of_its_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = swin_nano(image_size=56).eval()
+    path = tmp_path / "swin_nano.pth"
+    torch.save({"model": release(encoder.state_dict(), 7).tensors, "epoch": 300}, path)
+    loaded = load_foreign(path)
+    images = torch.randn(2, 3, 224, 224)
+    whole = swin_nano(image_size=224).eval()
+    whole.load_state_dict(encoder.state_dict())
+    assert torch.equal(loaded.encoder(images), whole(images))
+    description = loaded.description
+    for to in ("timm", "torchvision", "hf", "moco-v3"):
+        assert f"--to {to} has no Swin" in refusal(to, description)
+    assert not any(refusal(to, description) for to in ("safetensors", "torch-export", "onnx"))
+
+
+def test_a_run_takes_a_file_of_another_window() -> None:
+    torch.manual_seed(0)
+    ours = swin_nano(image_size=56, window=14)
+    weights = find_encoder(release(swin_nano(image_size=56).state_dict(), 7))
+    fit = fit_encoder(ours.state_dict(), weights, positions="sincos")
+    assert fit.counts()["resampled"] == 4
+    assert fit.tensors.keys() == ours.state_dict().keys()
+    name = "layers.1.blocks.1.attn.relative_position_bias_table"
+    assert fit.resampled[name] == "(window 7 to 14, bicubic)"
+    assert torch.equal(fit.tensors[name], resampled_bias(weights.trunk[name], 14))
+    for encoder, heads in ((vit_nano(), 4), (resnet_nano(), None), (SWINS["swin_tiny"](), None)):
+        with pytest.raises(CheckpointError, match=r"The file is .* --model.architecture"):
+            fit_encoder(encoder.state_dict(), weights, positions="learned", heads=heads)
+
+
+def test_the_header_of_a_file_says_the_window() -> None:
+    base = get_recipe("vit_s16_e300_b4096")
+    config = replace(base, model=ModelConfig(architecture="swin_small", window=14))
+    header = describe_run(config).to_metadata()
+    assert (header["width"], header["depth"], header["window"]) == ("768", "24", "14")
+    assert description_of(header) == describe_run(config)
+    small = SwinDescription(architecture="swin_nano", image=EvalSpec(size=8, resize=8), window=2)
+    assert description_of(small.to_metadata()) == small
+    with pytest.raises(ValueError, match="its header cannot be read"):
+        description_of(header | {"window": "seven"})
+    with pytest.raises(ValueError, match="width=96, but swin_small has 768"):
+        description_of(header | {"width": "96"})

@@ -57,7 +57,10 @@ RESNET = replace(
 SWIN_MODEL = {"architecture": "swin_nano", "patch_size": 16, "window": 2, "drop_path": 0.5}
 SWIN = replace(CONFIG, model=replace(CONFIG.model, **SWIN_MODEL))  # type: ignore[arg-type]
 """Maps of 4 x 4 and 2 x 2 tokens: the windows of the first stage are shifted."""
-TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN}
+CONVNEXT = replace(
+    RESNET, model=replace(RESNET.model, architecture="convnextv2_micro", drop_path=0.3)
+)
+TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
 every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
@@ -114,6 +117,22 @@ SWIN_ENCODER = [
 SWIN_ENCODER += [f"layers.0.downsample.{name}" for name in ("norm.bias", "norm.weight")]
 SWIN_ENCODER += [f"patch_embed.{name}" for name in ("norm.bias", "norm.weight")]
 SWIN_ENCODER += ["layers.0.downsample.reduction.weight", *ENCODER[13:17]]
+CONVNEXT_ENCODER = [
+    f"stages.{stage}.0.{layer}.{kind}"
+    for stage in range(4)
+    for layer in ("dwconv", "norm", "pwconv1", "pwconv2")
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += [
+    f"stages.{stage}.0.grn.{kind}" for stage in range(4) for kind in ("gamma", "beta")
+]
+CONVNEXT_ENCODER += [
+    f"downsample_layers.{stage}.{layer}.{kind}"
+    for stage in range(4)
+    for layer in (0, 1)
+    for kind in ("weight", "bias")
+]
+CONVNEXT_ENCODER += ["norm.bias", "norm.weight"]
 NAMES: dict[str, dict[str, list[str]]] = {
     kind: {
         "encoder": ENCODER + PROJECTOR,
@@ -186,13 +205,16 @@ NAMES["supmae"] = {
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
-SWIN_NAMES = {
-    kind: {
-        network: SWIN_ENCODER + names[len(ENCODER) :] if names[: len(ENCODER)] == ENCODER else names
-        for network, names in known.items()
+SWIN_NAMES, CONVNEXT_NAMES = (
+    {
+        kind: {
+            network: trunk + names[len(ENCODER) :] if "cls_token" in names else names
+            for network, names in known.items()
+        }
+        for kind, known in NAMES.items()
     }
-    for kind, known in NAMES.items()
-}
+    for trunk in (SWIN_ENCODER, CONVNEXT_ENCODER)
+)
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
@@ -207,14 +229,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl", "mae", "supmae"}
-"""Objectives that read every block of a ViT, or leave out tokens; on others they are refused."""
+"""Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
+refused."""
 OWN_MASKS = {"mae", "supmae"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
-    if kind.kind in ONLY_VIT and base in (RESNET, SWIN):
+    if kind.kind in ONLY_VIT and base in (RESNET, SWIN, CONVNEXT):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
@@ -534,7 +557,8 @@ def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Conf
 @every_trunk
 @every_objective
 def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
-    known = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES}.get(id(base), NAMES)
+    others = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES, id(CONVNEXT): CONVNEXT_NAMES}
+    known = others.get(id(base), NAMES)
     check_names(config_of(kind, base), known.get(kind.kind))
 
 
