@@ -201,7 +201,9 @@ def _blocks(
 ) -> Iterator[Found]:
     """Attention, and how blocks are run."""
     if config.model.family != "vit":
-        reason = f"{config.model.architecture} has no blocks of a ViT"
+        reason = f"{config.model.architecture} has no transformer blocks"
+        if config.model.family == "swin":
+            reason = f"the blocks of {config.model.architecture} have one form"
         yield Skipped("blocks", "attention, fused and compiled blocks", reason)
         return
     kernels = ("sdpa", "flash", "cudnn", "efficient", "triton", "fa4", "xformers")

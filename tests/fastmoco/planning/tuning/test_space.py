@@ -102,6 +102,8 @@ def test_what_does_not_apply_is_left_out_with_the_reason() -> None:
     _, skipped = found("resnet50_e300_b4096")
     assert "no transformer blocks" in skipped["attention, fused and compiled blocks"]
     assert "which resnet50 does not have" in skipped["--model.checkpointing selective"]
+    _, skipped = found("moby_swin_t4_e300_b512")
+    assert "swin_tiny have one form" in skipped["attention, fused and compiled blocks"]
 
 
 @pytest.mark.parametrize("resolved", [CPU, GPU], ids=["processor", "accelerator"])
