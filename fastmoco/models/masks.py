@@ -51,8 +51,19 @@ def mask_noise(
 
 def kept_count(cells: int, ratio: float) -> int:
     """Cells that stay when a share of them is masked: int(cells * (1 - ratio)), with the rounding
-    of the published codes. 196 * (1 - 0.9) is 19.59..., so 19 stay."""
-    return int(cells * (1 - ratio))
+    of the published codes. 196 * (1 - 0.9) is 19.59..., so 19 stay.
+
+    Raises:
+        ValueError: if none would stay, or all.
+    """
+    kept = int(cells * (1 - ratio))
+    if not 1 <= kept < cells:
+        few, cure = ("none", "smaller") if kept < 1 else ("all", "larger")
+        raise ValueError(
+            f"objective.mask_ratio={ratio}: shows the encoder {few} of the {cells} patches; take a "
+            f"{cure} share"
+        )
+    return kept
 
 
 def shuffled(noise: Tensor, kept: int) -> Tensor:

@@ -90,12 +90,6 @@ class MAE(Objective):
         self.coupling = Coupling.NONE
         grid = encoder.image_size // encoder.patch_size
         self.kept = kept_count(grid**2, mask_ratio)
-        if not 1 <= self.kept < grid**2:
-            few, cure = ("none", "smaller") if self.kept < 1 else ("all", "larger")
-            raise ValueError(
-                f"objective.mask_ratio={mask_ratio}: shows the encoder {few} of the {grid**2} "
-                f"patches; take a {cure} share"
-            )
         initialise_(encoder)
         self.decoder = TokenDecoder(
             in_dim=encoder.embed_dim,

@@ -105,7 +105,7 @@ class Format:
         return set(self.signs) <= set(names)
 
 
-DECODER_OF_MAE = {
+BESIDE_MAE = {
     "mask_token": "decoder",
     "decoder_pos_embed": "decoder",
     "decoder_embed.{p}": "decoder",
@@ -115,8 +115,9 @@ DECODER_OF_MAE = {
     },
     "decoder_norm.{p}": "decoder",
     "decoder_pred.{p}": "decoder",
+    "cls_head.{i}.{b}": "class branch",
 }
-"""What is beside the encoder in a published checkpoint of MAE."""
+"""What is beside the encoder in a published checkpoint of MAE or SupMAE."""
 HEAD_OF_DINO = {
     "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
@@ -134,7 +135,7 @@ TIMM_VIT = Format(
         "pre_logits.fc.{p}": "layer before the classifier",
         "head.{i}.{b}": "projector",
         **HEAD_OF_DINO,
-        **DECODER_OF_MAE,
+        **BESIDE_MAE,
     },
     signs=("blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"),
 )

@@ -384,12 +384,15 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 
 def test_a_published_file_starts_a_run(tmp_path: Path) -> None:
-    """Names of the release, decoder included; a table of MoCo v3 is refused."""
+    """Names of the releases, decoder and class branch included; a table of MoCo v3 is refused."""
     config = get_recipe("mae_digits")
     theirs = build_objective(replace(config, seed=1), CPU)
     state = theirs.encoder.state_dict()
     for name, tensor in theirs.decoder.state_dict().items():
         state["mask_token" if name == "mask_token" else f"decoder_{name}"] = tensor
+    labelled = SupMAEConfig(classes=3, decoder_width=32)
+    branch = build_objective(replace(config, objective=labelled), CPU).class_head
+    state |= {f"cls_head.{name}": tensor for name, tensor in branch.state_dict().items()}
     path = tmp_path / "mae_pretrain.pth"
     torch.save({"model": state}, path)
     config = replace(config, model=replace(config.model, init=str(path)))
@@ -397,7 +400,7 @@ def test_a_published_file_starts_a_run(tmp_path: Path) -> None:
     found = start_from(config, ours, World())
     assert found is not None
     assert found.fit.counts()["matched"] == len(theirs.encoder.state_dict())
-    assert set(found.fit.unused.values()) == {"decoder"}
+    assert set(found.fit.unused.values()) == {"decoder", "class branch"}
     for name, tensor in theirs.encoder.state_dict().items():
         assert torch.equal(ours.encoder.state_dict()[name], tensor)
 
