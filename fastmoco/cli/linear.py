@@ -30,12 +30,13 @@ def eval_linear(
     train: str,
     test: str,
     fast: bool = False,
+    protocol: Literal["moco_v3", "moby"] = "moco_v3",
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
-    epochs: int = 90,
+    epochs: int | None = None,
     batch: int = 0,
     copies: int | None = None,
     crop_min: float | None = None,
@@ -56,6 +57,7 @@ def eval_linear(
         fast: Instead of the official protocol (SGD on random crops, 90 epochs, a run of its own in
             --out), compute features once and train classifiers of many rates and decays on them at
             once. Reports that of the official rate, and the best on held-out training images.
+        protocol: Whose numbers; MoBY's has 100 epochs.
         which: The trained encoder (base), or its moving average (default: the one that the
             method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
@@ -63,7 +65,7 @@ def eval_linear(
         lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
             --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
-        epochs: Passes over the training images.
+        epochs: Passes over the training images (default: 90).
         batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached
             (default: 10). With as many as epochs it trains on the images of the official protocol;
@@ -81,6 +83,8 @@ def eval_linear(
     say_first(f"linear classifier on {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         if fast:
+            if protocol != "moco_v3":
+                raise ValueError(f"protocol={protocol!r}: leave out --fast, which has another one")
             found = _fast(
                 run,
                 train,
@@ -90,7 +94,7 @@ def eval_linear(
                 heads=heads,
                 lrs=lr,
                 weight_decays=weight_decay,
-                epochs=epochs,
+                epochs=90 if epochs is None else epochs,
                 batch_size=batch,
                 copies=copies,
                 crop_min=crop_min,
@@ -106,6 +110,7 @@ def eval_linear(
                 from fastmoco.training.linear_official import OfficialOptions
 
             options = OfficialOptions(
+                protocol=protocol,
                 lr=lr[0] if lr else None,
                 weight_decay=weight_decay[0] if weight_decay else 0.0,
                 epochs=epochs,

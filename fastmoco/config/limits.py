@@ -44,6 +44,7 @@ MOST: Mapping[str, int] = {
     "size": MOST_SIDE,
     "steps": 10**6,
     "threads": MOST_THREADS,
+    "window": 1024,
     "workers": MOST_THREADS,
 }
 """Last part of a field's or an option's name -> its limit."""

@@ -23,6 +23,10 @@ Architecture = Literal[
     "resnet34",
     "resnet18",
     "resnet_nano",
+    "swin_tiny",
+    "swin_small",
+    "swin_base",
+    "swin_nano",
     "convnextv2_micro",
     "convnextv2_atto",
     "convnextv2_femto",
@@ -33,7 +37,7 @@ Architecture = Literal[
     "convnextv2_large",
     "convnextv2_huge",
 ]
-Family = Literal["vit", "resnet", "convnextv2"]
+Family = Literal["vit", "resnet", "swin", "convnextv2"]
 """Kind of a trunk, by which a method chooses its heads."""
 AttentionBackend = Literal[
     "auto",
@@ -65,10 +69,18 @@ KINDS = {
     "blocks": Blocks,
 }
 ONLY_RESNET = {"zero_residual": "it has no norms at the end of its branches"}
-NAMES: dict[Family, str] = {"vit": "ViT", "resnet": "ResNet", "convnextv2": "ConvNeXt V2"}
+ONLY_SWIN = {"window": "its attention has no windows"}
+SWIN_PATCHES = {"swin_nano": 2}
+"""Pixels per side of the patches of a Swin, else 4."""
+NAMES: dict[Family, str] = {
+    "vit": "ViT",
+    "resnet": "ResNet",
+    "swin": "Swin",
+    "convnextv2": "ConvNeXt V2",
+}
 """How messages call a kind of trunk."""
 UNREAD: dict[Family, dict[str, str]] = {
-    "vit": ONLY_RESNET,
+    "vit": ONLY_RESNET | ONLY_SWIN,
     "resnet": {
         "patch_size": "it has no patches",
         "pooling": "its feature is the mean over positions",
@@ -83,9 +95,26 @@ UNREAD: dict[Family, dict[str, str]] = {
         "momentum_linears": "it multiplies by convolutions",
         "compile": "its convolutions are kernels of a library already",
         "blocks": "fused blocks are those of a ViT",
+        "window": "it has no attention",
+    },
+    "swin": {
+        **ONLY_RESNET,
+        "patch_size": "its patches are those of the architecture, 4 pixels and 2 in swin_nano",
+        "pooling": "its feature is the mean of the tokens after the last norm",
+        "positions": "its positions are biases of its attention",
+        "mlp_norm": "its norms are layer norms",
+        "freeze_patch_embed": "its patch projection trains",
+        "keep_tokens": "its windows need all tokens",
+        "patch_schedule": "its patches are those of the architecture",
+        "attention": "its windows have masks, which torch's own attention takes",
+        "linears": "float8 is for the blocks of a ViT",
+        "momentum_linears": "float8 is for the blocks of a ViT",
+        "compile": "its blocks differ in shape, and each would be compiled for itself",
+        "blocks": "fused blocks are those of a ViT",
     },
     "convnextv2": {
         **ONLY_RESNET,
+        **ONLY_SWIN,
         "patch_size": "the patches of its stem are those of the architecture",
         "pooling": "its feature is the norm of the mean over positions",
         "positions": "it has no positions",
@@ -101,14 +130,14 @@ UNREAD: dict[Family, dict[str, str]] = {
     },
 }
 """Fields that an encoder does not read, and why. They must keep their defaults."""
-LEAST_SIDE = {"convnextv2": 32, "convnextv2_micro": 16}
+LEAST_SIDE = {"swin": 32, "swin_nano": 4, "convnextv2": 32, "convnextv2_micro": 16}
 """Pixels per side of the smallest image that leaves a position, by architecture, else by family;
 else 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The encoder and its heads (Chen, Xie, He 2021, section 4)."""
+    """The encoder and its heads. Those of MoCo v3: Chen, Xie, He 2021, section 4."""
 
     architecture: Architecture = "vit_small"
     """Encoder. `vit_small` has 12 heads as in the paper of MoCo v3, `deit_small` 6 as in DINO. ViT-H
@@ -117,6 +146,9 @@ class ModelConfig:
     """Height and width in pixels of the first two views and of the evaluation crop."""
     patch_size: int = 16
     """Side of the patches of a ViT, in pixels."""
+    window: int = 7
+    """Side of the attention windows of a Swin, in tokens; 14 is the other published size. A stage
+    whose map is not larger has one window."""
     projection_dim: int = 256
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
@@ -135,7 +167,7 @@ class ModelConfig:
     """Keep the patch projection of a ViT at its random start values, as MoCo v3 does for stability.
     No effect on the convolutional stem and on ResNets, which always train."""
     drop_path: float = 0.0
-    """Rate of stochastic depth of the last block of a ViT or ConvNeXt V2 in training; it rises
+    """Rate of stochastic depth of the last block of a ViT, Swin or ConvNeXt V2 in training; it rises
     linearly from 0 at the first block. Each residual branch of an image is left out with this
     probability."""
     zero_residual: bool = True
@@ -183,10 +215,12 @@ class ModelConfig:
         require(known, "compile", self.compile, "must be auto, True or False")
         self._require_read()
         require(self.patch_size >= 1, "patch_size", self.patch_size, "must be at least 1 pixel")
-        if self.family == "vit":
-            divides = self.image_size >= self.patch_size and self.image_size % self.patch_size == 0
-            rule = f"must be a multiple of patch_size={self.patch_size}"
+        if self.patch > 1:
+            field = "patch_size=" if self.family == "vit" else "the encoder's patches, "
+            divides = self.image_size >= self.patch and self.image_size % self.patch == 0
+            rule = f"must be a multiple of {field}{self.patch}"
             require(divides, "image_size", self.image_size, rule)
+        require(self.window >= 1, "window", self.window, "must be at least 1 token")
         rule = f"must be at least {self.least_side} for {self.architecture}"
         require(self.image_size >= self.least_side, "image_size", self.image_size, rule)
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "must be in [0, 1)")
@@ -244,6 +278,13 @@ class ModelConfig:
     def least_side(self) -> int:
         """Pixels per side of the smallest image that the encoder takes."""
         return LEAST_SIDE.get(self.architecture, LEAST_SIDE.get(self.family, 1))
+
+    @property
+    def patch(self) -> int:
+        """Pixels per side of a patch, of which every view has whole ones; 1 without patches."""
+        if self.family == "swin":
+            return SWIN_PATCHES.get(self.architecture, 4)
+        return self.patch_size if self.family == "vit" else 1
 
     @property
     def phases(self) -> Phases:

@@ -18,14 +18,18 @@ FUSED_BACKENDS = {
 """Implementations of each optimizer. LAMB has no `auto`: apex is imported only if it is named."""
 
 Scaling = Literal["linear", "sqrt", "none"]
-Schedule = Literal["cosine", "cosine_steps", "cosine_inclusive", "cosine_per_epoch", "steps"]
+Schedule = Literal[
+    "cosine", "cosine_steps", "cosine_inclusive", "cosine_unshifted", "cosine_per_epoch", "steps"
+]
+WITH_ENDS = ("cosine_inclusive", "cosine_unshifted")
+"""Schedules that may start and end above 0."""
 KINDS = {"lr_scaling": Scaling, "schedule": Schedule}
 """Values of the fields that name a rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """The optimizer of all trainable parameters; docs/optimizers.md compares them."""
+    """The optimizer; docs/optimizers.md compares them."""
 
     name: Literal["adamw", "lars", "lamb", "sgd", "larc"] = "adamw"
     """`adamw` for ViT: its decay also applies to biases and norms, as in the official runs. `lars`
@@ -43,17 +47,18 @@ class OptimConfig:
     schedule: Annotated[Schedule, Resume.WITH_ALLOW] = "cosine"
     """Linear warm-up, then half a cosine. `cosine` follows the fractional epoch (MoCo v3, BYOL).
     `cosine_steps` counts whole steps of warm-up and run (SimCLR). `cosine_inclusive` reaches the
-    peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_per_epoch` is
-    constant within an epoch (linear probes). `steps` stays at the peak after the warm-up, and is
-    multiplied by `milestone_factor` at each of `milestones` (MoCo v1)."""
+    peak in the last step of the warm-up and again after it (SwAV, DINO). `cosine_unshifted` begins
+    its cosine with the run, and is one step late (MoBY). `cosine_per_epoch` is constant within an
+    epoch (linear probes). `steps` stays at the peak after the warm-up, and is multiplied by
+    `milestone_factor` at each of `milestones` (MoCo v1)."""
     milestones: Annotated[tuple[float, ...], Resume.WITH_ALLOW] = ()
     """Epochs at which the learning rate falls, ascending. Only for `steps`."""
     milestone_factor: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Factor of the learning rate at each of `milestones`."""
     warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate of the first step of the warm-up, not scaled. Only for `cosine_inclusive`."""
+    """Learning rate of the first step of the warm-up, not scaled. Only for the two of SwAV and MoBY."""
     final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate to which the cosine falls, not scaled. Only for `cosine_inclusive`."""
+    """Learning rate to which the cosine falls, not scaled. Only for the same two."""
     lr_in_buffer: Annotated[bool, Resume.WITH_ALLOW] = False
     """LARS: multiply the learning rate into the momentum buffer, as SimCLR does, and not into the
     step, as MoCo v3 and BYOL do."""
@@ -69,6 +74,8 @@ class OptimConfig:
     """Denominator floor of AdamW and LAMB."""
     sgd_momentum: Annotated[float, Resume.WITH_ALLOW] = 0.9
     """Momentum of the buffer of LARS, LARC and SGD."""
+    nesterov: Annotated[bool, Resume.WITH_ALLOW] = False
+    """SGD: Nesterov's momentum, a step of `gradient + sgd_momentum * buffer`."""
     trust_coefficient: Annotated[float, Resume.WITH_ALLOW] = 0.001
     """Norm of a step of LARS or LARC relative to that of the weights, before the learning rate."""
     warmup_epochs: Annotated[float, Resume.WITH_ALLOW] = 40
@@ -98,8 +105,8 @@ class OptimConfig:
         for name in ("warmup_lr", "final_lr"):
             value = getattr(self, name)
             require(value >= 0, name, value, "must not be negative")
-            rule = "needs schedule=cosine_inclusive; the others start and end at 0"
-            require(value == 0 or self.schedule == "cosine_inclusive", name, value, rule)
+            rule = f"needs schedule={' or '.join(WITH_ENDS)}; the others start and end at 0"
+            require(value == 0 or self.schedule in WITH_ENDS, name, value, rule)
         marks = self.milestones
         rule = "needs schedule=steps; the others follow a cosine"
         require(not marks or self.schedule == "steps", "milestones", marks, rule)
@@ -111,6 +118,9 @@ class OptimConfig:
         rule = "is a choice of lars alone"
         in_buffer = self.lr_in_buffer
         require(not in_buffer or self.name == "lars", "lr_in_buffer", in_buffer, rule)
+        rule = "is a choice of sgd alone, with sgd_momentum above 0"
+        possible = self.name == "sgd" and self.sgd_momentum > 0
+        require(not self.nesterov or possible, "nesterov", self.nesterov, rule)
         require(self.lr >= 0, "lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be in [0, 1)")

@@ -165,13 +165,11 @@ class Config:
             self.data.view1.size,
             f"must be model.image_size={size}",
         )
-        patch = 1
+        patch = self.model.patch
         rule = f"must be at most model.image_size={size}"
-        if self.model.family == "vit":
-            patch = self.model.patch_size
-            rule = (
-                f"must be a multiple of model.patch_size={patch}, {rule.removeprefix('must be ')}"
-            )
+        if patch > 1:
+            field = "model.patch_size=" if self.model.family == "vit" else "the encoder's patches, "
+            rule = f"must be a multiple of {field}{patch}, {rule.removeprefix('must be ')}"
         for number, view in enumerate(self.data.more_views):
             fits = view.size <= size and view.size % patch == 0
             require(fits, f"data.more_views.{number}.size", view.size, rule)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, get_args
 
@@ -27,12 +27,13 @@ from fastmoco.config.serial import from_json
 from fastmoco.models.convnextv2 import CONVNEXTS, ConvNeXtV2, ConvNeXtV2Architecture
 from fastmoco.models.encoder import Family
 from fastmoco.models.resnet import RESNETS, ResNet, ResNetArchitecture
+from fastmoco.models.swin import SWINS, SwinArchitecture, SwinTransformer
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.files.whole import hash_file
 from fastmoco_pipelines.spec import MOST_SIDE, EvalSpec
 
-Trunk: TypeAlias = VisionTransformer | ResNet | ConvNeXtV2
+Trunk: TypeAlias = VisionTransformer | ResNet | SwinTransformer | ConvNeXtV2
 """The encoders of fastmoco."""
 CHANNELS = 3
 EVALUATED = "evaluated"
@@ -256,7 +257,7 @@ class NamedDescription:
     image: EvalSpec
 
     family: ClassVar[Family]
-    known: ClassVar[Mapping[str, ResNetArchitecture | ConvNeXtV2Architecture]]
+    known: ClassVar[Mapping[str, ResNetArchitecture | SwinArchitecture | ConvNeXtV2Architecture]]
     """Architectures of the family, by name."""
     pooling: ClassVar[str] = "mean"
     heads: ClassVar[int | None] = None
@@ -312,7 +313,7 @@ class NamedDescription:
                 )
         return found
 
-    def build(self) -> ResNet | ConvNeXtV2:
+    def build(self) -> ResNet | SwinTransformer | ConvNeXtV2:
         """An encoder with random weights."""
         return self.known[self.architecture](image_size=self.image.size)
 
@@ -325,6 +326,48 @@ class ResNetDescription(NamedDescription):
     known = RESNETS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwinDescription(NamedDescription):
+    """That of a Swin.
+
+    Attributes:
+        window: tokens per side of its windows, where its map is larger.
+    """
+
+    window: int = 7
+
+    family = "swin"
+    known = SWINS
+    pooling = "mean_after_norm"
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """That of the encoder of a run."""
+        model = config.model
+        return cls(architecture=model.architecture, image=config.eval_spec(), window=model.window)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As the header of a file; values are strings."""
+        return {**NamedDescription.to_metadata(self), "window": str(self.window)}
+
+    @classmethod
+    def from_metadata(cls, header: Mapping[str, str]) -> Self:
+        """Read a header, and check it against itself.
+
+        Raises:
+            ValueError: naming the key that is missing, or contradicts another one.
+        """
+        found = super(SwinDescription, cls).from_metadata(header)
+        try:
+            return replace(found, window=int(header.get("window", found.window)))
+        except ValueError as error:
+            raise ValueError(f"its header cannot be read ({error})") from error
+
+    def build(self) -> SwinTransformer:
+        """An encoder with random weights."""
+        return SWINS[self.architecture](image_size=self.image.size, window=self.window)
+
+
 class ConvNeXtV2Description(NamedDescription):
     """That of a ConvNeXt V2."""
 
@@ -334,7 +377,11 @@ class ConvNeXtV2Description(NamedDescription):
     pooling = "mean_before_norm"
 
 
-NAMED: tuple[type[NamedDescription], ...] = (ResNetDescription, ConvNeXtV2Description)
+NAMED: tuple[type[NamedDescription], ...] = (
+    ResNetDescription,
+    SwinDescription,
+    ConvNeXtV2Description,
+)
 """Descriptions of trunks whose architecture says all."""
 Description: TypeAlias = EncoderDescription | NamedDescription
 

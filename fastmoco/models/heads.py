@@ -52,6 +52,8 @@ FORMS = {
     "swav_projector": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
     # Liang et al. 2022, the class branch.
     "supmae": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
+    # Xie et al. 2021 (MoBY), both for projector and predictor.
+    "moby": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
     # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
     "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
     "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),

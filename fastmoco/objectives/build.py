@@ -20,6 +20,7 @@ from fastmoco.models.encoder import Encoder
 from fastmoco.models.map_decoder import MapDecoder
 from fastmoco.models.precision import choose_precision
 from fastmoco.models.resnet import RESNETS, ResNet
+from fastmoco.models.swin import SWINS, SwinTransformer
 from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
@@ -27,6 +28,7 @@ from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
@@ -40,6 +42,7 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
@@ -67,6 +70,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
     FCMAEConfig: FCMAE.build,
+    MoBYConfig: MoBY.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -128,7 +132,9 @@ def build_model(config: Config) -> Objective:
     for network in objective.networks().values():
         if isinstance(network, VisionTransformer):
             encoders.append(network)
-        elif isinstance(network, ResNet | ConvNeXtV2 | MapDecoder) and _trains(network):
+        elif isinstance(network, ResNet | SwinTransformer | ConvNeXtV2 | MapDecoder) and _trains(
+            network
+        ):
             network.recompute(model.checkpointing)
         elif isinstance(network, TokenDecoder):
             _decoder_in_form(network, model)
@@ -156,6 +162,8 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
             image_size=model.image_size,
             zero_residual=model.zero_residual,
         )
+    if model.family == "swin":
+        return partial(SWINS[model.architecture], image_size=model.image_size, window=model.window)
     if model.family == "convnextv2":
         return partial(CONVNEXTS[model.architecture], image_size=model.image_size)
     return partial(
@@ -211,6 +219,8 @@ def attention_choice(
         ValueError: if the config names a backend that does not run here: with what it lacks and the
             cure.
     """
+    if isinstance(encoder, SwinTransformer):
+        return AttentionChoice("sdpa", "in windows with a mask, which torch's own attention takes")
     if not isinstance(encoder, VisionTransformer):
         return AttentionChoice("none", f"{config.model.architecture} has no attention")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]

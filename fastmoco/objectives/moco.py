@@ -22,6 +22,7 @@ from fastmoco.distributed.sync_batch_norm import local_statistics
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.interface import START, Features, Inputs, Objective, Output, Progress
+from fastmoco.objectives.key_queue import require_whole_batches, write_keys_
 from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import plain_projection, two_views
 from fastmoco.recipes.moco import MoCoConfig
@@ -124,7 +125,7 @@ class MoCo(Objective):
         """
         own = config.objective
         assert isinstance(own, MoCoConfig)  # noqa: S101 - a type: each class is built from its own config
-        _require_whole_batches(own.queue, config.global_batch_size)
+        require_whole_batches(own.queue, config.global_batch_size)
         objective = cls(
             build_encoder,
             projection_dim=config.model.projection_dim,
@@ -248,24 +249,8 @@ class MoCo(Objective):
         pushed, self._pushed = self._pushed, []
         if not pushed:
             return
-        keys = gather_keys(torch.cat(pushed)).to(self.queue.dtype)
-        length, count = len(self.queue), len(keys)
-        if count > length:
-            raise ValueError(f"queue={length}: must have room for the {count} keys of a step")
-
-        # The place is on the device, and so is the decision whether anything is written. A batch
-        # may pass the end of the queue: its place is that of a run with another batch.
-        rows = (self.queue_ptr + torch.arange(count, device=keys.device)) % length
-        pointer = (self.queue_ptr + count) % length
-        known = (self.queue_keys + count).clamp(max=length)
-        if skipped is not None:
-            bad = skipped > 0
-            keys = torch.where(bad, self.queue[rows], keys)
-            pointer = torch.where(bad, self.queue_ptr, pointer)
-            known = torch.where(bad, self.queue_keys, known)
-        self.queue.index_copy_(0, rows, keys)
-        self.queue_ptr.copy_(pointer)
-        self.queue_keys.copy_(known)
+        keys = gather_keys(torch.cat(pushed))
+        write_keys_(self.queue, self.queue_ptr, self.queue_keys, keys, skipped)
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
@@ -329,16 +314,3 @@ class MoCo(Objective):
     def _statistics(self) -> AbstractContextManager[None]:
         """How the batch norms of a trunk take their statistics."""
         return local_statistics(self._groups_here()) if self._groups_images else nullcontext()
-
-
-def _require_whole_batches(queue: int, batch: int) -> None:
-    """Refuse a queue that a batch would not fill evenly.
-
-    Raises:
-        ValueError: with a length that fits.
-    """
-    if queue % batch:
-        raise ValueError(
-            f"objective.queue={queue}: must be a multiple of global_batch_size={batch}, whose keys "
-            f"replace the oldest ones in each step; take {max(1, round(queue / batch)) * batch}"
-        )

@@ -91,7 +91,13 @@ def _build_whole(
         return AveragedLARS(lars, averages)
 
     if optim.name == "sgd":
-        sgd = build_sgd(named, lr=lr, weight_decay=decay, sgd_momentum=optim.sgd_momentum)
+        sgd = build_sgd(
+            named,
+            lr=lr,
+            weight_decay=decay,
+            sgd_momentum=optim.sgd_momentum,
+            nesterov=optim.nesterov,
+        )
         return AveragedSGD(sgd, averages)
     if optim.name == "larc":
         larc = build_larc(

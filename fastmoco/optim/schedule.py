@@ -77,6 +77,10 @@ def learning_rate(
     * "cosine_inclusive" (SwAV, DINO): `warmup` values from `warmup_lr` to `peak`, both included.
       After them, from `peak` again,
       `final_lr + (peak - final_lr) * cosine((step - warmup) / (total - warmup))`.
+    * "cosine_unshifted" (MoBY): the first rate twice, so t = max(step - 1, 0) in what follows.
+      `warmup_lr + (peak - warmup_lr) * t / warmup` in the warm-up, and after it
+      `final_lr + (peak - final_lr) * cosine(t / total)`: the cosine begins with the run, and not
+      with the end of the warm-up, so its highest rate is a little below the peak.
     * "steps" (MoCo v1): `peak * e / w` in the warm-up, and after it
       `peak * milestone_factor ** (number of milestones <= e)`.
 
@@ -86,10 +90,12 @@ def learning_rate(
         epochs: length of the run, in epochs.
         warmup_epochs: length of the warm-up, in epochs.
         steps_per_epoch: optimizer steps of one epoch.
-        schedule: "cosine", "cosine_per_epoch", "cosine_steps", "cosine_inclusive" or "steps".
-        warmup_lr: rate of step 0; only for "cosine_inclusive" with a warm-up.
-        final_lr: rate at the end; only for "cosine_inclusive".
-        steps: warm-up and total of "cosine_steps" and "cosine_inclusive"; default: the epochs times
+        schedule: "cosine", "cosine_per_epoch", "cosine_steps", "cosine_inclusive",
+            "cosine_unshifted" or "steps".
+        warmup_lr: rate of step 0; only for "cosine_inclusive" and "cosine_unshifted" with a
+            warm-up.
+        final_lr: rate at the end; only for the same two.
+        steps: warm-up and total of "cosine_steps" and these two; default: the epochs times
             `steps_per_epoch`, rounded.
         milestones: epochs of "steps".
         milestone_factor: of the rate at each of them.
@@ -114,7 +120,7 @@ def learning_rate(
             # The warm-up may end within an epoch.
             epoch = max(math.floor(epoch), warmup_epochs)
         return peak * _half_cosine(epoch - warmup_epochs, epochs - warmup_epochs)
-    if schedule not in ("cosine_steps", "cosine_inclusive"):
+    if schedule not in ("cosine_steps", "cosine_inclusive", "cosine_unshifted"):
         raise ValueError(f"schedule={schedule!r}: is one of {get_args(Schedule)}")
 
     # Whole steps.
@@ -123,6 +129,11 @@ def learning_rate(
     )
     if not 0 <= warmup <= total:
         raise ValueError(f"steps: warmup={warmup}: needs 0 <= warmup <= total={total}")
+    if schedule == "cosine_unshifted":
+        late = max(step - 1, 0)
+        if late < warmup:
+            return warmup_lr + (peak - warmup_lr) * late / warmup
+        return final_lr + (peak - final_lr) * _half_cosine(min(late, total), total)
     inclusive = schedule == "cosine_inclusive"
     if step < warmup:
         if not inclusive:
@@ -200,6 +211,8 @@ def run_end(config: Config, resolved: Resolved) -> tuple[int, float]:
     if optim.schedule == "steps":
         passed = sum(mark < config.epochs for mark in optim.milestones)
         return last, config.peak_lr * optim.milestone_factor**passed
+    if optim.schedule == "cosine_unshifted":
+        last += 1  # one step late
     return last, optim.final_lr
 
 

@@ -17,7 +17,8 @@ class SGD(EagerOptimizer, torch.optim.SGD):
     """torch's SGD with momentum, on whole tensors and on FSDP2's shards.
 
     `g <- g + weight_decay * p`, then `buf <- momentum * buf + g`, which is `g` in the first step,
-    and `p <- p - lr * buf`. Parameters without a gradient are left alone: no decay, no momentum.
+    and `p <- p - lr * buf`, or with Nesterov's momentum `p <- p - lr * (g + momentum * buf)`.
+    Parameters without a gradient are left alone: no decay, no momentum.
     """
 
     @torch.no_grad()
@@ -45,6 +46,7 @@ class SGD(EagerOptimizer, torch.optim.SGD):
                     momentum=group["momentum"],
                     weight_decay=group["weight_decay"],
                     found_inf=found_inf,
+                    nesterov=group["nesterov"],
                 )
         return loss
 
@@ -55,6 +57,7 @@ def build_sgd(
     lr: float,
     weight_decay: float,
     sgd_momentum: float = 0.9,
+    nesterov: bool = False,
 ) -> SGD:
     """SGD over all trainable parameters in one group; the decay applies to every tensor.
 
@@ -63,12 +66,15 @@ def build_sgd(
         lr: initial learning rate; the trainer sets it in every step.
         weight_decay: added to the gradient.
         sgd_momentum: of the buffer that accumulates gradients.
+        nesterov: whether a step also has the gradient itself (Nesterov's momentum).
 
     Raises:
         ValueError: if nothing is trainable.
     """
     trainable = trainable_parameters(named_parameters)
-    return SGD(trainable, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
+    return SGD(
+        trainable, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay, nesterov=nesterov
+    )
 
 
 def loss_of(closure: Callable[[], Any] | None) -> Any:
@@ -145,6 +151,7 @@ def sgd_update_(
     momentum: float,
     weight_decay: float,
     found_inf: Tensor | None,
+    nesterov: bool = False,
 ) -> None:
     """The update of tensors of one device, dtype and memory layout, in one sweep of torch's."""
     kept = [i for i, parameter in enumerate(parameters) if parameter.numel()]
@@ -157,7 +164,7 @@ def sgd_update_(
             momentum=momentum,
             weight_decay=weight_decay,
             dampening=0.0,
-            nesterov=False,
+            nesterov=nesterov,
             maximize=False,
             is_first_step=False,
             grad_scale=None,

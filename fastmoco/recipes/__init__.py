@@ -38,6 +38,12 @@ from fastmoco.recipes.mae import (
     mae_vit_b16_e800_b4096,
     mae_vit_l16_e800_b4096,
 )
+from fastmoco.recipes.moby import (
+    moby_deit_s16_e300_b512,
+    moby_digits,
+    moby_nano7_e12_b256,
+    moby_swin_t4_e300_b512,
+)
 from fastmoco.recipes.moco import (
     moco_digits,
     moco_nano7_e12_b256,
@@ -193,6 +199,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         moco_v2_r50_e800_b256,
         moco_nano7_e12_b256,
         moco_digits,
+        moby_deit_s16_e300_b512,
+        moby_swin_t4_e300_b512,
+        moby_nano7_e12_b256,
+        moby_digits,
         simsiam_vit_s16_e300_b4096,
         simsiam_vit_b16_e300_b4096,
         simsiam_r50_e100_b512,

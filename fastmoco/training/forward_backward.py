@@ -223,6 +223,8 @@ def _choose_for_blocks(
         )
     if config.model.family == "resnet":
         return CompileChoice(False, "a ResNet's convolutions are kernels of a library already")
+    if config.model.family == "swin":
+        return CompileChoice(False, "a Swin's blocks differ in shape, one compilation for each")
     if config.model.family == "convnextv2":
         return CompileChoice(False, "compiled blocks are those of a ViT")
     if config.model.mlp_norm == "batch":

@@ -27,21 +27,51 @@ from fastmoco.training.source_model import log_every, model_config, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a release trains its linear classifiers.
+
+    Attributes:
+        epochs: passes over the training images.
+        lr: for a batch of 256 images; None: `official_lr`.
+        warmup_epochs: of the learning rate.
+        label_smoothing: share of a target that is spread over all classes.
+        nesterov: whether SGD has Nesterov's momentum.
+    """
+
+    epochs: int
+    lr: float | None = None
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    nesterov: bool = False
+
+
+PROTOCOLS = {
+    "moco_v3": Protocol(epochs=90),
+    "moby": Protocol(epochs=100, lr=0.5, warmup_epochs=5, label_smoothing=0.1, nesterov=True),
+}
+"""Protocols by name. That of MoBY (Xie et al. 2021) also keeps the frozen trunk in training mode with
+stochastic depth; here every trunk is in evaluation mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OfficialOptions:
     """Options of the official protocol.
 
     Attributes:
-        lr: for a batch of 256 images; None: 3 for a ViT, 0.1 for a ResNet.
+        protocol: name of the numbers that follow where they are None.
+        lr: for a batch of 256 images; None: of the protocol, 3 for a ViT and 0.1 for a ResNet in that
+            of MoCo v3.
         weight_decay: 0 in the official protocol.
-        epochs: passes over the training images.
+        epochs: passes over the training images; None: of the protocol.
         batch_size: 0: `labelled_batch`.
         crop_min: as of `probe_view`.
         seed: of the classifier, the order and the crops.
     """
 
+    protocol: str = "moco_v3"
     lr: float | None = None
     weight_decay: float = 0.0
-    epochs: int = 90
+    epochs: int | None = None
     batch_size: int = 0
     crop_min: float | None = None
     seed: int = 0
@@ -78,8 +108,10 @@ def official_config(
         ShardError: if a set cannot be opened.
         OSError: if the folder cannot be written.
     """
+    protocol = PROTOCOLS[options.protocol]
+    epochs = protocol.epochs if options.epochs is None else options.epochs
     for name, value, least in (
-        ("epochs", options.epochs, 1),
+        ("epochs", epochs, 1),
         ("batch", options.batch_size, 0),
         ("seed", options.seed, 0),
     ):
@@ -92,16 +124,24 @@ def official_config(
         images = len(sets.train.shards)
         for note in sets.notes:
             tell(f"warning: {note}")
-    lr = official_lr(source.encoder) if options.lr is None else options.lr
+    lr = protocol.lr if options.lr is None else options.lr
+    smoothing: dict[str, Any] = {"label_smoothing": protocol.label_smoothing}
     batch = options.batch_size or labelled_batch(images)
     config = replace(
         recipe,
-        epochs=options.epochs,
+        epochs=epochs,
         global_batch_size=batch,
         log_every_steps=log_every(images // batch),
         seed=options.seed,
         model=model_config(source),
-        optim=replace(recipe.optim, lr=lr, weight_decay=options.weight_decay),
+        objective=replace(recipe.objective, **smoothing),
+        optim=replace(
+            recipe.optim,
+            lr=official_lr(source.encoder) if lr is None else lr,
+            weight_decay=options.weight_decay,
+            warmup_epochs=protocol.warmup_epochs,
+            nesterov=protocol.nesterov,
+        ),
         data=replace(
             data,
             shards=train,
@@ -148,6 +188,9 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
             "batch_size": config.global_batch_size,
             "seed": config.seed,
             "momentum": config.optim.sgd_momentum,
+            "nesterov": config.optim.nesterov,
+            "warmup_epochs": config.optim.warmup_epochs,
+            "label_smoothing": getattr(config.objective, "label_smoothing", 0.0),
             "crop_scale": config.data.view1.crop_scale,
             "flip_probability": config.data.view1.flip_probability,
             "precision": config.precision,

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from fastmoco.config import Config, ModelConfig
 from fastmoco.errors import RunError
 from fastmoco.models.encoder import trunk_of
-from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, describe_run
+from fastmoco.models.encoder_file import CUSTOM, EncoderDescription, SwinDescription, describe_run
 from fastmoco.training.encoder_source import EncoderSource
 from fastmoco_pipelines.files.small import UnfitFileError, read_json
 from fastmoco_pipelines.files.whole import write_file
@@ -62,6 +62,8 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
             "mlp_norm": found.mlp_norm,
             "freeze_patch_embed": False,
         }
+    if isinstance(found, SwinDescription):
+        known["window"] = found.window
     base = source.config.model if source.config is not None else ModelConfig()
     return replace(base, **(known | changes))
 

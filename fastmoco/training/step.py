@@ -11,12 +11,12 @@ from torch import Tensor
 from fastmoco.config import Config, Resolved
 from fastmoco.objectives.interface import Objective, Output, Progress
 from fastmoco.optim.averaged import AveragedOptimizer
-from fastmoco.optim.clipping import clip_each_
+from fastmoco.optim.clipping import clip_each_, clip_together_
 from fastmoco.optim.groups import set_learning_rates, set_weight_decays
 from fastmoco.optim.schedule import run_learning_rate, run_weight_decay
 from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.step_guard import StepGuard
-from fastmoco_kernels.tensors import local, sent
+from fastmoco_kernels.tensors import sent
 from fastmoco_pipelines import Batch
 from fastmoco_pipelines.loading.step_parts import OPTIMIZER, TRANSFER, part
 
@@ -128,9 +128,8 @@ class TrainStep:
         """Clip the norm of all gradients together to `optim.clip_norm`, or that of each tensor to
         `optim.clip_tensor_norm`; 0: no clipping."""
         optim = self._config.optim
-        clip_norm = optim.clip_norm
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         if optim.clip_tensor_norm > 0:
             clip_each_(gradients, optim.clip_tensor_norm)
-        if clip_norm > 0:
-            torch._foreach_mul_(local(gradients), (clip_norm / total).clamp(max=1.0))
+        if optim.clip_norm > 0:
+            clip_together_(gradients, total, optim.clip_norm)

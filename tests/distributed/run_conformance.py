@@ -163,9 +163,9 @@ def run_steps(
 
 
 def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
-    """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks. A ConvNeXt
-    V2 differs from a ViT by its blocks alone, and goes one."""
-    if trunk == "convnext":
+    """MoCo v3 goes all ways. The others go those that differ most; a ResNet has no chunks. A Swin and
+    a ConvNeXt V2 differ from a ViT by their blocks alone, and go one."""
+    if trunk in ("swin", "convnext"):
         return ("fsdp chunked",) if kind is MoCoV3Config else ()
     if kind is MoCoV3Config:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,11 @@ from fastmoco.models.encoder_file import (
     Description,
     EncoderDescription,
     NamedDescription,
+    SwinDescription,
     Trunk,
     build_with,
 )
+from fastmoco.models.swin import window_of
 from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.fitting import fit_encoder
 from fastmoco.models.weights.foreign import (
@@ -29,6 +32,8 @@ from fastmoco.models.weights.foreign import (
     require_heads,
 )
 from fastmoco.models.weights.reading import read_weights
+
+FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
 
 
 class ForeignEncoder(NamedTuple):
@@ -129,15 +134,33 @@ def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
 def _describe_named(weights: EncoderWeights, kind: type[NamedDescription]) -> NamedDescription:
     """The architecture whose tensors have these names and shapes."""
     own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
-    for name, architecture in kind.known.items():
-        with torch.device("meta"):
-            target = architecture().state_dict()
+    more = {"window": _window(weights)} if kind is SwinDescription else {}
+    for name in kind.known:
+        description = kind(architecture=name, image=weights.image, **more)
+        try:
+            with torch.device("meta"):
+                target = description.build().state_dict()
+        except ValueError:
+            continue  # no encoder of this size takes such images
         if own == {key: tensor.shape for key, tensor in target.items() if not _counts(key)}:
-            return kind(architecture=name, image=weights.image)
+            return description
     raise CheckpointError(
         f"{weights.source} ({weights.format}) is none of {', '.join(kind.known)}, which fastmoco "
         "has"
     )
+
+
+def _window(weights: EncoderWeights) -> int:
+    """The window of a Swin, by the first bias table, whose map is the largest.
+
+    Raises:
+        CheckpointError: if it has no such shape.
+    """
+    rows = weights.trunk[FIRST_TABLE].shape[0] if weights.trunk[FIRST_TABLE].ndim else 0
+    side = math.isqrt(rows)
+    if side**2 != rows or side % 2 == 0:
+        raise CheckpointError(f"{weights.source}: {FIRST_TABLE} of {rows} rows is of no window")
+    return window_of(weights.trunk[FIRST_TABLE])
 
 
 def _counts(name: str) -> bool:

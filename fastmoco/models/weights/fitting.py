@@ -7,6 +7,8 @@ is in the table that `Fit.lines` gives.
 Positions of another grid are resampled bicubically (with antialiasing, corners not aligned, in
 float32), the class token's row is kept. The fixed sine-cosine table is never resampled: each grid
 has its own, and the file's table is compared with the one of its grid.
+
+Tables of relative positions of a Swin with another window are resampled by `resampled_bias`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.encoder import trunk_of
+from fastmoco.models.swin import resampled_bias, window_of
 from fastmoco.models.vit import ARCHITECTURES, FIXED_POSITIONS
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -34,6 +37,7 @@ from fastmoco.models.weights.foreign import (
 )
 from fastmoco.models.weights.names import find_format, some
 
+BIAS_TABLE = "relative_position_bias_table"
 Positions = Literal["sincos", "sincos_columns", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
 file."""
@@ -123,6 +127,10 @@ def fit_encoder(
             fit.left.append(name)  # older files lack it, and no feature depends on it
         elif tensor is None:
             wrong.append(f"{name} is missing in the file")
+        elif name.endswith(BIAS_TABLE) and _is_of_another_window(tensor, place):
+            window = window_of(place)
+            fit.tensors[name] = resampled_bias(tensor, window)
+            fit.resampled[name] = f"(window {window_of(tensor)} to {window}, bicubic)"
         elif tensor.shape != place.shape:
             wrong.append(
                 f"{name} has shape {tuple(tensor.shape)} in the file, {tuple(place.shape)} here"
@@ -177,6 +185,13 @@ def resample_positions(positions: Tensor, grid: int, new: int, *, prefix: int) -
         picture, size=(new, new), mode="bicubic", align_corners=False, antialias=True
     )
     return torch.cat([first, resized.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)
+
+
+def _is_of_another_window(found: Tensor, place: Tensor) -> bool:
+    """Whether a bias table is of the same heads and another window."""
+    same = found.dim() == 2 and found.shape[1] == place.shape[1]
+    side = math.isqrt(found.shape[0]) if same else 0
+    return same and side % 2 == 1 and side**2 == found.shape[0] != place.shape[0]
 
 
 def _fit_positions(

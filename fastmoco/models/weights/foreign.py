@@ -153,7 +153,7 @@ def find_encoder(
             f"{source} contains no encoder that is known here: its first tensors are "
             f"{', '.join(list(raw.tensors)[:4])}. Known are ViTs of moco-v3, timm, torchvision and "
             "Hugging Face, ResNets of moco-v3, torchvision, timm and Hugging Face, and published "
-            "ConvNeXt V2"
+            "Swins and ConvNeXt V2"
         )
     known, prefix = found
     stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """The names of the tensors of an encoder in the formats of other packages, as tables.
 
 Our names are those of timm for a ViT, of torchvision for a ResNet and of the published files for a
-ConvNeXt V2. A row of a table pairs one of our names with one or several of the other format;
+Swin and a ConvNeXt V2. A row of a table pairs one of our names with one or several of the other format;
 several are the parts of ours along its first dimension (q, k and v of `qkv`). `{i}` and `{s}` stand
 for a number, `{s-1}` for the number before it, `{p}` for weight or bias, `{b}` for any tensor of a
 norm. The same table serves both directions.
@@ -53,6 +53,20 @@ RESNET = (
     "layer{s}.{i}.downsample.1.{b}",
 )
 """Our names of a ResNet's trunk: those of torchvision, of timm and of moco-v3 too."""
+
+SWIN = (
+    "patch_embed.proj.{p}",
+    "patch_embed.norm.{p}",
+    "layers.{s}.blocks.{i}.norm{c}.{p}",
+    "layers.{s}.blocks.{i}.attn.relative_position_bias_table",
+    "layers.{s}.blocks.{i}.attn.qkv.{p}",
+    "layers.{s}.blocks.{i}.attn.proj.{p}",
+    "layers.{s}.blocks.{i}.mlp.fc{c}.{p}",
+    "layers.{s}.downsample.norm.{p}",
+    "layers.{s}.downsample.reduction.weight",
+    "norm.{p}",
+)
+"""Our names of a Swin's trunk: those of the published files."""
 
 CONVNEXTV2 = (
     "downsample_layers.{s}.{i}.{p}",
@@ -237,6 +251,19 @@ HF_RESNET = Format(
     signs=("embedder.embedder.convolution.weight",),
     prefixes=("resnet.", ""),
 )
+PUBLISHED_SWIN = Format(
+    name="Swin",
+    family="swin",
+    rows=tuple((name, name) for name in SWIN),
+    beside={
+        "head.{p}": "classifier",
+        "head.{i}.{b}": "projector",
+        **HEAD_OF_DINO,
+        "layers.{s}.blocks.{i}.attn.relative_position_index": "table that follows from the sizes",
+        "layers.{s}.blocks.{i}.attn_mask": "table that follows from the sizes",
+    },
+    signs=("patch_embed.norm.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
+)
 PUBLISHED_CONVNEXTV2 = Format(
     name="ConvNeXt V2",
     family="convnextv2",
@@ -251,6 +278,7 @@ FORMATS = (
     HF_VIT_IN_MEMORY,
     TORCHVISION_RESNET,
     HF_RESNET,
+    PUBLISHED_SWIN,
     PUBLISHED_CONVNEXTV2,
 )
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.checkpoint.whole_file import storable, write_whole
+from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.blocks import Block
 from fastmoco.models.encoder import Family, trunk_of
 from fastmoco.models.encoder_file import (
     ConvNeXtV2Description,
     Description,
     EncoderDescription,
+    SwinDescription,
     Trunk,
     build_with,
 )
@@ -145,9 +147,9 @@ def refusal(to: Target, description: Description) -> str:
             if to in faults.targets and getattr(description, faults.field) in faults.values:
                 return f"--to {to} has {faults.lacks}; {', '.join(faults.instead)} can express it"
         return ""
-    if isinstance(description, ConvNeXtV2Description) and to not in WITH_FUNCTION:
+    if isinstance(description, SwinDescription | ConvNeXtV2Description) and to not in WITH_FUNCTION:
         return (
-            f"--to {to} has no ConvNeXt V2 by the names of the published files; "
+            f"--to {to} has no {TRUNK_NAMES[description.family]} by the names of the published files; "
             f"{', '.join(WITH_FUNCTION)} can express it, safetensors by these names"
         )
     small = description.torchvision_name() is None

@@ -34,7 +34,7 @@ from fastmoco_pipelines.spec import each_view
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
 Group = Literal["all", "shard", "copies"]
 Phase = Literal["forward", "heads", "backward", "end"]
-HEADS_BY_VIEW = ("moco_v3", "byol", "simsiam", "projector_momentum")
+HEADS_BY_VIEW = ("moco_v3", "byol", "simsiam", "projector_momentum", "moby")
 """Methods whose heads take the batch statistics of each view alone."""
 DDP_BUCKETS = (2**20, 25 * 2**20)
 """Bytes at which torch's DDP closes its first bucket and every further one."""

@@ -201,7 +201,7 @@ def _blocks(
 ) -> Iterator[Found]:
     """Attention, and how blocks are run."""
     if config.model.family != "vit":
-        reason = f"{config.model.architecture} has no transformer blocks"
+        reason = f"{config.model.architecture} has no blocks of a ViT"
         yield Skipped("blocks", "attention, fused and compiled blocks", reason)
         return
     kernels = ("sdpa", "flash", "cudnn", "efficient", "triton", "fa4", "xformers")

@@ -303,7 +303,7 @@ WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperatur
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
 optim.warmup_epochs optim.clip_norm optim.clip_tensor_norm optim.final_weight_decay
 optim.lr_scaling optim.schedule optim.warmup_lr optim.final_lr
-optim.lr_in_buffer optim.milestones optim.milestone_factor data.view1.* data.view2.* data.more_views"""
+optim.lr_in_buffer optim.nesterov optim.milestones optim.milestone_factor data.view1.* data.view2.* data.more_views"""
 
 
 @pytest.mark.parametrize(
@@ -376,6 +376,34 @@ def test_the_loader_gets_every_option_that_the_config_has():
 def test_a_resnet_refuses_what_it_would_not_read(fields, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         ModelConfig(architecture="resnet18", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"patch_size": 4}, "4 pixels and 2 in swin_nano: take --model.patch-size 16, or a ViT"),
+        ({"keep_tokens": "0.5"}, "keep_tokens='0.5': has no effect on swin_tiny"),
+        ({"zero_residual": False}, "--model.zero-residual True, or a ResNet"),
+        ({"attention": "sdpa"}, "windows have masks"),
+        ({"compile": True}, "--model.compile auto"),
+        ({"checkpointing": "selective"}, "use full or none"),
+        ({"image_size": 30}, "image_size=30: must be a multiple of the encoder's patches, 4"),
+        ({"image_size": 28}, "image_size=28: must be at least 32 for swin_tiny"),
+        ({"window": 0}, "window=0: must be at least 1 token"),
+        ({"window": 14, "architecture": "vit_small"}, "--model.window 7, or a Swin"),
+    ],
+)
+def test_a_swin_refuses_what_it_would_not_read(fields, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        ModelConfig(**{"architecture": "swin_tiny", **fields})
+
+
+def test_small_views_of_a_swin_are_whole_patches():
+    model = ModelConfig(architecture="swin_tiny", window=14, drop_path=0.2, checkpointing="full")
+    data = DataConfig(more_views=(ViewSpec(size=96),))
+    Config(model=model, data=data)
+    with pytest.raises(ValueError, match=r"more_views.0.size=98: .* the encoder's patches, 4, at"):
+        Config(model=model, data=replace(data, more_views=(ViewSpec(size=98),)))
 
 
 def test_a_resnet_takes_images_and_small_views_of_any_size():

@@ -54,10 +54,13 @@ RESNET = replace(
     model=replace(CONFIG.model, architecture="resnet_nano", patch_size=16, image_size=16),
     data=replace(CONFIG.data, view1=SMALL, view2=SMALL),
 )
+SWIN_MODEL = {"architecture": "swin_nano", "patch_size": 16, "window": 2, "drop_path": 0.5}
+SWIN = replace(CONFIG, model=replace(CONFIG.model, **SWIN_MODEL))  # type: ignore[arg-type]
+"""Maps of 4 x 4 and 2 x 2 tokens: the windows of the first stage are shifted."""
 CONVNEXT = replace(
     RESNET, model=replace(RESNET.model, architecture="convnextv2_micro", drop_path=0.3)
 )
-TRUNKS = {"vit": CONFIG, "resnet": RESNET, "convnext": CONVNEXT}
+TRUNKS = {"vit": CONFIG, "resnet": RESNET, "swin": SWIN, "convnext": CONVNEXT}
 every_trunk = pytest.mark.parametrize("base", TRUNKS.values(), ids=TRUNKS)
 AT = Progress(3, 12, 4)
 IMAGES = 13
@@ -106,6 +109,14 @@ RESNET_ENCODER = [
     "layer*.downsample.1.bias",
     "layer*.downsample.1.weight",
 ]
+SWIN_ENCODER = [
+    f"layers.{stage}.{name}"
+    for stage in (0, 1)
+    for name in (*ENCODER[:12], "blocks.*.attn.relative_position_bias_table")
+]
+SWIN_ENCODER += [f"layers.0.downsample.{name}" for name in ("norm.bias", "norm.weight")]
+SWIN_ENCODER += [f"patch_embed.{name}" for name in ("norm.bias", "norm.weight")]
+SWIN_ENCODER += ["layers.0.downsample.reduction.weight", *ENCODER[13:17]]
 CONVNEXT_ENCODER = [
     f"stages.{stage}.0.{layer}.{kind}"
     for stage in range(4)
@@ -171,6 +182,14 @@ NAMES["moco"] = {
     network: ENCODER + [f"head.{name}" for name in ("0.bias", "0.weight", "2.bias", "2.weight")]
     for network in ("encoder", "momentum_encoder")
 }
+MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
+    known["moby"] = {
+        **dict.fromkeys(
+            ("encoder", "momentum_encoder"), trunk + [f"head.{name}" for name in MOBY_HEAD]
+        ),
+        "predictor": MOBY_HEAD,
+    }
 TRUNK_BLOCK = [name.removeprefix("blocks.*.") for name in ENCODER if name.startswith("blocks.")]
 NAMES["mae"] = {
     "encoder": ENCODER,
@@ -198,13 +217,16 @@ NAMES["fcmae"] = {
     ],
 }
 NAMES["supervised"] = {"encoder": [*ENCODER, "head.bias", "head.weight"]}
-CONVNEXT_NAMES = {
-    kind: {
-        network: CONVNEXT_ENCODER + names[len(ENCODER) :] if "cls_token" in names else names
-        for network, names in known.items()
+SWIN_NAMES, CONVNEXT_NAMES = (
+    {
+        kind: {
+            network: trunk + names[len(ENCODER) :] if "cls_token" in names else names
+            for network, names in known.items()
+        }
+        for kind, known in NAMES.items()
     }
-    for kind, known in NAMES.items()
-}
+    for trunk in (SWIN_ENCODER, CONVNEXT_ENCODER)
+)
 """Parameters of each network in a checkpoint, a block's number as *: an old checkpoint must load
 for good."""
 
@@ -216,6 +238,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
+    "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
 ONLY_VIT = {"sdssl", "mae", "supmae"}
@@ -229,7 +252,7 @@ OWN_MASKS = {"mae", "supmae"}
 
 def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
     """A small run of an objective with the numbers that it has by default, and its views."""
-    if kind.kind in ONLY_VIT and base in (RESNET, CONVNEXT):
+    if kind.kind in ONLY_VIT and base in (RESNET, SWIN, CONVNEXT):
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
@@ -247,10 +270,10 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
 
 def on_convnext(kind: type[ObjectiveConfig], base: Config) -> Config:
     """A run with a ConvNeXt V2 in place of its ViT, on images of four patches."""
-    if base is RESNET:
+    if base in (RESNET, SWIN):
         with pytest.raises(ValueError, match="must be a ConvNeXt V2"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
-    if base in (RESNET, CONVNEXT):
+    if base in (RESNET, SWIN, CONVNEXT):
         pytest.skip(f"{kind.kind} takes a ConvNeXt V2 in place of a ViT")
     trunk = {"architecture": "convnextv2_micro", "image_size": 32, "drop_path": 0.0}
     view1, view2 = (replace(view, size=32) for view in (base.data.view1, base.data.view2))
@@ -568,7 +591,8 @@ def test_a_second_pass_repeats_the_first(kind: type[ObjectiveConfig], base: Conf
 @every_trunk
 @every_objective
 def test_names_in_checkpoints_are_stable(kind: type[ObjectiveConfig], base: Config) -> None:
-    known = {id(RESNET): RESNET_NAMES, id(CONVNEXT): CONVNEXT_NAMES}.get(id(base), NAMES)
+    others = {id(RESNET): RESNET_NAMES, id(SWIN): SWIN_NAMES, id(CONVNEXT): CONVNEXT_NAMES}
+    known = others.get(id(base), NAMES)
     check_names(config_of(kind, base), known.get(kind.kind))
 
 

@@ -98,13 +98,14 @@ def _gradients(layers: nn.Module, step: int) -> None:
     layers(images).square().mean().backward()
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_sgd_is_torchs(momentum: float) -> None:
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.0, False), (0.9, True)])
+def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
     """On weights in channels_last, whose gradients have another layout."""
     ours, other = _layers(), _layers()
     numbers = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.01}
-    _train(ours, SGD(ours.named_parameters(), **numbers))
-    _train(other, torch.optim.SGD(other.parameters(), foreach=False, **numbers))
+    _train(ours, SGD(ours.named_parameters(), nesterov=nesterov, **numbers))
+    plain = torch.optim.SGD(other.parameters(), foreach=False, nesterov=nesterov, **numbers)
+    _train(other, plain)
     for mine, theirs in zip(ours.parameters(), other.parameters(), strict=True):
         assert (mine - theirs).abs().max() <= 1e-15
 

@@ -120,6 +120,30 @@ def test_cosine_inclusive_is_at_its_peak_twice() -> None:
     assert learning_rate(1, warmup_epochs=0.5, warmup_lr=0.5, **shape) == 2.0
 
 
+def test_cosine_unshifted_matches_moby(golden: Golden) -> None:
+    """Of update t at step t + 1: the first two steps have the same rate."""
+    data = golden("siblings_b/schedules")
+    epochs, per_epoch, warmup, peak, start, least = data["moby/args"].tolist()
+    optim = OptimConfig(
+        lr=peak,
+        lr_scaling="none",
+        schedule="cosine_unshifted",
+        warmup_epochs=warmup,
+        warmup_lr=start,
+        final_lr=least,
+    )
+    config = Config(epochs=epochs, global_batch_size=2, optim=optim)
+    resolved = resolve(config, world_size=1, sample_count=2 * int(per_epoch))
+    times = data["moby/t"].tolist()
+    rates = [run_learning_rate(t + 1, config, resolved) for t in times]
+    assert rates == pytest.approx(data["moby/lr"], rel=1e-12)
+    assert run_learning_rate(0, config, resolved) == start
+    assert run_end(config, resolved) == (times[-1] + 1, least)
+    shape = {"start": float(data["moby/m0"]), "epochs": epochs, "steps_per_epoch": int(per_epoch)}
+    momenta = [ema_momentum(t, **shape) for t in times]
+    assert momenta == pytest.approx(data["moby/m"], rel=1e-14)
+
+
 def test_cosine_per_epoch_is_constant_within_an_epoch() -> None:
     """SimSiam and the linear probe: `peak * 0.5 * (1 + cos(pi * epoch / epochs))`."""
     shape = {"peak": 2.0, "epochs": 4, "steps_per_epoch": 3, "schedule": "cosine_per_epoch"}

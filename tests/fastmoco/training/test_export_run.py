@@ -12,7 +12,7 @@ import torch
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.distributed.mesh import World
-from fastmoco.models.encoder_file import EncoderDescription, ResNetDescription
+from fastmoco.models.encoder_file import EncoderDescription, ResNetDescription, SwinDescription
 from fastmoco.models.weights import judging
 from fastmoco.models.weights.judging import compare_features, features_of_export
 from fastmoco.models.weights.writing import refusal, write_encoder
@@ -134,6 +134,19 @@ def test_resnets_in_other_packages(tmp_path: Path, architecture: str, to) -> Non
     found = compare_features(ours, theirs, reader)
     assert found.good
     assert found.max_error < 1e-5 * max(1.0, found.max_feature)
+
+
+def test_a_swin_with_shifted_and_padded_windows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    image = EvalSpec(size=16, resize=16)
+    description = SwinDescription(architecture="swin_nano", image=image, window=3)
+    encoder = description.build().eval().requires_grad_(False)
+    header = description.to_metadata()
+    write_encoder("safetensors", tmp_path / "out", encoder, description, header)
+    images = torch.randn(3, 3, 16, 16)
+    path = tmp_path / "out"
+    theirs, reader = features_of_export("safetensors", path, images, which="base", heads=None)
+    assert compare_features(encoder(images), theirs, reader).good
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])

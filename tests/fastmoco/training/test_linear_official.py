@@ -20,6 +20,7 @@ from fastmoco.config import Config
 from fastmoco.distributed import World
 from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import embed
+from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes.supervised import linear_probe
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import load_source
@@ -134,6 +135,20 @@ def test_it_is_the_result_of_plain_steps(run, digits, tmp_path, capsys) -> None:
     assert not (run / "encoder.safetensors").exists()
 
 
+def test_the_probe_of_moby_has_its_numbers(run, digits, tmp_path) -> None:
+    options = OfficialOptions(protocol="moby")
+    source = load_source(run)
+    config = official_config(source, *digits, tmp_path / "moby", options, recipe=linear_probe())
+    optim = config.optim
+    assert (optim.lr, optim.warmup_epochs, optim.nesterov, config.epochs) == (0.5, 5, True, 100)
+    assert config.objective.label_smoothing == 0.1
+    assert build_optimizer(config, [("w", nn.Parameter(torch.ones(2)))], {}).param_groups[0][
+        "nesterov"
+    ]
+    with pytest.raises(ValueError, match="nesterov=True: is a choice of sgd alone"):
+        replace(optim, name="adamw")
+
+
 @pytest.mark.parametrize(
     ("steps", "every"), [(5, 5), (22, 22), (97, 97), (101, 101), (150, 75), (1251, 9), (312, 78)]
 )
@@ -149,6 +164,7 @@ def test_each_epoch_ends_with_a_logged_step(steps: int, every: int) -> None:
         (["--out", "o", "--lr", "1", "2"], "several need --fast"),
         (["--out", "o", "--copies", "3"], "--copies 3: needs --fast"),
         (["--out", "o", "--precision", "bf16"], "needs --fast"),
+        (["--fast", "--protocol", "moby"], "--protocol moby: leave out --fast"),
         (["--fast", "--heads", "3"], "has 4 attention heads; leave out --heads 3"),
         (["--out", "o", "--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--fast", "--epochs", "0"], "--epochs 0: must be at least 1"),

@@ -7,6 +7,7 @@ import torch
 
 from fastmoco.models.convnextv2 import convnextv2_micro
 from fastmoco.models.resnet import resnet18
+from fastmoco.models.swin import swin_nano
 from fastmoco.models.vit import vit_nano
 from fastmoco.models.weights import names as tables
 from fastmoco.models.weights.names import find_format, to_ours, to_theirs, unwrapped
@@ -15,7 +16,7 @@ from fastmoco.models.weights.names import find_format, to_ours, to_theirs, unwra
 @pytest.mark.parametrize("known", tables.FORMATS, ids=lambda known: known.name)
 def test_an_encoder_has_all_its_names_in_a_format_and_gets_its_bits_back(known) -> None:
     torch.manual_seed(0)
-    build = {"vit": vit_nano, "resnet": resnet18, "convnextv2": convnextv2_micro}
+    build = {"vit": vit_nano, "resnet": resnet18, "swin": swin_nano, "convnextv2": convnextv2_micro}
     encoder = build[known.family]()
     state = encoder.state_dict()
     theirs = to_theirs(state, known)
