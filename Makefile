@@ -40,7 +40,7 @@ check: $(READY)  ## format, lint, types, layering, spelling, shell scripts
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 	$(RUN)/codespell
-	$(RUN)/shellcheck -x launch/*.sh
+	$(RUN)/shellcheck -x launch/*.sh && $(RUN)/shellcheck -s bash benchmarks/gpu/away.sh
 
 kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
 	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))

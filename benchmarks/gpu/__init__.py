@@ -18,11 +18,16 @@ make or of the environment:
   everything except the card.
 * `FASTMOCO_COMMIT`: the commit for every line, if there is no git.
 
+Stages that time nothing run side by side: checks, tests, and the compilation of what later stages
+run (`compile_ahead.py`). Compiled code is packed into `OUT/caches.tar.xz`; in `.gpu/` it is taken
+by the next call, on whatever machine (`caches.py`).
+
 Exit code: 0 all passed, 1 something failed, 3 out of time and nothing failed.
 
 Packages that a bare machine lacks are in `.gpu/`, which git ignores: wheels (`.gpu/*.whl`); DALI,
 cut down to one Python and one architecture (`.gpu/dali.tar.xz`, about 55 MiB); and NVIDIA's apex
 with `amp_C` alone, built for the machine's torch (`.gpu/apex.tar.xz`). All are unpacked into a
 temporary folder on the path of later stages; nothing is installed, nothing is downloaded.
-`python -m benchmarks.gpu.carry` fetches the wheels.
+`python -m benchmarks.gpu.carry` fetches the wheels. With `--tree` it packs the committed tree and
+`.gpu/run.sh` (`away.sh`), which runs all of this where only that folder was copied to.
 """

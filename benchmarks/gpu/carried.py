@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
+from benchmarks.gpu import tree
 from benchmarks.gpu.caches import ARCHIVE
 
 DONE = ".unpacked"
@@ -21,11 +23,11 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
         source: folder with `*.whl` and `*.tar.xz`.
 
     Returns:
-        The folder for `PYTHONPATH`, None if nothing is carried; and the names
-        of unpacked and failed files.
+        The folder for `PYTHONPATH`, None if nothing is carried or it is compiled for another
+        Python; and the names of unpacked and failed files.
     """
     found = sorted([*source.glob("*.whl"), *source.glob("*.tar.xz")])
-    files = [file for file in found if file.name != ARCHIVE]
+    files = [file for file in found if file.name not in (ARCHIVE, tree.NAME)]
     if not files:
         return None, []
     key = hashlib.sha256(
@@ -41,6 +43,10 @@ def unpack(source: Path) -> tuple[Path | None, list[str]]:
             except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
                 faults.append(f"{file.name} FAILED: {error}")
         (site / DONE).write_text("\n".join(faults))
+    tag = f".cpython-{sys.version_info.major}{sys.version_info.minor}-"
+    for module in site.rglob("*.cpython-*.so"):
+        if tag not in module.name:  # it would hide a module of this Python that works
+            return None, [f"not used: {module.name} is of another Python"]
     faults = [line for line in (site / DONE).read_text().splitlines() if line]
     broken = {fault.split()[0] for fault in faults}
     return site, [*(file.name for file in files if file.name not in broken), *faults]

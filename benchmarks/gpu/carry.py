@@ -4,7 +4,8 @@ a machine with a network.
 Wheels of CPython 3.12 on Linux x86-64, without dependencies, because torch and NumPy are installed.
 DALI's wheels are too large, and apex is in no index: a slim `dali.tar.xz` and an `apex.tar.xz` in
 the same folder are unpacked in the same way. `--pictures /usr/share/wallpapers` makes the archive
-of photographs (`pictures.py`), and nothing else.
+of photographs (`pictures.py`), and nothing else; `--tree` packs the committed tree with the script
+that runs it (`tree.py`, `away.sh`), and nothing else.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu import pictures
+from benchmarks.gpu import pictures, tree
 
 WHEELS = (
     "xformers==0.0.35",
     "tyro",
-    *("docstring-parser", "shtab", "typeguard", "rich", "markdown-it-py", "mdurl", "pygments"),
+    *("docstring-parser", "shtab", "typeguard"),
     "webdataset",
-    *("braceexpand", "pyyaml"),
+    "braceexpand",
 )
-"""xformers, the parser of the command line and webdataset, with their imports."""
+"""xformers, the parser of the command line and webdataset, with those of their imports that an
+image with torch and its usual companions lacks."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LIMIT_MIB = 60
-"""Largest size of the folder, besides the repository."""
+LIMIT_MIB = 63
+"""Largest size of the folder, with the tree: a little below what machines were found to take."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / ".gpu")
     parser.add_argument("--pictures", type=Path, help="a folder of photographs, see pictures.py")
+    parser.add_argument("--tree", action="store_true", help="pack the commit of this checkout")
     given = parser.parse_args(arguments)
     given.out.mkdir(exist_ok=True)
+    if given.tree:
+        print(f"commit {tree.make(given.out)}")
+        return _sizes(given.out)
     if given.pictures:
         out = given.out / pictures.NAME
         names = pictures.make(given.pictures, out)
@@ -51,16 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = download_command(wheel, given.python, given.out)
         if subprocess.run(command, check=False).returncode != 0:
             failed.append(wheel)
-    files = sorted(file for kind in ("*.whl", "*.tar.xz", "*.tar") for file in given.out.glob(kind))
+    if failed:
+        print(f"could not be had: {', '.join(failed)}", file=sys.stderr)
+    return _sizes(given.out) or int(bool(failed))
+
+
+def _sizes(out: Path) -> int:
+    """Print the sizes of the files; returns 0."""
+    files = sorted(file for file in out.iterdir() if file.is_file())
     size = sum(file.stat().st_size for file in files) / 2**20
     for file in files:
         print(f"{file.stat().st_size / 2**20:6.2f} MiB  {file.name}")
-    print(
-        f"{size:6.2f} MiB in {given.out}" + (f", more than {LIMIT_MIB}" if size > LIMIT_MIB else "")
-    )
-    if failed:
-        print(f"could not be had: {', '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+    print(f"{size:6.2f} MiB in {out}" + (f", more than {LIMIT_MIB}" if size > LIMIT_MIB else ""))
+    return 0
 
 
 def download_command(wheel: str, python: str, out: Path) -> list[str]:

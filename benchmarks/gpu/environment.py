@@ -37,12 +37,14 @@ OPTIONAL = {
 def main() -> int:
     """Print one line; returns 0, or 1 if a compiler failed to build the C code."""
     native, fault = build_native(NATIVE)
+    # Triton builds a launcher for each kernel: it needs the compiler and Python's headers.
     emit(
         "environment",
         FAILED if fault else OK,
         machine=machine(),
         modules={module: _version(module, name) for module, name in OPTIONAL.items()},
         compiler=shlex.join(compiler()) or "none",
+        python_headers=Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         native=native,
         cores=len(os.sched_getaffinity(0)),
     )

@@ -319,7 +319,7 @@ VARIANTS = Stage(
             case="train_step",
             op="step",
             options=("batch=1024", *_CHUNKS, "steps=4", *options, *_STEP),
-            dry=_SMALL_STEP,
+            dry=(*_SMALL_STEP, "attention=auto"),
         )
         for name, options in (
             ("cuDNN attention", ("compile=1", "attention=cudnn")),

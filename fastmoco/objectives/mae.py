@@ -162,7 +162,7 @@ class MAE(Objective):
         figures [b, 2] without gradient."""
         view, kept = _seen(inputs)
         with part(QUERY_FORWARD):
-            latents = self.encoder.latents(view, *_paths(inputs))
+            latents = self.encoder.latents(view, *inputs.paths_of(0))
             predictions = self.decoder(latents, kept)
         with part(LOSS):
             mask, targets = mask_of(kept, self._patches), self.targets(view)
@@ -177,7 +177,7 @@ class MAE(Objective):
     def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Reference of `_passed`, with the loss of the batch."""
         view, kept = _seen(inputs)
-        latents = self.encoder.plain_latents(view, *_paths(inputs))
+        latents = self.encoder.plain_latents(view, *inputs.paths_of(0))
         predictions = self.decoder.plain(latents, kept)
         rows = torch.arange(len(view), device=view.device)[:, None]
         removed = torch.ones_like(predictions[..., 0])
@@ -259,11 +259,6 @@ def _seen(inputs: Inputs) -> tuple[Tensor, Tensor]:
             "view, whose mask `Objective.inputs` draws"
         )
     return inputs.views[0], inputs.kept[0]
-
-
-def _paths(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Factors of stochastic depth and patches that are seen, as an encoder takes them."""
-    return inputs.paths_of(0)
 
 
 def _require_encoder(encoder: Any) -> None:

@@ -155,9 +155,9 @@ class MoBY(Objective):
                 for own, other in ((0, 1), (1, 0))
             ]
         watch = self._watch(queries, keys)
-        shares = [each.shares for each in found]
-        if accuracy:
-            watch["accuracy"] = torch.stack([s for s in shares if s is not None]).mean(0)
+        shares = [each for result in found if (each := result.shares) is not None]
+        if shares:
+            watch["accuracy"] = torch.stack(shares).mean(0)
         return Output(found[0].loss + found[1].loss, watch)
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import end_to_end, environment, goals, kernel_tests, rows, runner
+from benchmarks.gpu import end_to_end, environment, goals, kernel_tests, rows, runner, tree
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.caches import keep_caches, take_caches
 from benchmarks.gpu.carried import unpack
@@ -147,6 +149,9 @@ def test_wheels_are_unpacked_and_a_broken_one_costs_only_itself(tmp_path, monkey
         assert (site / "two.py").exists()
         assert names[0] == "one-1.0-py3-none-any.whl"
         assert names[1].startswith("broken.whl FAILED")
+    (site / "two.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    said = "not used: two.cpython-39-x86_64-linux-gnu.so is of another Python"
+    assert unpack(carried) == (None, [said])
 
 
 def test_caches_travel_to_a_machine_that_has_none(tmp_path, monkeypatch):
@@ -164,6 +169,30 @@ def test_caches_travel_to_a_machine_that_has_none(tmp_path, monkeypatch):
     (out / "caches.tar.xz").write_bytes(b"damaged")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "three"))
     assert Path(take_caches(out)["TRITON_CACHE_DIR"]).is_dir()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_tree_travels_without_what_its_code_does_not_need_there(tmp_path, monkeypatch):
+    root, out = tmp_path / "tree", tmp_path / "out"
+    for name in ("a.py", "docs/images/a.svg", "tests/golden/siblings/dino.npz", *tree.KEPT):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("one")
+    (root / "new.py").write_text("not tracked")
+    out.mkdir()
+    git = ("git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "a.py", "docs", "tests"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    monkeypatch.setattr(tree, "ROOT", root)
+    commit = tree.make(out)
+    with tarfile.open(out / tree.NAME) as packed:
+        assert sorted(packed.getnames()) == ["a.py", *tree.KEPT]
+    script = (out / tree.SCRIPT).read_text()
+    assert f"FASTMOCO_COMMIT={commit} " in script
+    assert "@" not in script
+    (root / "a.py").write_text("two")
+    with pytest.raises(ValueError, match="commit these first"):
+        tree.make(out)
 
 
 def test_a_process_is_read_while_it_works_and_ended_at_its_limit(tmp_path):

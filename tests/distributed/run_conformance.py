@@ -32,6 +32,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
 from fastmoco.recipes.supervised import SupervisedConfig
@@ -78,6 +79,11 @@ VARIANTS = {
     "patches that train": Variant(SimCLRConfig, {"freeze_patch_embed": False}),
     "half of the patches, which train": Variant(
         MoCoV3Config, {"freeze_patch_embed": False, "keep_tokens": "0.5@0"}, ways=("fsdp chunked",)
+    ),
+    "masked patches, which train": Variant(
+        MAEConfig,
+        {"freeze_patch_embed": False, "positions": "sincos_columns"},
+        ways=("fsdp chunked",),
     ),
     "keys in a ring": Variant(
         MoCoV3Config, objective={"keys": "ring"}, ways=("ddp", "fsdp chunked")

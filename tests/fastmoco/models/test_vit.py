@@ -275,7 +275,7 @@ def test_positions_of_other_sizes_match_golden() -> None:
             assert relative(ours, expected.reshape(ours.shape)) < tolerance, name
 
 
-@pytest.mark.parametrize("positions", ["learned", "sincos", "none"])
+@pytest.mark.parametrize("positions", ["learned", "sincos", "sincos_columns", "none"])
 @pytest.mark.parametrize("pooling", ["class", "norm_mean"])
 def test_a_small_crop_has_interpolated_positions_and_their_gradient(
     positions: Positions, pooling: Pooling

@@ -412,3 +412,30 @@ def test_the_command_line_trains(digits: tuple[str, str], tmp_path: Path, recipe
     if recipe == "supmae_digits":
         assert folder.read_metric("top1")
         assert folder.read_metric("train_top1")
+
+
+def test_other_forms_of_the_blocks_give_the_same() -> None:
+    """Of encoder and decoder."""
+    base = replace(get_recipe("mae_digits"), precision="fp64")
+    view = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def found(**form: str) -> tuple[list[Any], Tensor, dict[str, Tensor]]:
+        config = replace(base, model=replace(base.model, **form))
+        objective = build_objective(config, CPU)
+        loss = objective(view).loss
+        loss.backward()
+        forms = [(b.fused, b.recompute) for b in objective.decoder.blocks]
+        return forms, loss.detach(), gradients(objective)
+
+    forms, loss, expected = found()
+    assert forms == [(False, "none")]
+    for form, decoder in (
+        ({"checkpointing": "full"}, (False, "full")),
+        ({"checkpointing": "selective"}, (False, "selective")),
+        ({"blocks": "fused"}, (True, "none")),
+    ):
+        forms, ours, own = found(**form)
+        assert forms == [decoder]
+        assert float(ours) == pytest.approx(float(loss), rel=1e-12)
+        for name, gradient in expected.items():
+            assert float((own[name] - gradient).abs().max()) <= 1e-12, name

@@ -28,10 +28,9 @@ from fastmoco.recipes.moby import MoBYConfig
 from fastmoco_kernels.tensors import norms_of
 from fastmoco_pipelines.spec import Resume, moco_v3_views
 from tests.fastmoco.objectives.test_conformance import config_of, rough, views_of
-from tests.golden_objective import SIBLINGS
+from tests.golden_objective import Data, read_sibling_b
 
 CPU = torch.device("cpu")
-Data = dict[str, np.ndarray]
 LAYERS = {"linear_hidden.1": "0", "linear_hidden.2": "1", "linear_out": "3"}
 NOISE = (
     "qkv.bias",
@@ -48,8 +47,7 @@ NOISE = (
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    with np.load(SIBLINGS.parent / "siblings_b" / "moby.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    return read_sibling_b("moby")
 
 
 def our_name(golden_name: str) -> str:

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "byol": ("byol_digits", {}),
     "simclr": ("simclr_digits", {}),
     "swav": ("swav_digits", {}),
+    "supmae": ("supmae_digits", {}),
     "supervised": ("supervised_digits", {}),
 }
 """Recipe and changes by name."""
