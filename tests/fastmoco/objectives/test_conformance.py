@@ -270,10 +270,10 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
 
 def on_convnext(kind: type[ObjectiveConfig], base: Config) -> Config:
     """A run with a ConvNeXt V2 in place of its ViT, on images of four patches."""
-    if base is RESNET:
+    if base in (RESNET, SWIN):
         with pytest.raises(ValueError, match="must be a ConvNeXt V2"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
-    if base in (RESNET, CONVNEXT):
+    if base in (RESNET, SWIN, CONVNEXT):
         pytest.skip(f"{kind.kind} takes a ConvNeXt V2 in place of a ViT")
     trunk = {"architecture": "convnextv2_micro", "image_size": 32, "drop_path": 0.0}
     view1, view2 = (replace(view, size=32) for view in (base.data.view1, base.data.view2))
