@@ -102,11 +102,6 @@ class FCMAE(Objective):
                 "side of a hidden patch"
             )
         self.kept = kept_count(self._patches, mask_ratio)
-        if self.kept < 1:
-            raise ValueError(
-                f"objective.mask_ratio={mask_ratio}: shows the encoder none of the {self._patches} "
-                "patches; take a smaller share or larger images"
-            )
         encoder.norm.requires_grad_(False)
         self.decoder = MapDecoder(
             in_dim=encoder.embed_dim,
