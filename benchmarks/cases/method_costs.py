@@ -105,6 +105,8 @@ def config_of(name: str, options: dict[str, Any]) -> Config:
 
 def table(result: dict[str, Any]) -> str:
     """Rates, FLOPs and memory by recipe, with the measured and the counted ratio."""
+    if "images_per_cpu_s" not in result:
+        return ""
     head = (
         *("recipe", "images per CPU-second", f"speed-up of {result['subject']}"),
         *("GFLOPs an image", "its FLOPs over those of the subject", "MB kept an image"),

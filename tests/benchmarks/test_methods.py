@@ -22,6 +22,7 @@ def _curve(seed: int, *knn: float, every_s: float = 10.0):
 
 def test_every_kind_that_learns_without_labels_is_a_method_of_both_tasks():
     kinds = {k.kind for k, build in OBJECTIVES.items() if not build.__self__.needs_labels}
+    kinds.remove("fcmae")  # its encoder is a ConvNeXt V2, for larger images than those of the tasks
     for task in methods.SUFFIXES:
         found = {RECIPES[recipe]().objective.kind for recipe in methods.methods_of(task).values()}
         assert found == kinds
