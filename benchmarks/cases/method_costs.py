@@ -29,10 +29,10 @@ from fastmoco.training.trainer import Trainer
 NAME = "method_costs"
 DEFAULTS = {
     "recipes": "mae_vit_b16_e800_b4096,vit_b16_e300_b4096",
-    "architecture": "vit_tiny",
-    "batch": 16,
+    "architecture": "vit_base",
+    "batch": 4,
     "threads": 1,
-    "rounds": 7,
+    "rounds": 5,
     "steps": 1,
 }
 """`recipes`, the first one the subject; `architecture` of all; images of a `batch`; `threads` of
@@ -40,6 +40,7 @@ torch; `rounds` of `steps` steps."""
 QUICK = {
     "recipes": "mae_nano7_e12_b256,vit_nano7_e12_b256",
     "architecture": "vit_micro",
+    "batch": 16,
     "rounds": 3,
 }
 
