@@ -28,6 +28,7 @@ from fastmoco.objectives.interface import (
 )
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_size, by_view
+from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.dino import DINOConfig, InitialWeights
 from fastmoco_kernels import soft_cross_entropy_of_rows
 from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
@@ -266,8 +267,7 @@ class DINO(Objective):
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; class token and positions do."""
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+        return decaying_matrices(name, parameter)
 
     def uninformed_loss(self, batch: int) -> float:
         """That of targets and predictions that are alike for all images: ln K."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
@@ -32,13 +31,14 @@ from fastmoco.objectives.interface import (
     ParameterGroup,
     Progress,
 )
-from fastmoco.objectives.mae import figures_of, watched
 from fastmoco.objectives.masked import (
-    masked_mean,
-    normalised_patches,
-    pixel_patches,
-    square_errors,
+    masked_loss,
+    masked_view,
+    pixel_targets,
+    plain_masked_loss,
+    watched,
 )
+from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -136,13 +136,9 @@ class FCMAE(Objective):
             latents = self.encoder.masked(view, ~mask, self.scope, paths)
             predictions = self.decoder(latents, mask)
         with part(LOSS):
-            targets, count = self.targets(view), self._patches - self.kept
-            loss = masked_mean(square_errors(predictions, targets), mask, count)
-            if not target:
-                return Features((loss,))
-            flat, spread = figures_of(predictions, targets)
-            figures = torch.stack([masked_mean(f, mask, count) for f in (flat, spread)], dim=1)
-        return Features((loss,), (figures, self._pooled(latents)))
+            count = self._patches - self.kept
+            loss, figures = masked_loss(predictions, self.targets(view), mask, count)
+        return Features((loss,), (figures, self._pooled(latents)) if target else ())
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """The mean over images."""
@@ -157,24 +153,16 @@ class FCMAE(Objective):
         view, mask, paths = self._seen(inputs)
         latents = self.encoder.masked(view, ~mask, self.scope, paths, plain=True)
         predictions, targets = self.decoder.plain(latents, mask), self.targets(view)
-        removed = mask.to(targets.dtype)
-        errors = ((predictions - targets) ** 2).mean(dim=2)
-        figures = [
-            (figure * removed).sum(1) / removed.sum(1)
-            for figure in figures_of(predictions, targets)
-        ]
-        loss = (errors * removed).sum() / removed.sum()
-        return Output(loss, watched(torch.stack(figures, dim=1), self._pooled(latents)))
+        loss, figures = plain_masked_loss(predictions, targets, mask.to(targets.dtype))
+        return Output(loss, watched(figures, self._pooled(latents)))
 
     def targets(self, view: Tensor) -> Tensor:
         """Pixels of the patches of images [b, 3, S, S], normalised if so: [b, L, 3 p^2]."""
-        patches = pixel_patches(view, self.encoder.stride)
-        return normalised_patches(patches) if self.normalise_pixels else patches
+        return pixel_targets(view, self.encoder.stride, normalised=self.normalise_pixels)
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; `GRN` and the mask token do."""
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+        return decaying_matrices(name, parameter)
 
     @property
     def _patches(self) -> int:
@@ -193,13 +181,8 @@ class FCMAE(Objective):
         Raises:
             ValueError: if there is not one view with a mask.
         """
-        if len(inputs.views) != 1 or len(inputs.kept) != 1:
-            raise ValueError(
-                f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes "
-                "one view, whose mask `Objective.inputs` draws"
-            )
-        paths = inputs.paths_of(0)[0]
-        return inputs.views[0], mask_of(inputs.kept[0], self._patches), paths
+        view, kept = masked_view(inputs)
+        return view, mask_of(kept, self._patches), inputs.paths_of(0)[0]
 
     def _pooled(self, latents: Tensor) -> Tensor:
         """[b, E] mean over the positions that are seen, without gradient."""

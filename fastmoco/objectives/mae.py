@@ -30,11 +30,13 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.objectives.masked import (
-    masked_mean,
-    normalised_patches,
-    pixel_patches,
-    square_errors,
+    masked_loss,
+    masked_view,
+    pixel_targets,
+    plain_masked_loss,
+    watched,
 )
+from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -144,8 +146,7 @@ class MAE(Objective):
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; class token and mask token do."""
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+        return decaying_matrices(name, parameter)
 
     def _seen(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The view, and the patches of it that the encoder sees.
@@ -153,18 +154,14 @@ class MAE(Objective):
         Raises:
             ValueError: if there is not one view of the encoder's size, with its mask.
         """
-        if len(inputs.views) != 1 or len(inputs.kept) != 1:
-            raise ValueError(
-                f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes "
-                "one view, whose mask `Objective.inputs` draws"
-            )
-        view, size = inputs.views[0], self.encoder.image_size
+        view, kept = masked_view(inputs)
+        size = self.encoder.image_size
         if view.shape[1:] != (3, size, size):
             raise ValueError(
                 f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks "
                 f"and decoder are those of image_size={size}"
             )
-        return view, inputs.kept[0]
+        return view, kept
 
     @property
     def _patches(self) -> int:
@@ -180,32 +177,24 @@ class MAE(Objective):
             predictions = self.decoder(latents, kept)
         with part(LOSS):
             mask, targets = mask_of(kept, self._patches), self.targets(view)
-            count = self._patches - self.kept
-            loss = masked_mean(square_errors(predictions, targets), mask, count)
-            figures = torch.stack(
-                [masked_mean(figure, mask, count) for figure in figures_of(predictions, targets)],
-                dim=1,
-            )
+            loss, figures = masked_loss(predictions, targets, mask, self._patches - self.kept)
         return loss, latents, figures
 
     def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Reference of `_passed`, with the loss of the batch."""
         view, kept = self._seen(inputs)
-        latents = self.encoder.plain_latents(view, *_paths(inputs))
+        latents = self.encoder.plain_latents(view, *inputs.paths_of(0))
         predictions = self.decoder.plain(latents, kept)
         rows = torch.arange(len(view), device=view.device)[:, None]
         removed = torch.ones_like(predictions[..., 0])
         removed[rows, kept] = 0
-        targets = self.targets(view)
-        errors = ((predictions - targets) ** 2).mean(dim=2)
-        figures = [(f * removed).sum(1) / removed.sum(1) for f in figures_of(predictions, targets)]
-        loss = (errors * removed).sum() / removed.sum()
-        return loss, latents, torch.stack(figures, dim=1)
+        loss, figures = plain_masked_loss(predictions, self.targets(view), removed)
+        return loss, latents, figures
 
     def targets(self, view: Tensor) -> Tensor:
         """Pixels of the patches of images [b, 3, S, S], normalised if so: [b, L, 3 p^2]."""
-        patches = pixel_patches(view, self.encoder.patch_size)
-        return normalised_patches(patches) if self.normalise_pixels else patches
+        side = self.encoder.patch_size
+        return pixel_targets(view, side, normalised=self.normalise_pixels)
 
 
 def options_of(config: Config, own: MAEConfig) -> dict[str, Any]:
@@ -242,28 +231,6 @@ def initialise_(encoder: VisionTransformer) -> None:
             nn.init.xavier_uniform_(module.weight.flatten(1))
     if encoder.cls_token is not None:
         nn.init.normal_(encoder.cls_token, std=INITIAL_STD)
-
-
-def watched(figures: Tensor, queries: Tensor) -> dict[str, Tensor]:
-    """What telemetry sees of figures [b, 2] and class features [b, E]."""
-    flat, spread = figures.mean(dim=0).unbind()
-    return {"queries": queries[None], "patch_mean_loss": flat, "prediction_std": spread}
-
-
-@torch.no_grad()
-def figures_of(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Two figures [b, L] of each patch that show a decoder that predicts no structure.
-
-    The loss of predicting the mean of the patch, which a decoder that learns nothing else comes
-    down to; and the deviation of the prediction within the patch, 0 for a flat one.
-    """
-    flat = targets.var(dim=-1, correction=0)
-    return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
-
-
-def _paths(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Factors of stochastic depth and patches that are seen, as an encoder takes them."""
-    return inputs.paths_of(0)
 
 
 def _require_encoder(encoder: Any) -> None:

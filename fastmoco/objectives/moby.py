@@ -25,6 +25,7 @@ from fastmoco.objectives.interface import (
 from fastmoco.objectives.key_queue import require_whole_batches, write_keys_
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
+from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco_kernels import queued_info_nce_loss
 from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
@@ -211,8 +212,7 @@ class MoBY(Objective):
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; class token, positions and tables of
         relative positions do, as in the official runs."""
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
-        return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+        return decaying_matrices(name, parameter)
 
     def uninformed_loss(self, batch: int) -> float:
         """That of equal logits: ln(K + 1) in each direction. While the queues are random, the loss

@@ -43,11 +43,10 @@ from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.simclr import FLOOR, TILE, TILE_CPU, nt_xent_loss, nt_xent_reference
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.objectives.watched import feature_deviation
+from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco_kernels.info_nce.op import symmetric_info_nce_loss
 from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
-
-UNDECAYED = ParameterGroup(weight_decay_scale=0.0)
 
 
 class Terms(NamedTuple):
@@ -186,8 +185,7 @@ class SDSSL(Objective):
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and norms do not decay."""
-        undecayed = parameter.ndim <= 1 or name.endswith(".bias")
-        return UNDECAYED if undecayed else super().parameter_group(name, parameter)
+        return decaying_matrices(name, parameter)
 
     def _project(self, taps: Tensor) -> Tensor:
         """[..., n, E] features -> [..., n, D] projections. Leading dimensions are those of

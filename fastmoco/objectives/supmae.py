@@ -19,7 +19,8 @@ from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import Features, Inputs, Output, Progress
-from fastmoco.objectives.mae import MAE, options_of, watched
+from fastmoco.objectives.mae import MAE, options_of
+from fastmoco.objectives.masked import watched
 from fastmoco.recipes.supmae import SupMAEConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 

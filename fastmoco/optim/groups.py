@@ -51,6 +51,13 @@ def whole_group(name: str, parameter: nn.Parameter) -> ParameterGroup:
     return WHOLE
 
 
+def decaying_matrices(name: str, parameter: nn.Parameter) -> ParameterGroup:
+    """Biases and tensors of one dimension do not decay; class tokens, position tables and other
+    tensors do, as in the official codes of DINO, MAE and MoBY."""
+    plain = parameter.ndim <= 1 or name.endswith(".bias")
+    return ParameterGroup(weight_decay_scale=0.0 if plain else 1.0)
+
+
 def split_groups(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
