@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from benchmarks.cpu_time import cpu_seconds, settle
+from benchmarks.learning.runs import END, START
 from benchmarks.learning.tasks import Data, config_of
 from benchmarks.loading import Feed
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World, start_world
 from fastmoco.evaluation.monitor import KnnMonitor
+from fastmoco.models.encoder import trunk_of
+from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
 from fastmoco.run.metrics_file import SPIKE
@@ -188,7 +192,8 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: `task`, `side`, `seed`, `data` (`Data` as a dict), `every` steps between two points,
             `points` at least, `budget_s` CPU-seconds, `attention` and `workers` of the baseline;
-            perhaps `config`, arguments of `tasks.config_of` by name, and `until`, a kNN.
+            perhaps `config`, arguments of `tasks.config_of` by name, `until`, a kNN, and `encoders`,
+            a folder that gets the encoder before and after the run as `runs.START` and `runs.END`.
             The run ends at the first point with so many points and seconds, or with that kNN.
 
     Returns:
@@ -216,7 +221,11 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
             else BaselineSide(config, samples, given)
         )
         stack.callback(side.close)
+        if kept := given.get("encoders", ""):
+            write_encoder(side.encoder, config, Path(kept) / START)
         curve = train(side, monitor, given, config.global_batch_size)
+        if kept:
+            write_encoder(side.encoder, config, Path(kept) / END)
 
     # The trainer's own records are complete once it is closed.
     every = given["every"]
@@ -228,6 +237,13 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
         curve["gradient"].append(float(f"{max(norms):.3g}") if norms else None)
     curve["events"] += side.events
     return curve
+
+
+def write_encoder(encoder: nn.Module, config: Config, path: Path) -> None:
+    """Write an encoder as a file that `fastmoco eval` takes."""
+    trunk = {name: value.contiguous() for name, value in trunk_of(encoder.state_dict()).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save(trunk, describe_run(config).to_metadata()))
 
 
 def train(side: Side, monitor: KnnMonitor, given: Mapping[str, Any], batch: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.datasets import distinct_files, fashion, patches
+from benchmarks.datasets import distinct_files, fashion, patches, windows
 from fastmoco.config import Config, KnnConfig, ModelConfig
 from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco_pipelines import pack_digits, pack_folder
@@ -83,6 +83,15 @@ TASKS: Mapping[str, Task] = {
         package="Debian's package plasma-workspace-wallpapers",
         files=_photographs,
         make=patches,
+        bank=0,
+        queries=0,
+    ),
+    "windows": Task(
+        recipe="vit_nano7_e12_b256",
+        option="photos",
+        package="Debian's package plasma-workspace-wallpapers",
+        files=_photographs,
+        make=windows,
         bank=0,
         queries=0,
     ),

@@ -41,6 +41,7 @@ def eval_finetune(
     mixup: float = 0.8,
     cutmix: float = 1.0,
     crop_min: float | None = None,
+    pooling: Literal["class", "mean_norm"] | None = None,
     seed: int = 0,
 ) -> int:
     """Accuracy of an encoder that is trained on with labels (fine-tuning).
@@ -72,6 +73,8 @@ def eval_finetune(
         cutmix: That of cutmix; 0: none.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
+        pooling: Feature of a ViT: the class token (class), or the norm of the mean of the patch
+            tokens (mean_norm, the default after masked methods such as MAE).
         seed: Of the head, the order, the views and the mixing.
     """
     given = locals()

@@ -30,7 +30,7 @@ def eval_linear(
     train: str,
     test: str,
     fast: bool = False,
-    protocol: Literal["moco_v3", "moby"] = "moco_v3",
+    protocol: Literal["moco_v3", "moby", "mae"] = "moco_v3",
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
@@ -57,7 +57,8 @@ def eval_linear(
         fast: Instead of the official protocol (SGD on random crops, 90 epochs, a run of its own in
             --out), compute features once and train classifiers of many rates and decays on them at
             once. Reports that of the official rate, and the best on held-out training images.
-        protocol: Whose numbers; MoBY's has 100 epochs.
+        protocol: Whose numbers; MoBY's has 100 epochs, MAE's LARS and a batch norm before the
+            linear layer, which is all that --fast takes of it.
         which: The trained encoder (base), or its moving average (default: the one that the
             method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
@@ -83,7 +84,7 @@ def eval_linear(
     say_first(f"linear classifier on {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         if fast:
-            if protocol != "moco_v3":
+            if protocol == "moby":
                 raise ValueError(f"protocol={protocol!r}: leave out --fast, which has another one")
             found = _fast(
                 run,
@@ -99,6 +100,7 @@ def eval_linear(
                 copies=copies,
                 crop_min=crop_min,
                 holdout=holdout,
+                feature_norm=protocol == "mae",
                 precision=precision,
                 seed=seed,
                 cache=cache,

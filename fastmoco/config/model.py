@@ -51,7 +51,7 @@ AttentionBackend = Literal[
     "triton",
     "reference",
 ]
-Pooling = Literal["class", "mean", "norm_mean"]
+Pooling = Literal["class", "mean", "norm_mean", "mean_norm"]
 Positions = Literal["sincos", "sincos_columns", "learned", "none"]
 MlpNorm = Literal["layer", "batch"]
 Recompute = Literal["none", "selective", "full"]
@@ -154,8 +154,9 @@ class ModelConfig:
     hidden_dim: int = 4096
     """Hidden width of projector and predictor."""
     pooling: Pooling = "class"
-    """Feature of a ViT: the class token after the final norm (`class`); or, without a class token,
-    the mean of the patch tokens (`mean`), or of the patch tokens after the final norm
+    """Feature of a ViT: the class token after the final norm (`class`); the norm of the mean of the
+    patch tokens beside a class token (`mean_norm`, with which MAE fine-tunes); or, without a class
+    token, the mean of the patch tokens (`mean`), or of the patch tokens after the final norm
     (`norm_mean`)."""
     positions: Positions = "sincos"
     """Positions of a ViT: the fixed sine-cosine table of MoCo v3 (`sincos`, rows first) or of MAE

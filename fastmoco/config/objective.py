@@ -23,6 +23,9 @@ class ObjectiveConfig:
     """Every subclass that has been defined, by kind."""
     evaluated: ClassVar[str] = "encoder"
     """The network that is evaluated and exported: "encoder", or "momentum_encoder"."""
+    masked: ClassVar[bool] = False
+    """Whether the encoder learns from patches that are hidden. Its class token is then trained by
+    little or nothing, so fine-tuning reads the mean of the patch tokens."""
 
     def __init_subclass__(cls) -> None:
         ObjectiveConfig.kinds[cls.kind] = cls

@@ -114,6 +114,13 @@ class TokenDecoder(nn.Module):
             assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
             block.recompute = what
 
+    def forward_flops(self) -> float:
+        """FLOPs of the products in one forward of one image."""
+        tokens, width = self.pos_embed.shape[1:]
+        layers = (self.embed, self.blocks, self.pred)
+        weights = sum(p.numel() for layer in layers for p in layer.parameters())
+        return float(2 * weights * tokens + 4 * tokens**2 * width * len(self.blocks))
+
     def parts(self) -> Parts:
         """Modules by role; it has no heads that could be apart from its blocks."""
         return Parts(blocks=self.blocks)

@@ -151,9 +151,10 @@ class VisionTransformer(nn.Module):
             network with batch norm.
         freeze_patch_embed: keep the random patch projection fixed, as MoCo v3 does for stability;
             has no effect on the conv stem, which always trains.
-        pooling: "class": the class token after the final norm; without a class token, "norm_mean":
-            the mean of the patch tokens after the final norm, "mean": of the patch tokens, without
-            a final norm.
+        pooling: "class": the class token after the final norm; "mean_norm": the norm of the mean of
+            the patch tokens, beside which there is a class token; without a class token,
+            "norm_mean": the mean of the patch tokens after the final norm, "mean": of the patch
+            tokens, without a final norm.
         positions: "sincos" is the fixed table of MoCo v3, "sincos_columns" that of MAE, "learned" a
             trained one, "none" adds nothing.
         mlp_norm: norm before each MLP: "layer", or "batch" over all tokens of the global batch.
@@ -161,7 +162,7 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         tokens: tokens of a view in a block, including the class token if there is one.
-        cls_token: [1, 1, E]; None with a mean of patch tokens.
+        cls_token: [1, 1, E]; None with the two poolings that have none.
         pos_embed: [1, tokens, E]; None without positions.
         coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
             (batch norm in the conv stem or before the MLPs); then two views may not share a batch.
@@ -207,7 +208,7 @@ class VisionTransformer(nn.Module):
         self.pooling = pooling
         self.positions = positions
         self.mlp_norm = mlp_norm
-        self.tokens = (image_size // patch_size) ** 2 + (pooling == "class")
+        self.tokens = (image_size // patch_size) ** 2 + self._class_tokens
         reasons = [STEM_COUPLES] * (stem == "conv") + [BLOCKS_COUPLE] * (mlp_norm == "batch")
         self.coupling = Coupling.TRUNK if reasons else Coupling.NONE
         self.coupling_reason = ", and ".join(reasons)
@@ -215,7 +216,7 @@ class VisionTransformer(nn.Module):
         # In this order, because it is that of the random draws.
         self.cls_token = (
             nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
-            if pooling == "class"
+            if self._class_tokens
             else None
         )
         self.pos_embed = self._positions(positions, image_size // patch_size)
@@ -282,11 +283,8 @@ class VisionTransformer(nn.Module):
         if self.reads_class_row:
             feature = self.norm(last.class_row(tokens, branch, by_block[-1]))
             return feature
-        tokens = sum_of(*last(tokens, branch, by_block[-1]))
-        if self.pooling == "class":
-            feature = self.norm(tokens[:, 0])
-            return feature
-        return self._normalised(tokens).mean(dim=1)
+        feature = self._pooled(sum_of(*last(tokens, branch, by_block[-1])))
+        return feature
 
     def encode_plain(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -298,8 +296,7 @@ class VisionTransformer(nn.Module):
         tokens = self._plain_tokens(patch_tokens, kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-        normalised = self._normalised(tokens)
-        return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
+        return self._plainly_pooled(tokens)
 
     def encode_taps(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -346,8 +343,7 @@ class VisionTransformer(nn.Module):
         taps = []
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-            normalised = self._normalised(tokens)
-            taps.append(normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1))
+            taps.append(self._plainly_pooled(tokens))
         return torch.stack(taps, dim=1)
 
     def forward(
@@ -467,7 +463,7 @@ class VisionTransformer(nn.Module):
     @property
     def _class_tokens(self) -> int:
         """1 with a class token, otherwise 0."""
-        return int(self.pooling == "class")
+        return int(self.pooling in ("class", "mean_norm"))
 
     def _positions(self, kind: Positions, grid: int) -> nn.Parameter | None:
         """[1, tokens, E]: the fixed table, or one that trains."""
@@ -506,10 +502,24 @@ class VisionTransformer(nn.Module):
 
     def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
         """[B, E] of the residual stream after a block: the class token before the final norm, of
-        which alone the sum is taken, or the mean of all tokens after it."""
+        which alone the sum is taken, or the feature."""
         if self.pooling == "class":
             return sum_of(tokens[:, 0], None if branch is None else branch[:, 0])
-        return self._normalised(sum_of(tokens, branch)).mean(dim=1)
+        return self._pooled(sum_of(tokens, branch))
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """[B, T, E] of the residual stream after a block -> [B, E] feature."""
+        if self.pooling in ("mean", "norm_mean"):
+            return self._normalised(tokens).mean(dim=1)
+        row = tokens[:, 0] if self.pooling == "class" else tokens[:, 1:].mean(dim=1)
+        return self._normalised(row)
+
+    def _plainly_pooled(self, tokens: Tensor) -> Tensor:
+        """Reference of `_pooled`: the norm on every token, unless it is one of the mean."""
+        if self.pooling == "mean_norm":
+            return self._normalised(tokens[:, 1:].sum(dim=1) / (tokens.shape[1] - 1))
+        normalised = self._normalised(tokens)
+        return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         normalised: Tensor = self.norm(tokens)

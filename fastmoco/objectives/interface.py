@@ -374,6 +374,21 @@ class Objective(nn.Module, ABC):
         """
         return None
 
+    def view_flops(self, side: int, keep: float = 1.0) -> float:
+        """FLOPs of a step for one view of one image: the forward of the encoder that trains, its
+        backward, which is twice as much, and the forward of the momentum encoder, if there is one.
+
+        A method whose encoder sees less of a view, or more than once, or that has a decoder, counts
+        for itself. Heads are left out.
+
+        Args:
+            side: pixels per side of the view.
+            keep: share of the patch tokens that token dropping leaves to the encoder.
+        """
+        encoder = self.encoder
+        averaged = encoder.forward_flops(side) if "momentum_encoder" in self.networks() else 0.0
+        return float(3 * encoder.forward_flops(side, keep) + averaged)
+
     def choices(self, at: Progress) -> Hashable:
         """All that `features` decides on the host in this step. May wait for the device.
 

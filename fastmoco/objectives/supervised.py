@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fastmoco.config import Config
+from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco.models.encoder import family_of
 from fastmoco.objectives.interface import (
     Coupling,
@@ -39,6 +40,11 @@ from fastmoco_pipelines.loading.step_parts import AUGMENT, LOSS, QUERY_FORWARD, 
 MIX_TAG = 0x6D6978
 """"mix": second word of the Philox key, so that no other use of the seed shares a stream with
 it."""
+
+
+NORM_COUPLES = "its norm of the feature has the statistics of the whole batch"
+NORM_EPS = 1e-6
+"""Floor of the variance in the norm of a feature."""
 
 
 class Box(NamedTuple):
@@ -72,10 +78,12 @@ class Supervised(Objective):
         layer_decay: factor of the learning rate from one layer to the one before it.
         head_std: deviation of the head's start values: 0.02 as DeiT, 0.01 for a linear probe as
             MoCo, 2e-5 for fine-tuning as MAE. The bias starts at 0.
+        feature_norm: whether a batch norm without weight and bias, of all ranks, comes before the
+            linear layer, as in MAE's linear probe (there of each process alone).
         seed: of the mixing.
 
     Attributes:
-        encoder: `encoder.head` is the linear layer.
+        encoder: `encoder.head` is the linear layer, after its norm if there is one.
         needs_labels: always.
 
     Raises:
@@ -97,6 +105,7 @@ class Supervised(Objective):
         cutmix: float = 0.0,
         layer_decay: float = 1.0,
         head_std: float = 0.02,
+        feature_norm: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -116,13 +125,18 @@ class Supervised(Objective):
 
         # A frozen trunk normalises by its running statistics, so it couples nothing.
         coupled = self.encoder.coupling is Coupling.TRUNK and not self.probes
-        self.coupling = Coupling.TRUNK if coupled else Coupling.NONE
-        self.coupling_reason = self.encoder.coupling_reason if coupled else ""
+        reason = self.encoder.coupling_reason if coupled else ""
+        self.coupling_reason = NORM_COUPLES if feature_norm else reason
+        self.coupling = Coupling.TRUNK if coupled or feature_norm else Coupling.NONE
         if self.probes:
             self.encoder.requires_grad_(False)
-        self.encoder.head = nn.Linear(self.encoder.embed_dim, classes)
-        nn.init.normal_(self.encoder.head.weight, std=head_std)
-        nn.init.zeros_(self.encoder.head.bias)
+        linear = nn.Linear(self.encoder.embed_dim, classes)
+        nn.init.normal_(linear.weight, std=head_std)
+        nn.init.zeros_(linear.bias)
+        self.encoder.head = linear
+        if feature_norm:
+            norm = BatchNorm(self.encoder.embed_dim, eps=NORM_EPS, affine=False)
+            self.encoder.head = nn.Sequential(norm, linear)
         self._layers = _layers(self.encoder)
         if layer_decay != 1 and family_of(self.encoder) != "vit":
             raise ValueError(
@@ -157,6 +171,7 @@ class Supervised(Objective):
             cutmix=own.cutmix,
             layer_decay=own.layer_decay,
             head_std=own.head_std,
+            feature_norm=own.feature_norm,
             seed=config.seed,
         )
 

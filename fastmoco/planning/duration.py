@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fastmoco.config import Config, Resolved
-from fastmoco.models.encoder import Encoder
+from fastmoco.objectives.interface import Objective
 from fastmoco_pipelines.spec import each_view
 from fastmoco_pipelines.text import spoken
 
@@ -40,7 +40,7 @@ class Duration:
 
 def estimate(
     config: Config,
-    encoder: Encoder,
+    objective: Objective,
     *,
     images: int,
     knn_images: int,
@@ -50,20 +50,18 @@ def estimate(
 
     Args:
         config: of the run.
-        encoder: that is trained.
+        objective: whose encoder is trained; it counts what a view costs.
         images: of a step on this process.
         knn_images: that this process embeds for one measurement.
         flops_per_s: of this process; a multiply-add counts as two.
     """
     model = config.model
-    whole = encoder.forward_flops(model.image_size)
+    whole = objective.encoder.forward_flops(model.image_size)
     step = 0.0
     for share, phase in zip(model.phases.shares(), model.phases.items, strict=True):
         for view in each_view(config.data.views):
             side = view.size * model.patch_size // (phase.patch_size or model.patch_size)
-            # Forward and backward, which is twice as much, and the forward of the momentum encoder.
-            step += share * 3 * encoder.forward_flops(side, phase.keep)
-            step += share * encoder.forward_flops(side)
+            step += share * objective.view_flops(side, phase.keep)
     return Duration(step_s=images * step / flops_per_s, knn_s=knn_images * whole / flops_per_s)
 
 

@@ -18,6 +18,7 @@ class FCMAEConfig(ObjectiveConfig):
     """The masks, targets and decoder of FCMAE (Woo et al. 2023)."""
 
     kind: ClassVar[str] = "fcmae"
+    masked: ClassVar[bool] = True
 
     mask_ratio: Annotated[float, Resume.WITH_ALLOW] = 0.6
     """Share of the patches that the encoder does not see and the decoder predicts."""

@@ -17,6 +17,7 @@ class MAEConfig(ObjectiveConfig):
     """The masks, targets and decoder of MAE (He et al. 2022)."""
 
     kind: ClassVar[str] = "mae"
+    masked: ClassVar[bool] = True
 
     mask_ratio: Annotated[float, Resume.WITH_ALLOW] = 0.75
     """Share of the patches that the encoder does not see and the decoder predicts."""

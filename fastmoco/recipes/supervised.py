@@ -23,6 +23,7 @@ from fastmoco.config import (
     OptimConfig,
 )
 from fastmoco.config.labelled import labelled_batch, own_crops
+from fastmoco.config.model import Pooling
 from fastmoco.recipes.expected import PAPER, Expected, expects
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import EvalSpec, LoaderOptions, Resume, ViewSpec, require
@@ -54,6 +55,9 @@ class SupervisedConfig(ObjectiveConfig):
     class token have layer_decay^(n + 1)."""
     head_std: float = 0.02
     """Standard deviation of the head's start values; its bias starts at 0."""
+    feature_norm: bool = False
+    """Normalise the feature over the batch before the linear layer, by a batch norm without weight
+    and bias, as MAE's linear probe does."""
 
     def __post_init__(self) -> None:
         classes = self.classes
@@ -182,6 +186,9 @@ class FineTuning:
         cutmix: 0: none.
         crop_min: smallest share of an image's area in a crop; None: 0.08, for images of at most 64
             pixels that of the run's first view.
+        pooling: "mean_norm": the norm of the mean of the patch tokens, as MAE; "class": the class
+            token. None: "mean_norm" for a masked method on a ViT with a class token, else as the
+            encoder.
         seed: of head, order, views and mixing.
     """
 
@@ -196,6 +203,7 @@ class FineTuning:
     mixup: float = 0.8
     cutmix: float = 1.0
     crop_min: float | None = None
+    pooling: Literal["class", "mean_norm"] | None = None
     seed: int = 0
 
 
@@ -242,6 +250,7 @@ def fine_tuning(
         view = replace(view, crop_scale=own[0], flip_probability=own[1], jitter_probability=0.0)
     if options.crop_min is not None:
         view = replace(view, crop_scale=(options.crop_min, 1.0))
+    pooling = _pooling(model, options, before)
     warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
     decay = options.layer_decay if options.layer_decay is not None else (0.65 if vit else 1.0)
     drop_path = options.drop_path if options.drop_path is not None else (0.1 if deep else 0.0)
@@ -255,7 +264,12 @@ def fine_tuning(
         global_batch_size=options.batch or labelled_batch(images),
         seed=options.seed,
         # Fused blocks have no stochastic depth.
-        model=replace(model, drop_path=drop_path, blocks="modules" if drop_path else model.blocks),
+        model=replace(
+            model,
+            pooling=pooling,
+            drop_path=drop_path,
+            blocks="modules" if drop_path else model.blocks,
+        ),
         objective=SupervisedConfig(
             label_smoothing=options.label_smoothing,
             mixup=options.mixup,
@@ -268,6 +282,24 @@ def fine_tuning(
         knn=KnnConfig(every_epochs=0, resize=image.resize),
         accuracy=AccuracyConfig(test_shards=test),
     )
+
+
+def _pooling(model: ModelConfig, options: FineTuning, before: Config | None) -> Pooling:
+    """The feature that is fine-tuned.
+
+    Raises:
+        ValueError: if the encoder has no class token.
+    """
+    with_class_token = model.family == "vit" and model.pooling in ("class", "mean_norm")
+    if options.pooling is not None:
+        if not with_class_token:
+            raise ValueError(
+                f"pooling={options.pooling!r}: needs a ViT with a class token, which this encoder "
+                "is not; leave it out"
+            )
+        return options.pooling
+    masked = before is not None and before.objective.masked
+    return "mean_norm" if masked and with_class_token else model.pooling
 
 
 def linear_probe() -> Config:

@@ -12,6 +12,9 @@ from fastmoco.evaluation.feature_cache import FeatureCache
 from fastmoco.evaluation.rows import MemoryRows
 from fastmoco.training import setup
 
+NORM_EPS = 1e-6
+"""Floor of a variance."""
+
 
 class FeatureTable:
     """Cached features of a set, and of its augmented copies, for training.
@@ -42,6 +45,7 @@ class FeatureTable:
         self._device = device if self._keep_all else torch.device("cpu")
         self._plain = self._plain.to(self._device)
         self._loaded: dict[int, Tensor] = {}
+        self._norm: tuple[Tensor, Tensor] | None = None  # variance and mean
         self.key = "+".join(cache.path.name for cache in (plain, *copies))
 
     def __len__(self) -> int:
@@ -50,7 +54,18 @@ class FeatureTable:
     def rows(self, index: Tensor, epoch: int | None = None) -> Tensor:
         """Features [B, E] of images [B], as an epoch shows them; None: without augmentation."""
         table = self._plain if epoch is None or not self._copies else self._copy(epoch)
-        return table[index.to(table.device)]
+        found = table[index.to(table.device)]
+        if self._norm is not None:
+            variance, mean = self._norm
+            found = (found - mean) / (variance + NORM_EPS).sqrt()
+        return found
+
+    def normalise(self, like: FeatureTable) -> None:
+        """Show features by the mean and the variance of another table's, or of this one's, without
+        augmentation: what a batch norm without weight and bias comes to."""
+        moments = torch.var_mean(like._plain, dim=0)
+        self._norm = moments[0].to(self._device), moments[1].to(self._device)
+        self.key += "+normalised"
 
     def part(self, chosen: Tensor) -> TablePart:
         """Some of the images; bool [n]."""

@@ -49,6 +49,7 @@ def finetune_result(out: Path) -> dict[str, Any]:
                 for name in ("layer_decay", "label_smoothing", "mixup", "cutmix", "head_std")
             },
             "drop_path": config.model.drop_path,
+            "pooling": config.model.pooling,
             "crop_scale": config.data.view1.crop_scale,
             "flip_probability": config.data.view1.flip_probability,
             "seed": config.seed,

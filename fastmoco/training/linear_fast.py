@@ -69,6 +69,7 @@ class FastOptions:
         crop_min: smallest share of an image's area in an augmented copy; None: `probe_view`.
         holdout: share of the training images on which the pair is chosen.
         seed: of the classifiers, the order, the copies and the held-out images.
+        feature_norm: whether features are normalised by mean and variance of the training images.
         precision: of the encoder.
         cache: folder of cached features, which all processes must see.
     """
@@ -81,6 +82,7 @@ class FastOptions:
     crop_min: float | None = None
     holdout: float = 0.1
     seed: int = 0
+    feature_norm: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: Path
 
@@ -190,6 +192,9 @@ class _Job:
         ]
         table = FeatureTable(plain, copies, self.world.device)
         test_table = FeatureTable(test_cache, [], self.world.device)
+        if options.feature_norm:
+            test_table.normalise(table)
+            table.normalise(table)
 
         # The sweep, on all but a share of the training images.
         settings = LinearSettings(
@@ -231,6 +236,7 @@ class _Job:
             "settings": {
                 **asdict(settings),
                 "momentum": linear.SGD_MOMENTUM,
+                "feature_norm": options.feature_norm,
                 "copies": options.copies,
                 "crop_scale": view.crop_scale if options.copies else None,
                 "flip_probability": view.flip_probability if options.copies else None,

@@ -36,6 +36,8 @@ class Protocol:
         warmup_epochs: of the learning rate.
         label_smoothing: share of a target that is spread over all classes.
         nesterov: whether SGD has Nesterov's momentum.
+        lars: whether the optimizer is LARS with a cosine over steps, not SGD with one over epochs.
+        feature_norm: whether the feature passes a batch norm before the linear layer.
     """
 
     epochs: int
@@ -43,14 +45,18 @@ class Protocol:
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     nesterov: bool = False
+    lars: bool = False
+    feature_norm: bool = False
 
 
 PROTOCOLS = {
     "moco_v3": Protocol(epochs=90),
     "moby": Protocol(epochs=100, lr=0.5, warmup_epochs=5, label_smoothing=0.1, nesterov=True),
+    "mae": Protocol(epochs=90, lr=0.1, warmup_epochs=10, lars=True, feature_norm=True),
 }
 """Protocols by name. That of MoBY (Xie et al. 2021) also keeps the frozen trunk in training mode with
-stochastic depth; here every trunk is in evaluation mode."""
+stochastic depth; here every trunk is in evaluation mode. That of MAE (He et al. 2022) has a batch of
+16,384, for ViT-L and ViT-H 50 epochs, and batch norms of each process alone; here they are of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +131,10 @@ def official_config(
         for note in sets.notes:
             tell(f"warning: {note}")
     lr = protocol.lr if options.lr is None else options.lr
-    smoothing: dict[str, Any] = {"label_smoothing": protocol.label_smoothing}
+    changes: dict[str, Any] = {
+        "label_smoothing": protocol.label_smoothing,
+        "feature_norm": protocol.feature_norm,
+    }
     batch = options.batch_size or labelled_batch(images)
     config = replace(
         recipe,
@@ -134,9 +143,11 @@ def official_config(
         log_every_steps=log_every(images // batch),
         seed=options.seed,
         model=model_config(source),
-        objective=replace(recipe.objective, **smoothing),
+        objective=replace(recipe.objective, **changes),
         optim=replace(
             recipe.optim,
+            name="lars" if protocol.lars else recipe.optim.name,
+            schedule="cosine" if protocol.lars else recipe.optim.schedule,
             lr=official_lr(source.encoder) if lr is None else lr,
             weight_decay=options.weight_decay,
             warmup_epochs=protocol.warmup_epochs,
@@ -187,10 +198,12 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
             "epochs": config.epochs,
             "batch_size": config.global_batch_size,
             "seed": config.seed,
+            "optimizer": config.optim.name,
             "momentum": config.optim.sgd_momentum,
             "nesterov": config.optim.nesterov,
             "warmup_epochs": config.optim.warmup_epochs,
             "label_smoothing": getattr(config.objective, "label_smoothing", 0.0),
+            "feature_norm": getattr(config.objective, "feature_norm", False),
             "crop_scale": config.data.view1.crop_scale,
             "flip_probability": config.data.view1.flip_probability,
             "precision": config.precision,

@@ -21,7 +21,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.evaluation.accuracy import AccuracyMonitor
 from fastmoco.evaluation.interface import Monitor
 from fastmoco.evaluation.monitor import KnnMonitor
-from fastmoco.models.encoder import Encoder
+from fastmoco.objectives.interface import Objective
 from fastmoco.optim.averaged import AveragedOptimizer
 from fastmoco.optim.build import name_of
 from fastmoco.planning.duration import cpu_flops_per_s, estimate, slow_notes
@@ -281,7 +281,7 @@ def duration_notes(
     config: Config,
     world: World,
     resolved: Resolved,
-    encoder: Encoder,
+    objective: Objective,
     precision: str,
     *,
     monitors: Sequence[Monitor],
@@ -293,7 +293,7 @@ def duration_notes(
         config: of the run.
         world: this process's rank and device.
         resolved: of the run.
-        encoder: that is trained.
+        objective: of the run.
         precision: of the run.
         monitors: evaluations of the run; the first step waits for one measurement of each.
         steps_left: steps that the run has still to do.
@@ -303,10 +303,10 @@ def duration_notes(
     dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
     duration = estimate(
         config,
-        encoder,
+        objective,
         images=resolved.local_batch_size,
         knn_images=sum(monitor.images for monitor in monitors) // world.world_size,
-        flops_per_s=cpu_flops_per_s(encoder.embed_dim, dtype),
+        flops_per_s=cpu_flops_per_s(objective.encoder.embed_dim, dtype),
     )
     return slow_notes(duration, config, resolved, steps_left=steps_left)
 

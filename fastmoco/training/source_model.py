@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from fastmoco.config import Config, ModelConfig
@@ -95,6 +96,8 @@ def log_every(steps_per_epoch: int) -> int:
 def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     """Write the encoder into the folder of a run, and return the config that starts from it.
 
+    Where the run has the norm of a mean, and the encoder another pooling, that norm starts anew.
+
     Each process writes the same. A run that continues must have the same source.
 
     Raises:
@@ -124,6 +127,10 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     out.mkdir(parents=True, exist_ok=True)
     state = trunk_of(source.encoder.state_dict())
     trunk = {name: value.cpu().contiguous() for name, value in state.items()}
+    before = source.description.pooling if source.description is not None else ""
+    if config.model.pooling == "mean_norm" != before:  # a new norm, as in MAE's fine-tuning
+        trunk["norm.weight"] = torch.ones_like(trunk["norm.weight"])
+        trunk["norm.bias"] = torch.zeros_like(trunk["norm.bias"])
     write_file(out / FACTS, json.dumps(facts).encode() + b"\n", mode=0o600)
     write_file(out / ENCODER, save(trunk, describe_run(config).to_metadata()), mode=0o600)
     return replace(config, model=replace(config.model, init=str(out / ENCODER)))

@@ -314,7 +314,7 @@ class Trainer:
                 self.config,
                 self.world,
                 self.resolved,
-                self.objective.encoder,
+                self.objective,
                 self.precision,
                 monitors=self.monitors,
                 steps_left=self.resolved.total_steps - self.step_count,

@@ -27,6 +27,33 @@ def test_idx_files_become_pngs_by_class(tmp_path):
     assert len(list((tmp_path / "out" / "test" / "dress").iterdir())) == 2
 
 
+def test_windows_are_grey_and_not_flat_and_of_one_photograph_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "TRAIN_WINDOWS", 8)
+    monkeypatch.setattr(datasets, "TEST_WINDOWS", 4)
+    rough = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    rough = rough.repeat(8, axis=0).repeat(8, axis=1)
+    half = rough.copy()
+    half[:, 800:] = 90  # nothing to see on the right, where held-out windows come from
+    tall = np.ascontiguousarray(rough.transpose(1, 0, 2))
+    photos = tmp_path / "photos"
+    for folder, name, pixels in (
+        ("a", "1.jpg", tall),
+        ("a", "2.jpg", rough),
+        ("a", "3.jpg", rough[::-1]),
+        ("b", "1.jpg", half),
+        ("c", "1.png", rough),
+    ):
+        (photos / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(photos / folder / name)
+    assert datasets.windows(photos, tmp_path / "out") == 12
+    made = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/*/*/*.png"))
+    assert {path.parts[:2] for path in made} == {("train", "a"), ("test", "a")}
+    for path in made:
+        with Image.open(tmp_path / "out" / path) as window:
+            assert (window.size, window.mode) == ((32, 32), "L")
+            assert np.asarray(window, np.float32).std() >= datasets.MIN_STD
+
+
 def test_patches_of_the_two_sides_share_no_pixel(tmp_path, monkeypatch):
     """Left of 60 % is red, right of 65 % blue, between them green: a patch may hold its own colour
     only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import methods, time_to_accuracy
+from benchmarks.cases import methods, photographs, time_to_accuracy
 from benchmarks.learning.tasks import Data, config_of, phase_words
 from fastmoco.objectives.build import OBJECTIVES
 from fastmoco.recipes import RECIPES
@@ -50,6 +50,33 @@ def test_a_gain_is_that_of_the_worse_seed_at_the_budget(monkeypatch, tmp_path):
     assert methods.run(options | {"gain": 0.05})["failed"] == {}
     with pytest.raises(ValueError, match="'bicycle' is none of"):
         methods.run(options | {"methods": "bicycle"})
+
+
+def test_a_masked_method_is_judged_by_a_classifier_and_another_one_by_knn(monkeypatch, tmp_path):
+    def measured(folder, data, options, recipe, seed):
+        masked = RECIPES[recipe]().objective.masked
+        start, end = {"knn": 0.2, "linear": 0.3}, {"knn": 0.25 + 0.1 * seed, "linear": 0.5}
+        if masked:
+            start["finetune"], end["finetune"] = 0.4, 0.45
+            end["linear"] = 0.35 if recipe.startswith("supmae") else 0.4
+        return {"start": start, "end": end, "images": 2560, "events": ["a spike"] * seed}
+
+    monkeypatch.setattr(photographs, "measured", measured)
+    monkeypatch.setattr(photographs, "prepare", lambda *_: Data(train="", test="", source="x"))
+    given = {"methods": "mae,supmae,moby", "folder": str(tmp_path)}
+    result = photographs.run(photographs.DEFAULTS | given)
+    assert set(result["failed"]) == {"supmae", "moby"}
+    assert "kNN gained 5.0 points over random weights, 8.0 are needed" in result["failed"]["moby"]
+    assert "gained 5.0 points" in result["failed"]["supmae"]
+    assert result["methods"]["moby"]["scores"]["knn"]["gain"]["max"] == pytest.approx(0.15)
+    assert set(result["unstable"]) == {f"{name}, seed 1" for name in ("mae", "supmae", "moby")}
+    rows = photographs.table(result).splitlines()
+    (row,) = (row for row in rows if row.startswith("| supmae |"))
+    assert "| 20.0% -> 30.0% | 30.0% -> 35.0% | 40.0% -> 45.0% |" in row
+    assert "masked, sees labels in training" in row
+    knn, _, tuned = photographs.charts(result)
+    assert (set(knn.bars), set(tuned.bars)) == ({"mae", "supmae", "moby"}, {"mae", "supmae"})
+    assert photographs.methods_of()["moco_v3"] == "vit_nano7_e12_b256"
 
 
 def test_the_accuracy_is_a_share_of_what_the_plain_side_gains():

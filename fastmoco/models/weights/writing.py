@@ -131,6 +131,12 @@ VIT_REFUSALS = (
         instead=("timm", *WITH_FUNCTION),
     ),
     Refusal(
+        field="pooling",
+        values=("mean_norm",),
+        targets=("timm", "torchvision", "hf", "moco-v3"),
+        lacks="no ViT whose final norm is that of a mean",
+    ),
+    Refusal(
         field="positions",
         values=("none",),
         targets=("moco-v3",),

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import layer_norm
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import EXIT_FINISHED, EXIT_STOPPED
 from fastmoco.models.encoder_file import describe_run
+from fastmoco.objectives.build import build_objective
 from fastmoco.recipes import quickstart_digits
+from fastmoco.recipes.mae import mae_digits
 from fastmoco.recipes.supervised import FineTuning, SupervisedConfig, fine_tuning
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.encoder_source import EncoderSource, load_source
-from fastmoco.training.source_model import model_config
+from fastmoco.training.initial_weights import start_from
+from fastmoco.training.source_model import model_config, prepare
 from fastmoco.training.trainer import Trainer
 from tests.command_line import main
 
@@ -127,6 +133,62 @@ def test_defaults_are_those_of_mae_and_of_the_encoder() -> None:
     for name in ("drop_path", "layer_decay"):
         with pytest.raises(ValueError, match=rf"{name}=0\.1: needs the blocks of a ViT"):
             made(resnet, FineTuning(**{name: 0.1}))
+
+
+def test_a_masked_encoder_is_fine_tuned_by_the_mean_of_its_patches(tmp_path: Path) -> None:
+    """With a norm of its own in place of that of the tokens, unless an option says otherwise."""
+    base = mae_digits()
+    with torch.no_grad():
+        encoder = build_objective(base, torch.device("cpu")).encoder
+        encoder.norm.weight.fill_(3.0)
+        encoder.norm.bias.fill_(2.0)
+
+    def prepared(before: Config | None, **options: Any) -> Config:
+        source = EncoderSource(
+            encoder=encoder,
+            image=base.eval_spec(),
+            config=before,
+            step=0,
+            facts={"source": "run"},
+            description=describe_run(base),
+        )
+        model, given = model_config(source), FineTuning(**options)
+        sets = {"train": "a", "test": "b", "images": 640, "before": before}
+        config = fine_tuning(model, source.image, given, **sets)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return prepare(source, replace(config, model=replace(config.model, drop_path=0.0)), out)
+
+    config = prepared(base)
+    assert config.model.pooling == "mean_norm"
+    tuned = build_objective(with_ten_classes(config), torch.device("cpu"))
+    start_from(config, tuned, World())
+    images = torch.randn(3, 3, 8, 8)
+    tokens = encoder.blocks[1](
+        *encoder.blocks[0](encoder._all_tokens(encoder.patch_tokens(images)))
+    )
+    wanted = layer_norm(sum(tokens)[:, 1:].mean(dim=1), (encoder.embed_dim,), eps=1e-6)
+    assert torch.allclose(tuned.encoder(images), wanted, atol=1e-5)
+
+    # Of a file the method is not known; without a class token there is no choice.
+    assert prepared(None).model.pooling == "class"
+    assert prepared(None, pooling="mean_norm").model.pooling == "mean_norm"
+    assert prepared(base, pooling="class").model.pooling == "class"
+    pooled = replace(base.model, pooling="mean")
+    with pytest.raises(ValueError, match="pooling='class': needs a ViT with a class token"):
+        fine_tuning(
+            pooled,
+            base.eval_spec(),
+            FineTuning(pooling="class"),
+            train="a",
+            test="b",
+            images=640,
+            before=None,
+        )
+
+
+def with_ten_classes(config: Config) -> Config:
+    assert isinstance(config.objective, SupervisedConfig)
+    return replace(config, objective=replace(config.objective, classes=10))
 
 
 @pytest.mark.parametrize("of_run", [True, False])

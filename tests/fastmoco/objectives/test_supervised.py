@@ -178,6 +178,25 @@ def test_a_linear_probe_trains_its_head_alone_and_continues(tmp_path: Path) -> N
     assert_same(ends[0], ends[-1])
 
 
+def test_the_norm_of_a_feature_is_that_of_torch_without_weight_and_bias() -> None:
+    objective = objective_of(train_from="head", feature_norm=True)
+    assert objective.coupling is Coupling.TRUNK
+    config = config_of(train_from="head", feature_norm=True)
+    conformance.check_reference(config)
+    conformance.check_chunks(config)
+    norm, linear = objective.encoder.head
+    assert {n for n, p in objective.named_parameters() if p.requires_grad} == {
+        "encoder.head.1.weight",
+        "encoder.head.1.bias",
+    }
+    features = (torch.randn(6, objective.encoder.embed_dim) * 3 + 2).to(linear.weight.dtype)
+    theirs = torch.nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False).to(features)
+    assert torch.allclose(norm(features), theirs(features), atol=1e-6)
+    objective.eval()
+    theirs.eval()
+    assert torch.allclose(objective.encoder.head(features), linear(theirs(features)), atol=1e-6)
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective\.classes=0.*--objective\.classes"):
         build_objective(replace(config_of(), objective=SupervisedConfig()), torch.device("cpu"))

@@ -21,11 +21,11 @@ from fastmoco.recipes.suggest import suggest
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return build_objective(get_recipe("vit_nano8_e60_b256"), torch.device("cpu")).encoder
+def objective():
+    return build_objective(get_recipe("vit_nano8_e60_b256"), torch.device("cpu"))
 
 
-def test_the_flops_are_those_that_torch_counts(encoder) -> None:
+def test_the_flops_are_those_that_torch_counts(objective) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     deep = with_image_size(get_recipe("vit_s16_e300_b1024"), 64)
@@ -36,19 +36,32 @@ def test_the_flops_are_those_that_torch_counts(encoder) -> None:
     # A little above: of the last block only the class token is computed.
     assert 1 <= made.forward_flops(64) / counter.get_total_flops() < 1.15
     config = get_recipe("vit_nano8_e60_b256")
-    found = estimate(config, encoder, images=3, knn_images=5, flops_per_s=2.0)
+    encoder = objective.encoder
+    found = estimate(config, objective, images=3, knn_images=5, flops_per_s=2.0)
     # Two views; forward, backward of twice that, and forward of the momentum encoder.
     assert found.step_s == pytest.approx(3 * 2 * 4 * encoder.forward_flops(32) / 2)
     assert found.knn_s == pytest.approx(5 * encoder.forward_flops(32) / 2)
 
 
-def test_it_follows_images_and_speed(encoder) -> None:
+def test_it_follows_images_and_speed(objective) -> None:
     config = get_recipe("vit_nano8_e60_b256")
-    one = estimate(config, encoder, images=1, knn_images=0, flops_per_s=1e9)
-    many = estimate(config, encoder, images=64, knn_images=0, flops_per_s=2e9)
+    one = estimate(config, objective, images=1, knn_images=0, flops_per_s=1e9)
+    many = estimate(config, objective, images=64, knn_images=0, flops_per_s=2e9)
     assert many.step_s == pytest.approx(32 * one.step_s)
     assert one.knn_s == 0
     assert cpu_flops_per_s(64, torch.float32) > 1e6
+
+
+def test_a_masked_method_is_charged_for_what_its_networks_see() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = with_image_size(get_recipe("mae_vit_b16_e800_b4096"), 64)
+    config = replace(config, model=replace(config.model, architecture="vit_tiny"))
+    mae = build_objective(config, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        mae(torch.zeros(1, 3, 64, 64)).loss.backward()
+    found = estimate(config, mae, images=1, knn_images=0, flops_per_s=1.0)
+    assert 0.95 < found.step_s / counter.get_total_flops() < 1.1
 
 
 def test_only_a_slow_run_is_announced() -> None:

@@ -91,14 +91,18 @@ def found(digits, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     return measure(digits, options(cache, copies=2)), cache
 
 
-def test_it_is_the_result_of_plain_steps(digits, tmp_path) -> None:
-    result = measure(digits, options(tmp_path))
+@pytest.mark.parametrize("norm", [False, True])
+def test_it_is_the_result_of_plain_steps(norm, digits, tmp_path) -> None:
+    result = measure(digits, options(tmp_path, feature_norm=norm))
     whole = []
     for shards in digits:
         spec = EvalLoaderSpec(shards=shards, image=IMAGE, batch_size=256, threads=1)
         with build_eval_loader(spec) as loader:
             whole.append(embed(source().encoder, loader))
     (train, labels), (test, test_labels) = whole
+    if norm:
+        variance, mean = torch.var_mean(train, dim=0)
+        train, test = ((rows - mean) / (variance + 1e-6).sqrt() for rows in (train, test))
     settings = LinearSettings(epochs=4, batch_size=128)
 
     # The choice, on held-out training images.

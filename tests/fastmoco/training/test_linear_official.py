@@ -149,6 +149,24 @@ def test_the_probe_of_moby_has_its_numbers(run, digits, tmp_path) -> None:
         replace(optim, name="adamw")
 
 
+def test_the_probe_of_mae_has_its_numbers(run, digits, tmp_path) -> None:
+    options = OfficialOptions(protocol="mae")
+    source = load_source(run)
+    config = official_config(source, *digits, tmp_path / "mae", options, recipe=linear_probe())
+    optim = config.optim
+    assert (optim.name, optim.lr, optim.warmup_epochs, optim.weight_decay) == ("lars", 0.1, 10, 0)
+    assert (optim.schedule, config.epochs, config.objective.feature_norm) == ("cosine", 90, True)
+    trainer = Trainer.build(config, tmp_path / "mae", World())
+    before = trainer.objective.encoder.head[0].running_mean.clone()
+    trainer.step(trainer.loader.next())
+    state = trainer.objective.encoder.state_dict()
+    assert not torch.equal(state["head.0.running_mean"], before)
+    require_unchanged(
+        source.encoder, {f"model.encoder.{name}": value for name, value in state.items()}, "probe"
+    )
+    trainer.close()
+
+
 @pytest.mark.parametrize(
     ("steps", "every"), [(5, 5), (22, 22), (97, 97), (101, 101), (150, 75), (1251, 9), (312, 78)]
 )
