@@ -127,8 +127,10 @@ def prepare(source: EncoderSource, config: Config, out: Path) -> Config:
     out.mkdir(parents=True, exist_ok=True)
     state = trunk_of(source.encoder.state_dict())
     trunk = {name: value.cpu().contiguous() for name, value in state.items()}
-    before = source.description.pooling if source.description is not None else ""
-    if config.model.pooling == "mean_norm" != before:  # a new norm, as in MAE's fine-tuning
+    described = source.description.pooling if source.description is not None else ""
+    if (
+        config.model.pooling == "mean_norm" and described != "mean_norm"
+    ):  # a new norm, as in MAE's fine-tuning
         trunk["norm.weight"] = torch.ones_like(trunk["norm.weight"])
         trunk["norm.bias"] = torch.zeros_like(trunk["norm.bias"])
     write_file(out / FACTS, json.dumps(facts).encode() + b"\n", mode=0o600)
