@@ -24,6 +24,7 @@ from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.interface import START, Inputs, Progress
 from fastmoco.recipes import EXPECTED, get_recipe, with_image_size
 from fastmoco.recipes.cmae import CMAEConfig
+from fastmoco_pipelines.spec import cmae_views
 from tests.golden_objective import Data, error, read_sibling_b
 
 NETWORKS = {
@@ -207,6 +208,8 @@ def test_recipes_carry_the_published_numbers_and_travel_through_json() -> None:
     assert (base.peak_lr, base.optim.weight_decay) == (pytest.approx(2.4e-3), 0.05)
     assert (base.optim.betas, base.optim.warmup_epochs) == ((0.9, 0.95), 40)
     assert base.objective == CMAEConfig()
+    assert (base.data.view1, base.data.view2) == cmae_views()
+    assert (base.data.view2.base_size, base.data.view2.shift) == (256, 31)
     assert (base.model.hidden_dim, base.model.projection_dim) == (1536, 256)
     with torch.device("meta"):
         objective = OBJECTIVES[CMAEConfig](base, encoder_builder(base.model))
