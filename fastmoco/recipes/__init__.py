@@ -20,6 +20,13 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.cmae import (
+    cmae_digits,
+    cmae_nano7_e12_b256,
+    cmae_vit_b16_e300_b4096,
+    cmae_vit_b16_e800_b4096,
+    cmae_vit_b16_e1600_b4096,
+)
 from fastmoco.recipes.dino import (
     dino_digits,
     dino_nano7_e12_b256,
@@ -229,6 +236,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        cmae_vit_b16_e300_b4096,
+        cmae_vit_b16_e800_b4096,
+        cmae_vit_b16_e1600_b4096,
+        cmae_nano7_e12_b256,
+        cmae_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,
