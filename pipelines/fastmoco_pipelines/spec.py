@@ -465,7 +465,7 @@ def require_views(groups: Sequence[ViewSpec], name: str) -> None:
     require(changes == len(set(sizes)) - 1, name, sizes, rule)
 
     first, *others = (group for group in groups if group.copies)
-    rule = "shares_crop of each group: the first view has its own crop, for others to share"
+    rule = "shares_crop of each group: the first view has its own crop, set it to false there"
     require(not first.shares_crop, name, tuple(group.shares_crop for group in groups), rule)
     for field_name in ("crop_scale", "crop_ratio", "flip_probability"):
         wanted = getattr(first, field_name)
