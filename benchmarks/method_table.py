@@ -1,18 +1,17 @@
 """What a step of every method takes on ViT-S and ViT-B, counted on tensors without memory, and what
 is published: three tables of docs/methods.md.
 
-    python -m benchmarks.method_table            write them into the page
-    python -m benchmarks.method_table --check    exit code 1 if they are not those of the code
+    python -m benchmarks.method_table          write them, and count the methods that have no figures
+    python -m benchmarks.method_table --all    count all again, about 80 CPU-seconds
 
 Everything else on the page is written by hand. Its first table has a row for each method with the
-recipe that is counted here, so a method without a row has no figures.
+recipe that is counted here.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ SMALL, BASE = 0, 1
 IMAGES = 4096
 """Images of the counted step."""
 CLASSES = 1000
-CURE = "run `python -m benchmarks.method_table` and commit docs/methods.md"
+CURE = "run `python -m benchmarks.method_table --all` and commit docs/methods.md"
 COUNTS: dict[tuple[str, int], WholeStep] = {}
 
 
@@ -96,15 +95,11 @@ def memory_cells(recipe: str, size: int) -> tuple[str, str]:
     return state(recipe, size), activations(recipe, size)
 
 
-def costs(rows: dict[str, str]) -> str:
-    """GFLOPs and forwards of every method."""
-    return _table(("S: GFLOP", "S: forwards", "B: GFLOP", "B: forwards"), rows, cost_cells)
-
-
-def memory(rows: dict[str, str]) -> str:
-    """State and bytes of an image of every method."""
-    head = ("S: state, GB", "S: MB an image", "B: state, GB", "B: MB an image")
-    return _table(head, rows, memory_cells)
+def figures(page: str, table: str) -> dict[str, list[str]]:
+    """Cells by method of a counted table as it is on the page."""
+    text = page.partition(f"<!-- {table} -->")[2].partition(f"<!-- end of {table} -->")[0]
+    lines = [line.strip("| ").split(" | ") for line in text.strip().splitlines()[2:]]
+    return {method: cells for method, *cells in lines}
 
 
 def published(rows: dict[str, str]) -> str:
@@ -124,45 +119,40 @@ def published(rows: dict[str, str]) -> str:
     return markdown(("recipe", "linear top-1", "source"), cells)
 
 
-TABLES: dict[str, Callable[[dict[str, str]], str]] = {
-    "costs": costs,
-    "memory": memory,
-    "published": published,
-}
-
-
-def with_tables(page: str) -> str:
-    """The page with its tables as they are now."""
+def with_tables(page: str, *, count_all: bool = False) -> str:
+    """The page with its tables as they are now; figures that it has stay unless all are counted."""
     rows = methods(page)
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, after = page.split(begin)[0], page.split(end)[1]
-        page = f"{before}{begin}\n\n{make(rows)}\n\n{end}{after}"
-    return page
+    for name, (cells, head) in COUNTED.items():
+        known = {} if count_all else figures(page, name)
+        lines = [
+            (
+                method,
+                *(known.get(method) or [*cells(recipe, SMALL), *cells(recipe, BASE)]),
+            )
+            for method, recipe in rows.items()
+        ]
+        page = _replaced(page, name, markdown(("method", *head), lines))
+    return _replaced(page, "published", published(rows))
 
 
-def _table(
-    head: Sequence[str], rows: dict[str, str], cells: Callable[[str, int], Sequence[str]]
-) -> str:
-    lines = [
-        (method, *cells(recipe, SMALL), *cells(recipe, BASE)) for method, recipe in rows.items()
-    ]
-    return markdown(("method", *head), lines)
+COUNTED = {
+    "costs": (cost_cells, ("S: GFLOP", "S: forwards", "B: GFLOP", "B: forwards")),
+    "memory": (memory_cells, ("S: state, GB", "S: MB an image", "B: state, GB", "B: MB an image")),
+}
+"""Name of a table -> the cells of a method and a size, and the head."""
 
 
-def main() -> int:
-    """Write or check the tables; returns the exit code."""
+def _replaced(page: str, name: str, table: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return f"{page.split(begin)[0]}{begin}\n\n{table}\n\n{end}{page.split(end)[1]}"
+
+
+def main() -> None:
+    """Write the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    text = PAGE.read_text()
-    new = with_tables(text)
-    if check:
-        print("docs/methods.md is that of the code" if new == text else f"docs/methods.md: {CURE}")
-        return int(new != text)
-    PAGE.write_text(new)
-    return 0
+    parser.add_argument("--all", action="store_true", help="count all methods again")
+    PAGE.write_text(with_tables(PAGE.read_text(), count_all=parser.parse_args().all))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config.model import Positions
 from fastmoco.models.blocks import Block, LayerNorm, Linear, Recompute, sum_of, xavier_
 from fastmoco.models.encoder import Parts
-from fastmoco.models.vit import column_first_positions
+from fastmoco.models.vit import FIXED_POSITIONS
 
 
 class TokenDecoder(nn.Module):
@@ -31,6 +32,7 @@ class TokenDecoder(nn.Module):
         num_heads: attention heads.
         out_dim: numbers that are predicted for a patch.
         class_tokens: tokens of the encoder in front of those of patches, 0 or 1.
+        positions: the fixed table, "sincos_columns" of MAE or "sincos" of MoCo v3.
         attention: backend of `fastmoco_kernels.attention`.
 
     Raises:
@@ -47,6 +49,7 @@ class TokenDecoder(nn.Module):
         num_heads: int,
         out_dim: int,
         class_tokens: int = 1,
+        positions: Positions = "sincos_columns",
         attention: str = "auto",
     ) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class TokenDecoder(nn.Module):
         self.class_tokens = class_tokens
         self.embed = Linear(in_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        table = column_first_positions(grid, width)[1 - class_tokens :]
+        table = FIXED_POSITIONS[positions](grid, width)[1 - class_tokens :]
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, 4 * width, attention) for _ in range(depth)

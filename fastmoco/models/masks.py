@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,9 +50,14 @@ def mask_noise(
     return row_noise(seed, MASK_TAG, images, cells, step=step, view=view, device=device)
 
 
-def kept_count(cells: int, ratio: float) -> int:
+def kept_count(cells: int, ratio: float, what: str = "patches") -> int:
     """Cells that stay when a share of them is masked: int(cells * (1 - ratio)), with the rounding
     of the published codes. 196 * (1 - 0.9) is 19.59..., so 19 stay.
+
+    Args:
+        cells: L, or L / 4 for blocks.
+        ratio: share that is masked.
+        what: how a message calls the cells.
 
     Raises:
         ValueError: if none would stay, or all.
@@ -60,7 +66,7 @@ def kept_count(cells: int, ratio: float) -> int:
     if not 1 <= kept < cells:
         few, cure = ("none", "smaller") if kept < 1 else ("all", "larger")
         raise ValueError(
-            f"objective.mask_ratio={ratio}: shows the encoder {few} of the {cells} patches; take a "
+            f"objective.mask_ratio={ratio}: shows the encoder {few} of the {cells} {what}; take a "
             f"{cure} share"
         )
     return kept
@@ -116,6 +122,53 @@ def blocks2x2(noise: Tensor, kept: int) -> Tensor:
     first = 4 * side * (blocks // side) + 2 * (blocks % side)
     within = torch.tensor([0, 1, 2 * side, 2 * side + 1], device=noise.device)
     return (first[:, :, None] + within).flatten(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchMasks:
+    """Draws the patches of the images of a view that stay: single ones, or blocks of 2 x 2.
+
+    Raises:
+        ValueError: if none would stay, or all, or blocks do not fit.
+    """
+
+    seed: int
+    """Of the run."""
+    grid: int
+    """g, patches per side."""
+    ratio: float
+    """Share that is masked."""
+    blocks: bool = False
+    """Whether blocks of 2 x 2 patches stay or not as a whole."""
+
+    def __post_init__(self) -> None:
+        if self.blocks and self.grid % 2:
+            raise ValueError(
+                f"model.image_size: {self.grid} patches per side: must be an even number, because "
+                "blocks of 2 x 2 patches are masked"
+            )
+        kept_count(self.cells, self.ratio, "blocks of 2 x 2 patches" if self.blocks else "patches")
+
+    @property
+    def cells(self) -> int:
+        """What is masked or not as a whole: patches, or blocks of them."""
+        return self.grid**2 // (4 if self.blocks else 1)
+
+    @property
+    def kept(self) -> int:
+        """K, patches of an image that stay."""
+        return kept_count(self.cells, self.ratio) * (4 if self.blocks else 1)
+
+    def __call__(self, view: Tensor, *, step: int, number: int = 0) -> Tensor:
+        """[B, K] int64 numbers of patches of a view [B, 3, H, W] in a step.
+
+        `number`: of the view.
+        """
+        noise = mask_noise(
+            self.seed, len(view), self.cells, step=step, view=number, device=view.device
+        )
+        rule = blocks2x2 if self.blocks else shuffled
+        return rule(noise, kept_count(self.cells, self.ratio))
 
 
 def beit_blocks(draws: random.Random, grid: int, masked: int, least: int) -> np.ndarray:

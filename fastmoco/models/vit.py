@@ -367,27 +367,38 @@ class VisionTransformer(nn.Module):
         return self.encode_plain(self.patch_tokens(images), paths, kept)
 
     def latents(
-        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        paths: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
         """[B, 3, H, W] images -> [B, T, E]: every token after all blocks and the final norm, for a
         decoder: the class token, if there is one, then the patch tokens in the order of `kept`.
 
-        `paths` and `kept` as for `encode`.
+        `paths` and `kept` as for `encode`; `normalised`: whether the final norm comes last.
         """
         tokens = self._embedded(images, kept)
         branch = None
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens, branch = block(tokens, branch, factors)
-        return self._normalised(sum_of(tokens, branch))
+        tokens = sum_of(tokens, branch)
+        return self._normalised(tokens) if normalised else tokens
 
     def plain_latents(
-        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        paths: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
         """Reference of `latents`: all tokens get their positions, then some are left out."""
         tokens = self._plain_tokens(self.patch_tokens(images), kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-        return self._normalised(tokens)
+        return self._normalised(tokens) if normalised else tokens
 
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,

@@ -24,6 +24,7 @@ from fastmoco.models.swin import SWINS, SwinTransformer
 from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
+from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
@@ -39,6 +40,7 @@ from fastmoco.objectives.supervised import Supervised
 from fastmoco.objectives.supmae import SupMAE
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
+from fastmoco.recipes.cmae import CMAEConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.mae import MAEConfig
@@ -69,6 +71,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SDSSLConfig: SDSSL.build,
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
+    CMAEConfig: CMAE.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
 }

@@ -10,16 +10,18 @@ Legend: B images, L patches, K of them seen, E width of the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
+from fastmoco.config.model import Positions
 from fastmoco.models.blocks import xavier_
 from fastmoco.models.decoder import TokenDecoder
 from fastmoco.models.encoder import Coupling
-from fastmoco.models.masks import kept_count, mask_noise, mask_of, shuffled
+from fastmoco.models.masks import PatchMasks, mask_of
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
@@ -57,7 +59,9 @@ class MAE(Objective):
         decoder_width: channels of the decoder.
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
-        attention: its attention backend.
+        decoder_positions: its table of positions, "sincos_columns" or "sincos".
+        mask_blocks: whether patches are masked in blocks of 2 x 2.
+        attention: attention backend of the decoder.
         seed: of the masks.
 
     Attributes:
@@ -69,7 +73,7 @@ class MAE(Objective):
         ValueError: if the encoder is another one, or no patch would be seen, or none predicted.
     """
 
-    view_count = 1
+    view_count: int = 1
 
     def __init__(
         self,
@@ -80,6 +84,8 @@ class MAE(Objective):
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        decoder_positions: Positions = "sincos_columns",
+        mask_blocks: bool = False,
         attention: str = "auto",
         seed: int = 0,
     ) -> None:
@@ -88,20 +94,21 @@ class MAE(Objective):
         _require_encoder(encoder)
         self.encoder = encoder
         self.normalise_pixels = normalise_pixels
-        self.seed = seed
         self.coupling = Coupling.NONE
         grid = encoder.image_size // encoder.patch_size
-        self.kept = kept_count(grid**2, mask_ratio)
+        self.masks = PatchMasks(seed=seed, grid=grid, ratio=mask_ratio, blocks=mask_blocks)
+        self.kept = self.masks.kept
         initialise_(encoder)
-        self.decoder = TokenDecoder(
+        self._build_decoder = partial(
+            TokenDecoder,
             in_dim=encoder.embed_dim,
             grid=grid,
             width=decoder_width,
-            depth=decoder_depth,
             num_heads=decoder_heads,
-            out_dim=3 * encoder.patch_size**2,
+            positions=decoder_positions,
             attention=attention,
         )
+        self.decoder = self._build_decoder(depth=decoder_depth, out_dim=3 * encoder.patch_size**2)
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MAE:
@@ -139,22 +146,20 @@ class MAE(Objective):
         return Output(loss, watched(figures, latents[:, 0].detach()))
 
     def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The patches of the view that the encoder sees, also in evaluation mode."""
-        (view,) = views
-        noise = mask_noise(self.seed, len(view), self._patches, step=at.step, device=view.device)
-        return (shuffled(noise, self.kept),)
+        """The patches of the first view that the encoder sees, also in evaluation mode."""
+        return (self.masks(views[0], step=at.step),)
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; class token and mask token do."""
         return decaying_matrices(name, parameter)
 
     def _seen(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The view, and the patches of it that the encoder sees.
+        """The first view, and the patches of it that the encoder sees.
 
         Raises:
-            ValueError: if there is not one view of the encoder's size, with its mask.
+            ValueError: if it is not of the encoder's size, or there are other views or masks.
         """
-        view, kept = masked_view(inputs)
+        view, kept = masked_view(inputs, views=self.view_count)
         size = self.encoder.image_size
         if view.shape[1:] != (3, size, size):
             raise ValueError(

@@ -14,18 +14,26 @@ FLOOR = 1e-6
 """Added to the variance of a patch."""
 
 
-def masked_view(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The view, and the patches of it that the encoder sees [B, K].
+def masked_view(
+    inputs: Inputs, number: int = 0, *, views: int = 1, masks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A view, and the patches of it that the encoder sees [B, K].
+
+    Args:
+        inputs: views, the first of which have masks.
+        number: of the view.
+        views: that the objective takes.
+        masks: that they have.
 
     Raises:
-        ValueError: if there is not one view, with its mask.
+        ValueError: if there are not so many views, with their masks.
     """
-    if len(inputs.views) != 1 or len(inputs.kept) != 1:
+    if (len(inputs.views), len(inputs.kept)) != (views, masks):
         raise ValueError(
             f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes "
-            "one view, whose mask `Objective.inputs` draws"
+            f"{views}, of which the first {masks} has a mask that `Objective.inputs` draws"
         )
-    return inputs.views[0], inputs.kept[0]
+    return inputs.views[number], inputs.kept[number]
 
 
 def pixel_targets(images: Tensor, side: int, *, normalised: bool) -> Tensor:

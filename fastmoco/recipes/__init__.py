@@ -20,6 +20,13 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.cmae import (
+    cmae_digits,
+    cmae_nano7_e12_b256,
+    cmae_vit_b16_e300_b4096,
+    cmae_vit_b16_e800_b4096,
+    cmae_vit_b16_e1600_b4096,
+)
 from fastmoco.recipes.dino import (
     dino_digits,
     dino_nano7_e12_b256,
@@ -229,6 +236,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        cmae_vit_b16_e300_b4096,
+        cmae_vit_b16_e800_b4096,
+        cmae_vit_b16_e1600_b4096,
+        cmae_nano7_e12_b256,
+        cmae_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,
@@ -241,8 +253,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: its views follow, and the blur, which is in pixels,
-    scales along.
+    """The same recipe at another image size: its views follow, and what is in pixels scales along,
+    the blur and what a crop holds beside its view.
 
     Small crops keep their share of the image size, to whole patches; their blur in pixels changes
     as that of the large views.
@@ -255,7 +267,17 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
 
     def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
         low, high = (sigma * image_size / config.model.image_size for sigma in view.blur_sigma)
-        return replace(view, size=size, blur_sigma=(low, high))
+        beside, shift = (
+            round(pixels * image_size / config.model.image_size)
+            for pixels in (view.base_size - view.size, view.shift)
+        )
+        return replace(
+            view,
+            size=size,
+            base_size=size + beside if view.base_size else 0,
+            shift=shift,
+            blur_sigma=(low, high),
+        )
 
     def small(view: ViewSpec) -> ViewSpec:
         patches = round(view.size * image_size / config.model.image_size / patch)

@@ -1,7 +1,5 @@
 """docs/methods.md is that of the code: a row for every objective, recipes that exist, and figures that
 are counted.
-
-All figures: `python -m benchmarks.method_table --check`.
 """
 
 from __future__ import annotations
@@ -17,19 +15,13 @@ from fastmoco.recipes import RECIPES, get_recipe
 
 TEXT = PAGE.read_text()
 METHODS = method_table.methods(TEXT)
-
-
-def rows(table: str) -> dict[str, list[str]]:
-    """Cells by first cell of a table that is counted."""
-    text = TEXT.partition(f"<!-- {table} -->")[2].partition(f"<!-- end of {table} -->")[0]
-    lines = [line.strip("|").split("|") for line in text.strip().splitlines()[2:]]
-    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+COSTS, MEMORY = (method_table.figures(TEXT, table) for table in ("costs", "memory"))
 
 
 def test_every_objective_has_a_row_in_every_table() -> None:
     kinds = {get_recipe(recipe).objective.kind for recipe in METHODS.values()}
     assert kinds == {config.kind for config in OBJECTIVES}
-    assert list(rows("costs")) == list(rows("memory")) == list(METHODS)
+    assert list(COSTS) == list(MEMORY) == list(METHODS)
     for head in ("| method | loss ", "| method | golden "):
         table = TEXT.partition(head)[2].partition("\n\n")[0]
         names = tuple(re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE))
@@ -43,13 +35,13 @@ def test_every_recipe_of_the_page_exists() -> None:
 
 
 def test_what_is_published_is_that_of_the_recipes() -> None:
-    assert method_table.published(METHODS) in TEXT, CURE
+    assert method_table.with_tables(TEXT) == TEXT, CURE
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_state_is_that_of_the_code(method: str) -> None:
     sizes = [method_table.state(METHODS[method], size) for size in (SMALL, BASE)]
-    assert sizes == rows("memory")[method][::2], CURE
+    assert sizes == MEMORY[method][::2], CURE
 
 
 @pytest.mark.long
@@ -57,4 +49,4 @@ def test_the_state_is_that_of_the_code(method: str) -> None:
 def test_activations_and_flops_of_the_small_encoder_are_counted(method: str) -> None:
     recipe = METHODS[method]
     found = (*method_table.cost_cells(recipe, SMALL), method_table.activations(recipe, SMALL))
-    assert found == (*rows("costs")[method][:2], rows("memory")[method][1]), CURE
+    assert found == (*COSTS[method][:2], MEMORY[method][1]), CURE

@@ -196,6 +196,14 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+NAMES["cmae"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"),
+        ENCODER + [f"head.{name}" for name in ("0.bias", *PREDICTOR)],
+    ),
+    **dict.fromkeys(("decoder", "feature_decoder"), NAMES["mae"]["decoder"]),
+    "predictor": ["0.bias", *PREDICTOR],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -236,17 +244,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
+    "cmae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae"}
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae"}
+OWN_MASKS = {"mae", "supmae", "cmae"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
