@@ -50,7 +50,9 @@ def mask_noise(
     return row_noise(seed, MASK_TAG, images, cells, step=step, view=view, device=device)
 
 
-def kept_count(cells: int, ratio: float, what: str = "patches") -> int:
+def kept_count(
+    cells: int, ratio: float, what: str = "patches", *, field: str = "mask_ratio"
+) -> int:
     """Cells that stay when a share of them is masked: int(cells * (1 - ratio)), with the rounding
     of the published codes. 196 * (1 - 0.9) is 19.59..., so 19 stay.
 
@@ -58,6 +60,7 @@ def kept_count(cells: int, ratio: float, what: str = "patches") -> int:
         cells: L, or L / 4 for blocks.
         ratio: share that is masked.
         what: how a message calls the cells.
+        field: of the ratio, in its message.
 
     Raises:
         ValueError: if none would stay, or all.
@@ -66,7 +69,7 @@ def kept_count(cells: int, ratio: float, what: str = "patches") -> int:
     if not 1 <= kept < cells:
         few, cure = ("none", "smaller") if kept < 1 else ("all", "larger")
         raise ValueError(
-            f"objective.mask_ratio={ratio}: shows the encoder {few} of the {cells} {what}; take a "
+            f"objective.{field}={ratio}: shows the encoder {few} of the {cells} {what}; take a "
             f"{cure} share"
         )
     return kept
@@ -140,6 +143,8 @@ class PatchMasks:
     """Share that is masked."""
     blocks: bool = False
     """Whether blocks of 2 x 2 patches stay or not as a whole."""
+    field: str = "mask_ratio"
+    """That has the ratio, in a message."""
 
     def __post_init__(self) -> None:
         if self.blocks and self.grid % 2:
@@ -147,7 +152,8 @@ class PatchMasks:
                 f"model.image_size: {self.grid} patches per side: must be an even number, because "
                 "blocks of 2 x 2 patches are masked"
             )
-        kept_count(self.cells, self.ratio, "blocks of 2 x 2 patches" if self.blocks else "patches")
+        what = "blocks of 2 x 2 patches" if self.blocks else "patches"
+        kept_count(self.cells, self.ratio, what, field=self.field)
 
     @property
     def cells(self) -> int:

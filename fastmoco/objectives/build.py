@@ -28,6 +28,7 @@ from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
+from fastmoco.objectives.macrl import MACRL
 from fastmoco.objectives.mae import MAE
 from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
@@ -43,6 +44,7 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.cmae import CMAEConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
+from fastmoco.recipes.macrl import MACRLConfig
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
@@ -72,6 +74,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MAEConfig: MAE.build,
     SupMAEConfig: SupMAE.build,
     CMAEConfig: CMAE.build,
+    MACRLConfig: MACRL.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
 }

@@ -74,6 +74,12 @@ class MAE(Objective):
     """
 
     view_count: int = 1
+    mask_count: int = 1
+    """Views that are masked, the first ones."""
+    absolute_errors: bool = False
+    """Whether the errors of pixels are absolute ones, not squares."""
+    poolings: tuple[str, ...] = ("class",)
+    """Features that the encoder may have."""
 
     def __init__(
         self,
@@ -91,7 +97,7 @@ class MAE(Objective):
     ) -> None:
         super().__init__()
         encoder = build_encoder()
-        _require_encoder(encoder)
+        _require_encoder(encoder, self.poolings)
         self.encoder = encoder
         self.normalise_pixels = normalise_pixels
         self.coupling = Coupling.NONE
@@ -105,6 +111,7 @@ class MAE(Objective):
             grid=grid,
             width=decoder_width,
             num_heads=decoder_heads,
+            class_tokens=int(encoder.pooling == "class"),
             positions=decoder_positions,
             attention=attention,
         )
@@ -159,7 +166,7 @@ class MAE(Objective):
         Raises:
             ValueError: if it is not of the encoder's size, or there are other views or masks.
         """
-        view, kept = masked_view(inputs, views=self.view_count)
+        view, kept = masked_view(inputs, views=self.view_count, masks=self.mask_count)
         size = self.encoder.image_size
         if view.shape[1:] != (3, size, size):
             raise ValueError(
@@ -182,7 +189,10 @@ class MAE(Objective):
             predictions = self.decoder(latents, kept)
         with part(LOSS):
             mask, targets = mask_of(kept, self._patches), self.targets(view)
-            loss, figures = masked_loss(predictions, targets, mask, self._patches - self.kept)
+            count = self._patches - self.kept
+            loss, figures = masked_loss(
+                predictions, targets, mask, count, absolute=self.absolute_errors
+            )
         return loss, latents, figures
 
     def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +203,9 @@ class MAE(Objective):
         rows = torch.arange(len(view), device=view.device)[:, None]
         removed = torch.ones_like(predictions[..., 0])
         removed[rows, kept] = 0
-        loss, figures = plain_masked_loss(predictions, self.targets(view), removed)
+        loss, figures = plain_masked_loss(
+            predictions, self.targets(view), removed, absolute=self.absolute_errors
+        )
         return loss, latents, figures
 
     def targets(self, view: Tensor) -> Tensor:
@@ -238,7 +250,7 @@ def initialise_(encoder: VisionTransformer) -> None:
         nn.init.normal_(encoder.cls_token, std=INITIAL_STD)
 
 
-def _require_encoder(encoder: Any) -> None:
+def _require_encoder(encoder: Any, poolings: tuple[str, ...]) -> None:
     """Refuse an encoder whose tokens cannot be left out or whose images are coupled.
 
     Raises:
@@ -255,8 +267,10 @@ def _require_encoder(encoder: Any) -> None:
             "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
             "--model.mlp-norm layer"
         )
-    if encoder.pooling != "class":
+    if encoder.pooling not in poolings:
+        needs = (
+            "the decoder reads a class token" if poolings == ("class",) else "tokens need a norm"
+        )
         raise ValueError(
-            f"model.pooling={encoder.pooling!r}: the decoder reads a class token; take "
-            "--model.pooling class"
+            f"model.pooling={encoder.pooling!r}: {needs}; take --model.pooling {poolings[0]}"
         )

@@ -82,6 +82,12 @@ def masked_mean(values: Tensor, mask: Tensor, count: float) -> Tensor:
     return (values * mask).sum(dim=1) / count
 
 
+def absolute_errors(predictions: Tensor, targets: Tensor) -> Tensor:
+    """The mean absolute difference of each patch: [B, L, P] twice -> [B, L], in the wider dtype."""
+    wide = torch.promote_types(predictions.dtype, targets.dtype)
+    return (predictions.to(wide) - targets.to(wide)).abs().mean(dim=-1)
+
+
 def square_errors(predictions: Tensor, targets: Tensor) -> Tensor:
     """The mean squared difference of each patch: [B, L, P] twice -> [B, L], in the wider dtype."""
     wide = torch.promote_types(predictions.dtype, targets.dtype)
@@ -89,7 +95,7 @@ def square_errors(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def masked_loss(
-    predictions: Tensor, targets: Tensor, mask: Tensor, count: int
+    predictions: Tensor, targets: Tensor, mask: Tensor, count: int, *, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The loss of each image [B], and its figures [B, 2] without gradient (`figures_of`).
 
@@ -98,30 +104,41 @@ def masked_loss(
         targets: [B, L, P].
         mask: [B, L] bool, True where masked.
         count: masked patches of an image.
+        absolute: whether errors are absolute ones, not squares.
     """
-    loss = masked_mean(square_errors(predictions, targets), mask, count)
-    figures = [masked_mean(figure, mask, count) for figure in figures_of(predictions, targets)]
+    errors = (absolute_errors if absolute else square_errors)(predictions, targets)
+    loss = masked_mean(errors, mask, count)
+    found = figures_of(predictions, targets, absolute=absolute)
+    figures = [masked_mean(figure, mask, count) for figure in found]
     return loss, torch.stack(figures, dim=1)
 
 
 def plain_masked_loss(
-    predictions: Tensor, targets: Tensor, removed: Tensor
+    predictions: Tensor, targets: Tensor, removed: Tensor, *, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Reference of the mean of `masked_loss`: a sum over the batch by a count over the batch.
     `removed`: [B, L], 1 where masked and 0 elsewhere."""
-    errors = ((predictions - targets) ** 2).mean(dim=2)
-    figures = [(f * removed).sum(1) / removed.sum(1) for f in figures_of(predictions, targets)]
+    gaps = predictions - targets
+    errors = (gaps.abs() if absolute else gaps**2).mean(dim=2)
+    found = figures_of(predictions, targets, absolute=absolute)
+    figures = [(f * removed).sum(1) / removed.sum(1) for f in found]
     return (errors * removed).sum() / removed.sum(), torch.stack(figures, dim=1)
 
 
 @torch.no_grad()
-def figures_of(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def figures_of(
+    predictions: Tensor, targets: Tensor, *, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
     """Two figures [B, L] of each patch that show a decoder that predicts no structure.
 
     The loss of predicting the mean of the patch, which a decoder that learns nothing else comes
     down to; and the deviation of the prediction within the patch, 0 for a flat one.
     """
-    flat = targets.var(dim=-1, correction=0)
+    flat = (
+        absolute_errors(targets.mean(dim=-1, keepdim=True), targets)
+        if absolute
+        else targets.var(dim=-1, correction=0)
+    )
     return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
 
 

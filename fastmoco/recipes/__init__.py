@@ -39,6 +39,11 @@ from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_tiny_e800_b4096,
     fcmae_micro_e60_b256,
 )
+from fastmoco.recipes.macrl import (
+    macrl_digits,
+    macrl_nano7_e12_b256,
+    macrl_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.mae import (
     mae_digits,
     mae_nano7_e12_b256,
@@ -241,6 +246,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         cmae_vit_b16_e1600_b4096,
         cmae_nano7_e12_b256,
         cmae_digits,
+        macrl_vit_s16_e300_b1024,
+        macrl_nano7_e12_b256,
+        macrl_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,

@@ -217,6 +217,13 @@ NAMES["fcmae"] = {
     ],
 }
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+NAMES["macrl"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"), ENCODER + [f"head.{name}" for name in MOBY_HEAD]
+    ),
+    "decoder": NAMES["mae"]["decoder"],
+    "predictor": MOBY_HEAD,
+}
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["moby"] = {
         **dict.fromkeys(
@@ -245,17 +252,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "cmae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
+    "macrl": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4, "queue": 768},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae", "cmae"}
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae", "cmae"}
+OWN_MASKS = {"mae", "supmae", "cmae", "macrl"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
