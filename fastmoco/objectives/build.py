@@ -28,6 +28,7 @@ from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.maskfeat import MaskFeat
 from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
@@ -42,6 +43,7 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.maskfeat import MaskFeatConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
@@ -71,6 +73,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SupMAEConfig: SupMAE.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
+    MaskFeatConfig: MaskFeat.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -34,6 +34,9 @@ from fastmoco.objectives.masked import (
     masked_view,
     pixel_targets,
     plain_masked_loss,
+    require_own_masks,
+    require_size,
+    require_vit,
     watched,
 )
 from fastmoco.optim.groups import decaying_matrices
@@ -155,12 +158,7 @@ class MAE(Objective):
             ValueError: if there is not one view of the encoder's size, with its mask.
         """
         view, kept = masked_view(inputs)
-        size = self.encoder.image_size
-        if view.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks "
-                f"and decoder are those of image_size={size}"
-            )
+        require_size(self.encoder, view)
         return view, kept
 
     @property
@@ -203,13 +201,7 @@ def options_of(config: Config, own: MAEConfig) -> dict[str, Any]:
     Raises:
         ValueError: if an option has no effect beside the masks.
     """
-    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
-        if getattr(config.model, name) != value:
-            cure = f"leave out --model.{name.replace('_', '-')}"
-            raise ValueError(
-                f"model.{name}={getattr(config.model, name)!r}: {own.kind} masks patches of one "
-                f"size by its own ratio; {cure}, and see --objective.mask-ratio"
-            )
+    require_own_masks(config)
     return {
         "mask_ratio": own.mask_ratio,
         "normalise_pixels": own.normalise_pixels,
@@ -239,17 +231,7 @@ def _require_encoder(encoder: Any) -> None:
     Raises:
         ValueError: with the cure.
     """
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError(
-            "model.architecture: must be a ViT, whose patches can be left out; take "
-            "--model.architecture vit_base"
-        )
-    if encoder.coupling is not Coupling.NONE:
-        raise ValueError(
-            f"model: {encoder.coupling_reason}, so patches that are left out would change what "
-            "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
-            "--model.mlp-norm layer"
-        )
+    require_vit(encoder, "whose patches can be left out")
     if encoder.pooling != "class":
         raise ValueError(
             f"model.pooling={encoder.pooling!r}: the decoder reads a class token; take "

@@ -208,7 +208,7 @@ def measure_costs(
                 module.backend = attention if attention in ("explicit", "reference") else "sdpa"
         views = each_view(config.data.views)
         sides = [view.size for view in views]
-        prepare = view_preparation(views, precision)
+        prepare = view_preparation(views, precision, exact=objective.exact_views)
         at = _within(phase)
         pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels, at)
         features = pieces.features(images=1)
@@ -319,7 +319,7 @@ def part_flops(
             objective,
             [view.size for view in views],
             precision == "bf16",
-            view_preparation(views, precision),
+            view_preparation(views, precision, exact=objective.exact_views),
             levels=False,
             at=_within(phase or config.model.phases.items[0]),
         )

@@ -38,6 +38,12 @@ from fastmoco.recipes.mae import (
     mae_vit_b16_e800_b4096,
     mae_vit_l16_e800_b4096,
 )
+from fastmoco.recipes.maskfeat import (
+    maskfeat_digits,
+    maskfeat_nano7_e12_b256,
+    maskfeat_vit_b16_e1600_b2048,
+    maskfeat_vit_l16_e1600_b2048,
+)
 from fastmoco.recipes.moby import (
     moby_deit_s16_e300_b512,
     moby_digits,
@@ -229,6 +235,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        maskfeat_vit_b16_e1600_b2048,
+        maskfeat_vit_l16_e1600_b2048,
+        maskfeat_nano7_e12_b256,
+        maskfeat_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,

@@ -196,6 +196,10 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+NAMES["maskfeat"] = {
+    "encoder": [*ENCODER, "mask_token"],
+    "decoder": [f"{layer}.{kind}" for layer in ("norm", "pred") for kind in ("weight", "bias")],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -237,16 +241,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
+    "maskfeat": {"cell": 2, "mask_ratio": 0.94},  # images differ in masked patches
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae"}
+ONLY_VIT = {"sdssl", "mae", "supmae", "maskfeat"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae"}
+OWN_MASKS = {"mae", "supmae", "maskfeat"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
