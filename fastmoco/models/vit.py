@@ -414,6 +414,43 @@ class VisionTransformer(nn.Module):
             tokens = sum_of(*block(tokens, None, factors))
         return tokens
 
+    def context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """[B, 3, S, S] images -> [B, T, E]: every token after all blocks, without the final norm. In
+        every block all tokens ask, and those of the context alone have keys and values, by their
+        state before that block (MP3).
+
+        Args:
+            images: of whole patches.
+            paths: as for `encode`.
+            context: [B, K] numbers of tokens; with a class token, 0 is that token.
+        """
+        tokens, branch = self._all_tokens(self.patch_tokens(images)), None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors, context)
+        return sum_of(tokens, branch)
+
+    def plain_context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """Reference of `context_tokens`: an image at a time, with scores of all pairs of tokens, of
+        which those outside of the context are left out by -inf."""
+        found = []
+        for number, image in enumerate(images):
+            (tokens,) = self._all_tokens(self.patch_tokens(image[None]))
+            outside = torch.ones(len(tokens), dtype=torch.bool, device=images.device)
+            outside[context[number]] = False
+            for depth, block in enumerate(self.blocks):
+                assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
+                factors = [1, 1] if paths is None else paths[number, depth]
+                heads = block.attn.num_heads
+                rows = block.attn.qkv(block.norm1(tokens)).view(len(tokens), 3, heads, -1)
+                q, k, v = rows.permute(1, 2, 0, 3).unbind()
+                scores = q @ k.mT / math.sqrt(q.shape[-1])
+                weights = scores.masked_fill(outside, -math.inf).softmax(dim=-1)
+                attended = (weights @ v).transpose(0, 1).flatten(1)
+                tokens = tokens + factors[0] * block.attn.proj(attended)
+                tokens = tokens + factors[1] * block.mlp(block.norm2(tokens))
+            found.append(tokens)
+        return torch.stack(found)
+
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
         row by row.
@@ -440,7 +477,7 @@ class VisionTransformer(nn.Module):
     def parts(self) -> Parts:
         """Modules by role. Objectives call more than `forward` of some of them."""
         methods: dict[str, tuple[str, ...]] = {
-            "": ("encode", "taps", "encode_taps", "latents", "masked_tokens")
+            "": ("encode", "taps", "encode_taps", "latents", "masked_tokens", "context_tokens")
         }
         if isinstance(self.patch_embed, PatchStem):
             methods["patch_embed"] = ("of_patches",)

@@ -200,6 +200,10 @@ NAMES["maskfeat"] = {
     "encoder": [*ENCODER, "mask_token"],
     "decoder": [f"{layer}.{kind}" for layer in ("norm", "pred") for kind in ("weight", "bias")],
 }
+NAMES["mp3"] = {
+    "encoder": [name for name in ENCODER if name not in ("cls_token", "pos_embed")],
+    "decoder": NAMES["maskfeat"]["decoder"],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -246,12 +250,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae", "maskfeat"}
+MODELS: dict[str, dict[str, Any]] = {"mp3": {"positions": "none", "pooling": "norm_mean"}}
+"""What an objective asks of its ViT."""
+ONLY_VIT = {"sdssl", "mae", "supmae", "maskfeat", "mp3"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae", "maskfeat"}
+OWN_MASKS = {"mae", "supmae", "maskfeat", "mp3"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
@@ -268,6 +274,7 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         view2 = replace(view2, copies=0)
     return replace(
         base,
+        model=replace(base.model, **MODELS.get(kind.kind, {})),
         objective=kind(**SETTINGS.get(kind.kind, {})),
         data=replace(base.data, view2=view2),
     )
