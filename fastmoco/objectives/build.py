@@ -30,9 +30,11 @@ from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.macrl import MACRL
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.maskfeat import MaskFeat
 from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.mp3 import MP3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
 from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
@@ -46,8 +48,10 @@ from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.macrl import MACRLConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.maskfeat import MaskFeatConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
+from fastmoco.recipes.mp3 import MP3Config
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
@@ -77,6 +81,8 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MACRLConfig: MACRL.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
+    MaskFeatConfig: MaskFeat.build,
+    MP3Config: MP3.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
