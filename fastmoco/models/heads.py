@@ -31,6 +31,8 @@ class HeadForm:
     """Whether that norm has a weight."""
     norm: bool = True
     """Whether there are batch norms at all; False: neither between the layers nor at the end."""
+    eps: float = 1e-5
+    """What the norms add to the variance."""
 
 
 FORMS = {
@@ -54,6 +56,8 @@ FORMS = {
     "supmae": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
     # Xie et al. 2021 (MoBY), both for projector and predictor.
     "moby": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
+    # Huang et al. 2023 (CMAE), both for projector and predictor.
+    "cmae": HeadForm(layers=2, bias=True, last_norm=False, eps=1e-6),
     # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
     "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
     "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),
@@ -92,11 +96,12 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        norms = [BatchNorm(after)] if form.norm else []
+        norms = [BatchNorm(after, eps=form.eps)] if form.norm else []
         modules.extend([nn.Linear(before, after, bias=form.bias), *norms, nn.ReLU(inplace=True)])
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
     if form.norm and form.last_norm:
-        modules.append(BatchNorm(out_dim, affine=form.last_norm_weight, bias=False))
+        last = BatchNorm(out_dim, eps=form.eps, affine=form.last_norm_weight, bias=False)
+        modules.append(last)
     return nn.Sequential(*modules)
 
 
@@ -205,6 +210,7 @@ def _stacked(module: nn.Module, count: int) -> nn.Module:
     if isinstance(module, BatchNorm):
         return BatchNorm(
             count * module.num_features,
+            eps=module.eps,
             affine=module.weight is not None,
             bias=module.bias is not None,
         )

@@ -20,11 +20,24 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.cmae import (
+    cmae_digits,
+    cmae_nano7_e12_b256,
+    cmae_vit_b16_e300_b4096,
+    cmae_vit_b16_e800_b4096,
+    cmae_vit_b16_e1600_b4096,
+)
 from fastmoco.recipes.dino import (
     dino_digits,
     dino_nano7_e12_b256,
     dino_vit_s16_e100_b512,
     dino_vit_s16_e300_b1024,
+)
+from fastmoco.recipes.esvit import (
+    esvit_digits,
+    esvit_nano7_e12_b256,
+    esvit_swin_t4_e300_b512,
+    esvit_view_swin_t4_e300_b512,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.fcmae import (
@@ -32,11 +45,22 @@ from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_tiny_e800_b4096,
     fcmae_micro_e60_b256,
 )
+from fastmoco.recipes.macrl import (
+    macrl_digits,
+    macrl_nano7_e12_b256,
+    macrl_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.mae import (
     mae_digits,
     mae_nano7_e12_b256,
     mae_vit_b16_e800_b4096,
     mae_vit_l16_e800_b4096,
+)
+from fastmoco.recipes.maskfeat import (
+    maskfeat_digits,
+    maskfeat_nano7_e12_b256,
+    maskfeat_vit_b16_e1600_b2048,
+    maskfeat_vit_l16_e1600_b2048,
 )
 from fastmoco.recipes.moby import (
     moby_deit_s16_e300_b512,
@@ -63,6 +87,7 @@ from fastmoco.recipes.moco_v3 import (
     vit_s16_e300_b1024,
     vit_s16_e300_b4096,
 )
+from fastmoco.recipes.mp3 import mp3_digits, mp3_nano7_e12_b256, mp3_vit_b16_e300_b4096
 from fastmoco.recipes.projector_momentum import (
     projector_momentum_digits,
     projector_momentum_nano7_e12_b256,
@@ -194,6 +219,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         dino_vit_s16_e300_b1024,
         dino_nano7_e12_b256,
         dino_digits,
+        esvit_swin_t4_e300_b512,
+        esvit_view_swin_t4_e300_b512,
+        esvit_nano7_e12_b256,
+        esvit_digits,
         moco_v1_r50_e200_b256,
         moco_v2_r50_e200_b256,
         moco_v2_r50_e800_b256,
@@ -229,6 +258,21 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        cmae_vit_b16_e300_b4096,
+        cmae_vit_b16_e800_b4096,
+        cmae_vit_b16_e1600_b4096,
+        cmae_nano7_e12_b256,
+        cmae_digits,
+        macrl_vit_s16_e300_b1024,
+        macrl_nano7_e12_b256,
+        macrl_digits,
+        maskfeat_vit_b16_e1600_b2048,
+        maskfeat_vit_l16_e1600_b2048,
+        maskfeat_nano7_e12_b256,
+        maskfeat_digits,
+        mp3_vit_b16_e300_b4096,
+        mp3_nano7_e12_b256,
+        mp3_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,
@@ -241,8 +285,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: its views follow, and the blur, which is in pixels,
-    scales along.
+    """The same recipe at another image size: its views follow, and what is in pixels scales along,
+    the blur and what a crop holds beside its view.
 
     Small crops keep their share of the image size, to whole patches; their blur in pixels changes
     as that of the large views.
@@ -255,7 +299,17 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
 
     def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
         low, high = (sigma * image_size / config.model.image_size for sigma in view.blur_sigma)
-        return replace(view, size=size, blur_sigma=(low, high))
+        beside, shift = (
+            round(pixels * image_size / config.model.image_size)
+            for pixels in (view.base_size - view.size, view.shift)
+        )
+        return replace(
+            view,
+            size=size,
+            base_size=size + beside if view.base_size else 0,
+            shift=shift,
+            blur_sigma=(low, high),
+        )
 
     def small(view: ViewSpec) -> ViewSpec:
         patches = round(view.size * image_size / config.model.image_size / patch)

@@ -157,6 +157,8 @@ DINO_HEAD = [f"head.mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("wei
 DINO_HEAD += ["head.last_layer.weight_g", "head.last_layer.weight_v"]
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["dino"] = dict.fromkeys(("encoder", "momentum_encoder"), trunk + DINO_HEAD)
+REGION_HEAD = [name.removeprefix("head.") for name in DINO_HEAD]
+NAMES["esvit"] = {**NAMES["dino"], "region_head": REGION_HEAD, "momentum_region_head": REGION_HEAD}
 SIMSIAM_PREDICTOR = [*PREDICTOR, "3.bias"]
 NAMES["simsiam"] = {"encoder": ENCODER + PROJECTOR, "predictor": SIMSIAM_PREDICTOR}
 RESNET_NAMES["simsiam"] = {
@@ -196,6 +198,22 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+NAMES["cmae"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"),
+        ENCODER + [f"head.{name}" for name in ("0.bias", *PREDICTOR)],
+    ),
+    **dict.fromkeys(("decoder", "feature_decoder"), NAMES["mae"]["decoder"]),
+    "predictor": ["0.bias", *PREDICTOR],
+}
+NAMES["maskfeat"] = {
+    "encoder": [*ENCODER, "mask_token"],
+    "decoder": [f"{layer}.{kind}" for layer in ("norm", "pred") for kind in ("weight", "bias")],
+}
+NAMES["mp3"] = {
+    "encoder": [name for name in ENCODER if name not in ("cls_token", "pos_embed")],
+    "decoder": NAMES["maskfeat"]["decoder"],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -209,6 +227,13 @@ NAMES["fcmae"] = {
     ],
 }
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+NAMES["macrl"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"), ENCODER + [f"head.{name}" for name in MOBY_HEAD]
+    ),
+    "decoder": NAMES["mae"]["decoder"],
+    "predictor": MOBY_HEAD,
+}
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["moby"] = {
         **dict.fromkeys(
@@ -233,20 +258,28 @@ for good."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
+    "esvit": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
+    "cmae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
+    "macrl": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4, "queue": 768},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
+    "maskfeat": {"cell": 2, "mask_ratio": 0.94},  # images differ in masked patches
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae"}
+MODELS: dict[str, dict[str, Any]] = {"mp3": {"positions": "none", "pooling": "norm_mean"}}
+"""What an objective asks of its ViT."""
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl", "maskfeat", "mp3"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
+REGIONS = {"esvit"}
+"""Objectives that compare tokens; a ResNet and a ConvNeXt V2 give none, and are refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae"}
+OWN_MASKS = {"mae", "supmae", "cmae", "macrl", "maskfeat", "mp3"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
@@ -256,6 +289,10 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
+    if kind.kind in REGIONS and base in (RESNET, CONVNEXT):
+        with pytest.raises(ValueError, match="must be a ViT or a Swin"):
+            build_objective(replace(base, objective=kind()), torch.device("cpu"))
+        pytest.skip(f"{kind.kind} needs tokens")
     if kind.kind in ONLY_CONVNEXT:
         base = on_convnext(kind, base)
     view2 = base.data.view2
@@ -263,6 +300,7 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         view2 = replace(view2, copies=0)
     return replace(
         base,
+        model=replace(base.model, **MODELS.get(kind.kind, {})),
         objective=kind(**SETTINGS.get(kind.kind, {})),
         data=replace(base.data, view2=view2),
     )
