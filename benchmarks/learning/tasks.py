@@ -204,6 +204,8 @@ def config_of(
     objective: Any = config.objective
     if hasattr(objective, "ema_schedule"):
         objective = replace(objective, ema_schedule="constant")
+    if patch_size and hasattr(objective, "cell"):  # of histograms, which fill a patch
+        objective = replace(objective, cell=patch_size)
     model = replace(config.model, hidden_dim=hidden_dim or config.model.hidden_dim)
     if schedule:
         model = scheduled(model, schedule, round(ENDLESS * steps_per_epoch))

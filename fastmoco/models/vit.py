@@ -476,6 +476,11 @@ class VisionTransformer(nn.Module):
 
     def _regions(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Feature and patch tokens of all tokens."""
+        if self.pooling == "mean_norm":
+            raise ValueError(
+                "model.pooling='mean_norm': has a norm of the mean, not of the tokens that are "
+                "compared here; take class or norm_mean"
+            )
         if self.pooling == "class":
             return latents[:, 0], latents[:, 1:]
         return latents.mean(dim=1), latents

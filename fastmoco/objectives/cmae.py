@@ -166,6 +166,13 @@ class CMAE(MAE):
             watch["accuracy"] = shares
         return Output(of_pixels + loss, watch)
 
+    def view_flops(self, number: int, side: int, keep: float = 1.0) -> float:
+        """FLOPs of a step: those of MAE and of the second decoder for the first view, and a forward
+        of the momentum encoder on all patches of the other one."""
+        if number:
+            return float(self.encoder.forward_flops(side))
+        return super().view_flops(number, side) + 3 * self.feature_decoder.forward_flops()
+
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
         return self.average.averages()

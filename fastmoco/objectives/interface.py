@@ -377,7 +377,7 @@ class Objective(nn.Module, ABC):
         """
         return None
 
-    def view_flops(self, side: int, keep: float = 1.0) -> float:
+    def view_flops(self, number: int, side: int, keep: float = 1.0) -> float:
         """FLOPs of a step for one view of one image: the forward of the encoder that trains, its
         backward, which is twice as much, and the forward of the momentum encoder, if there is one.
 
@@ -385,6 +385,7 @@ class Objective(nn.Module, ABC):
         for itself. Heads are left out.
 
         Args:
+            number: of the view, from 0 on.
             side: pixels per side of the view.
             keep: share of the patch tokens that token dropping leaves to the encoder.
         """

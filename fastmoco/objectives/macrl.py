@@ -176,6 +176,13 @@ class MACRL(KeepsKeys, MAE):
         loss, shares = queued_reference(q, k, self.queue, self.temperature)
         return self._output(of_pixels, loss, figures, q, k, shares if accuracy else None)
 
+    def view_flops(self, number: int, side: int, keep: float = 1.0) -> float:
+        """FLOPs of a step: those of MAE for the first view, and a forward of the momentum encoder on
+        the patches that it sees of the other one."""
+        if number:
+            return float(self.encoder.forward_flops(side, self.key_masks.kept / self._patches))
+        return super().view_flops(number, side)
+
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
         return self.average.averages()

@@ -163,8 +163,8 @@ class MAE(Objective):
         """Biases and tensors of one dimension do not decay; class token and mask token do."""
         return decaying_matrices(name, parameter)
 
-    def view_flops(self, side: int, keep: float = 1.0) -> float:
-        """FLOPs of a step for one view: forward and backward of the encoder on the patches that it
+    def view_flops(self, number: int, side: int, keep: float = 1.0) -> float:
+        """FLOPs of a step for the view: forward and backward of the encoder on the patches that it
         sees, and of the decoder on all."""
         seen = self.encoder.forward_flops(side, self.kept / self._patches)
         return float(3 * (seen + self.decoder.forward_flops()))

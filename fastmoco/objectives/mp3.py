@@ -79,7 +79,7 @@ class MP3(Objective):
                 f"model.positions={encoder.positions!r}: would tell where a patch is; take "
                 "--model.positions none"
             )
-        if encoder.pooling == "class":
+        if encoder.cls_token is not None:
             raise ValueError(
                 f"model.pooling={encoder.pooling!r}: MP3 has no class token; take --model.pooling "
                 "norm_mean"

@@ -59,9 +59,9 @@ def estimate(
     whole = objective.encoder.forward_flops(model.image_size)
     step = 0.0
     for share, phase in zip(model.phases.shares(), model.phases.items, strict=True):
-        for view in each_view(config.data.views):
+        for number, view in enumerate(each_view(config.data.views)):
             side = view.size * model.patch_size // (phase.patch_size or model.patch_size)
-            step += share * objective.view_flops(side, phase.keep)
+            step += share * objective.view_flops(number, side, phase.keep)
     return Duration(step_s=images * step / flops_per_s, knn_s=knn_images * whole / flops_per_s)
 
 

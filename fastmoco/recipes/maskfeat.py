@@ -20,6 +20,7 @@ class MaskFeatConfig(ObjectiveConfig):
     """The masks and targets of MaskFeat (Wei et al. 2022)."""
 
     kind: ClassVar[str] = "maskfeat"
+    masked: ClassVar[bool] = True
 
     mask_ratio: Annotated[float, Resume.WITH_ALLOW] = 0.4
     """Share of the patches that are masked in rectangles, at most: of 78 of 196 patches 77.5 are

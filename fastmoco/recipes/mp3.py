@@ -18,6 +18,7 @@ class MP3Config(ObjectiveConfig):
     """The context of MP3 (Zhai et al. 2022)."""
 
     kind: ClassVar[str] = "mp3"
+    masked: ClassVar[bool] = True
 
     mask_ratio: Annotated[float, Resume.WITH_ALLOW] = 0.75
     """Share of the patches that are not in the context: no patch attends to them, and their places
