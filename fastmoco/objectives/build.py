@@ -25,6 +25,7 @@ from fastmoco.models.token_drop import TokenDraws
 from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.dino import DINO
+from fastmoco.objectives.extrema import ExtreMA
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.mae import MAE
@@ -40,6 +41,7 @@ from fastmoco.objectives.supmae import SupMAE
 from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.extrema import ExtreMAConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.moby import MoBYConfig
@@ -71,6 +73,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     SupMAEConfig: SupMAE.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
+    ExtreMAConfig: ExtreMA.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -34,6 +34,7 @@ from fastmoco.objectives.masked import (
     masked_view,
     pixel_targets,
     plain_masked_loss,
+    require_own_masks,
     watched,
 )
 from fastmoco.optim.groups import decaying_matrices
@@ -203,13 +204,7 @@ def options_of(config: Config, own: MAEConfig) -> dict[str, Any]:
     Raises:
         ValueError: if an option has no effect beside the masks.
     """
-    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
-        if getattr(config.model, name) != value:
-            cure = f"leave out --model.{name.replace('_', '-')}"
-            raise ValueError(
-                f"model.{name}={getattr(config.model, name)!r}: {own.kind} masks patches of one "
-                f"size by its own ratio; {cure}, and see --objective.mask-ratio"
-            )
+    require_own_masks(config)
     return {
         "mask_ratio": own.mask_ratio,
         "normalise_pixels": own.normalise_pixels,

@@ -8,10 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmoco.config import Config
 from fastmoco.objectives.interface import Inputs
 
 FLOOR = 1e-6
 """Added to the variance of a patch."""
+
+
+def require_own_masks(config: Config) -> None:
+    """Refuse other rules for tokens beside the masks of an objective.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
+        if getattr(config.model, name) != value:
+            cure = f"leave out --model.{name.replace('_', '-')}"
+            raise ValueError(
+                f"model.{name}={getattr(config.model, name)!r}: {config.objective.kind} masks "
+                f"patches of one size by its own ratio; {cure}, and see --objective.mask-ratio"
+            )
 
 
 def masked_view(inputs: Inputs) -> tuple[Tensor, Tensor]:

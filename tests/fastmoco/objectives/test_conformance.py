@@ -208,6 +208,19 @@ NAMES["fcmae"] = {
         ),
     ],
 }
+CLASS_BLOCKS = [
+    f"blocks_token.{number}.{name}"
+    for number in (0, 1)
+    for name in (*TRUNK_BLOCK, "gamma_1", "gamma_2")
+]
+LAYER_NORM_HEAD = [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
+LAYER_NORM_PROJECTOR = [
+    f"head.{name}" for name in (*LAYER_NORM_HEAD, "4.weight", "4.bias", "6.weight", "6.bias")
+]
+NAMES["extrema"] = {
+    **dict.fromkeys(("encoder", "momentum_encoder"), ENCODER + CLASS_BLOCKS + LAYER_NORM_PROJECTOR),
+    "predictor": LAYER_NORM_HEAD,
+}
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["moby"] = {
@@ -241,12 +254,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae"}
+MODELS: dict[str, dict[str, Any]] = {"extrema": {"pooling": "class_attention"}}
+"""What its encoder must have."""
+ONLY_VIT = {"sdssl", "mae", "supmae", "extrema"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae"}
+OWN_MASKS = {"mae", "supmae", "extrema"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
@@ -263,6 +278,7 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         view2 = replace(view2, copies=0)
     return replace(
         base,
+        model=replace(base.model, **MODELS.get(kind.kind, {})),
         objective=kind(**SETTINGS.get(kind.kind, {})),
         data=replace(base.data, view2=view2),
     )
