@@ -354,6 +354,7 @@ def random_draws(spec: ViewSpec, image: Image.Image) -> ViewDraws:
     blurred = chance() < spec.blur_probability
     return ViewDraws(
         crop=np.array([_random_crop(spec, *image.size)], np.int32),
+        corner=np.zeros((1, 2), np.int32),
         flip=np.array([chance() < spec.flip_probability]),
         brightness=factor(spec.brightness),
         contrast=factor(spec.contrast),

@@ -72,7 +72,7 @@ P = TypeVar("P", TrainArguments, ConfigArguments, PlanArguments, ProfileArgument
 FOLLOWS = {
     f"data.{view}.{name}": "model.image_size"
     for view in ("view1", "view2", "more_views.0", "more_views.1", "more_views.2")
-    for name in ("size", "blur_sigma")
+    for name in ("size", "base_size", "shift", "blur_sigma")
 }
 """Options that `--model.image-size` changes."""
 REQUIRED: dict[type, tuple[str, ...]] = {TrainArguments: ("data.images",)}

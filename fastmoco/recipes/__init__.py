@@ -251,8 +251,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
 
 
 def with_image_size(config: Config, image_size: int, *, patch_size: int | None = None) -> Config:
-    """The same recipe at another image size: its views follow, and the blur, which is in pixels,
-    scales along.
+    """The same recipe at another image size: its views follow, and what is in pixels scales along,
+    the blur and what a crop holds beside its view.
 
     Small crops keep their share of the image size, to whole patches; their blur in pixels changes
     as that of the large views.
@@ -265,7 +265,17 @@ def with_image_size(config: Config, image_size: int, *, patch_size: int | None =
 
     def resized(view: ViewSpec, size: int = image_size) -> ViewSpec:
         low, high = (sigma * image_size / config.model.image_size for sigma in view.blur_sigma)
-        return replace(view, size=size, blur_sigma=(low, high))
+        beside, shift = (
+            round(pixels * image_size / config.model.image_size)
+            for pixels in (view.base_size - view.size, view.shift)
+        )
+        return replace(
+            view,
+            size=size,
+            base_size=size + beside if view.base_size else 0,
+            shift=shift,
+            blur_sigma=(low, high),
+        )
 
     def small(view: ViewSpec) -> ViewSpec:
         patches = round(view.size * image_size / config.model.image_size / patch)

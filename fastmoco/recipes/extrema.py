@@ -9,7 +9,7 @@ from fastmoco.config import Config, DataConfig, ModelConfig, ObjectiveConfig, Op
 from fastmoco.config.objective import require_ema
 from fastmoco.recipes.expected import RELEASE, Expected, expects
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
-from fastmoco_pipelines.spec import Resume, ViewSpec, require
+from fastmoco_pipelines.spec import Resume, ViewSpec, extrema_views, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +38,9 @@ class ExtreMAConfig(ObjectiveConfig):
         require_ema(self.ema_momentum, self.ema_schedule)
 
 
-def masked_views(size: int = 224) -> DataConfig:
-    """Crop from 20 % of the area, flip, and color jitter and grey with probabilities 0.8 and 0.2."""
-    view = ViewSpec(
-        size=size,
-        crop_scale=(0.2, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        jitter_probability=0.8,
-        grayscale_probability=0.2,
-        blur_probability=0.0,
-    )
-    return DataConfig(view1=view, view2=view)
+def two_colors(views: tuple[ViewSpec, ViewSpec]) -> DataConfig:
+    """Data of two views that share their crop and differ in color."""
+    return DataConfig(view1=views[0], view2=views[1])
 
 
 @expects(
@@ -77,7 +66,7 @@ def extrema_vit_b16_e300_b2048() -> Config:
         ),
         objective=ExtreMAConfig(),
         optim=OptimConfig(lr=1.5e-4, weight_decay=0.1, betas=(0.9, 0.95), warmup_epochs=40),
-        data=masked_views(),
+        data=two_colors(extrema_views()),
     )
 
 
@@ -111,7 +100,7 @@ def extrema_nano7_e12_b256() -> Config:
 
 
 def _small(base: Config, recipe: str, objective: ExtreMAConfig) -> Config:
-    """A recipe for small images with ExtreMA: sizes and views of the base."""
+    """A recipe for small images with ExtreMA: sizes, crops and colors of the base."""
     return replace(
         base,
         recipe=recipe,
@@ -123,4 +112,5 @@ def _small(base: Config, recipe: str, objective: ExtreMAConfig) -> Config:
         ),
         objective=objective,
         optim=replace(base.optim, betas=(0.9, 0.95)),
+        data=two_colors((base.data.view1, replace(base.data.view1, shares_crop=True))),
     )

@@ -121,6 +121,14 @@ class ViewSpec:
     """Smallest and largest width / height of the crop window, drawn uniformly in the logarithm."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
+    shares_crop: bool = False
+    """Whether the crop window and the flip are those of the first view; color is drawn apart."""
+    base_size: int = 0
+    """Height and width in pixels to which the crop window is resized before the view is cut from
+    it; 0: `size`, all of it is the view."""
+    shift: int = 0
+    """With `base_size`: the view begins up to so many rows and columns, drawn uniformly, from the
+    upper left of the resized and flipped window."""
     jitter_probability: float = 0.8
     """Probability that brightness, contrast, saturation and hue are changed."""
     brightness: float = 0.4
@@ -171,6 +179,12 @@ class ViewSpec:
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
             require(0 <= value <= 1, f"{name}_probability", value, "a probability lies in [0, 1]")
+        require(self.shift >= 0, "shift", self.shift, "counts pixels; 0 is the upper left")
+        base, least = self.base_size, self.size + self.shift
+        rule = f"holds no view of size={self.size} with shift={self.shift}: needs {least} pixels"
+        require(base >= least or base == self.shift == 0, "base_size", base, rule)
+        rule = f"a window is resized to at most {MOST_SIDE:,} pixels"
+        require(base <= MOST_SIDE, "base_size", base, rule)
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "a strength lies in [0, 1]")
@@ -325,6 +339,68 @@ def simsiam_views(
     return moco_v2_views(size, crop_min=crop_min, color=color)
 
 
+def cmae_views(
+    size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
+    """The views of CMAE (Huang et al. 2022), bicubic: both are cut from one crop of 256 pixels, the
+    online encoder's from its upper left, without changes of color; the target's shifted by up to 31
+    rows and columns, with color and a blur in one of two.
+
+    Greyscale is the luma of ITU-R 601. The official code, read and not run, weighs red by the
+    number for blue and blue by that for red.
+
+    Args:
+        size: output height and width in pixels. The crop, the shift and the blur, defined at 224,
+            are scaled with it.
+        crop_min: smallest share of the image's area a crop covers.
+        color: implementation of the color operations.
+    """
+    online = ViewSpec(
+        size=size,
+        crop_scale=(crop_min, 1.0),
+        base_size=size + round(32 * size / 224),
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        blur_sigma=_sigma(size),
+        interpolation="bicubic",
+        color=color,
+    )
+    target = replace(
+        online,
+        shares_crop=True,
+        shift=round(31 * size / 224),
+        jitter_probability=0.8,
+        saturation=0.4,
+        grayscale_probability=0.2,
+        blur_probability=0.5,
+    )
+    return online, target
+
+
+def extrema_views(
+    size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
+) -> tuple[ViewSpec, ViewSpec]:
+    """The views of ExtreMA (Wu et al. 2022): one crop and flip with two draws of color, no blur.
+
+    The resize is bicubic as in MAE, whose crop it is; that is a choice, the filter is not known.
+
+    Args:
+        size: output height and width in pixels.
+        crop_min: smallest share of the image's area a crop covers.
+        color: implementation of the color operations.
+    """
+    view = ViewSpec(
+        size=size,
+        crop_scale=(crop_min, 1.0),
+        blur_probability=0.0,
+        blur_sigma=_sigma(size),
+        interpolation="bicubic",
+        color=color,
+    )
+    return view, replace(view, shares_crop=True)
+
+
 def moco_v1_views(
     size: int = 224, *, crop_min: float = 0.2, color: Literal["dali", "exact"] = "exact"
 ) -> tuple[ViewSpec, ViewSpec]:
@@ -372,7 +448,8 @@ def require_views(groups: Sequence[ViewSpec], name: str) -> None:
     """Check that groups of views make a batch.
 
     Raises:
-        ValueError: for no view or too many, or where views of one size are not neighbours.
+        ValueError: for no view or too many, where views of one size are not neighbours, or where a
+            view shares a crop that it cannot share.
     """
     copies = tuple(group.copies for group in groups)
     rule = "copies of each group: there is no view, give one group a copy"
@@ -386,6 +463,15 @@ def require_views(groups: Sequence[ViewSpec], name: str) -> None:
         "sizes of the groups: those of one size must be neighbours, change the order of the groups"
     )
     require(changes == len(set(sizes)) - 1, name, sizes, rule)
+
+    first, *others = (group for group in groups if group.copies)
+    rule = "shares_crop of each group: the first view has its own crop, set it to false there"
+    require(not first.shares_crop, name, tuple(group.shares_crop for group in groups), rule)
+    for field_name in ("crop_scale", "crop_ratio", "flip_probability"):
+        wanted = getattr(first, field_name)
+        values = [getattr(group, field_name) for group in others if group.shares_crop]
+        rule = f"{field_name} of the groups with shares_crop: must be the first view's, {wanted}"
+        require(all(value == wanted for value in values), name, tuple(values), rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,30 @@ def test_long_lines_and_large_views_are_pillows(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize(
+    ("base", "size"), [(256, 224), (37, 32), (9, 8), (300, 1), (96, 40), (33, 33)]
+)
+def test_a_part_of_the_resized_window_is_pillows_to_the_bit(
+    backend: str, interpolation: str, base: int, size: int
+) -> None:
+    """The filter ends at the window, not at the part."""
+    images, rng = photos(size), np.random.default_rng(base)
+    parameters, crops = drawn(len(images), seed=size), windows(images, size)
+    room = base - size
+    corners = rng.integers(0, room + 1, (len(images), 2)).astype(np.int32)
+    corners[:2] = [[0, room], [room, 0]]
+    whole = resized(images, crops, base, interpolation)
+    parts = [whole[row, y : y + size, x : x + size] for row, (y, x) in enumerate(corners.tolist())]
+    want = by_pillow(torch.stack(parts), parameters)
+    how = {"size": size, "base_size": base, "interpolation": interpolation, "backend": backend}
+    how["corners"] = torch.from_numpy(corners)
+    assert torch.equal(cut_views(images, crops, parameters, **how, **LEVELS), want)
+    levels = cut_views(images, crops, parameters, dtype=torch.uint8, threads=3, **how)
+    assert torch.equal(levels.float(), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("size", "interpolation"), [(64, "bilinear"), (49, "bicubic")])
 def test_a_whole_view_is_pillows_to_the_bit(backend: str, size: int, interpolation: str) -> None:
     images = photos(1) * 5  # fifty rows: every order of the jitter, and twice
@@ -269,14 +293,19 @@ def test_a_library_older_than_its_source_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "BICUBIC", "_future")
     with pytest.raises(RuntimeError, match=f"no fastmoco_cut_views_future.*{cure}"):
         cut_views(*arguments, size=9, interpolation="bicubic", backend="native")
+    monkeypatch.setattr(native, "PART", "_later")
+    part = {"base_size": 9, "corners": torch.zeros(1, 2, dtype=torch.int32)}
+    with pytest.raises(RuntimeError, match=f"no fastmoco_cut_views_later.*{cure}"):
+        cut_views(*arguments, size=9, backend="native", **part)
 
 
 def test_the_structure_is_laid_out_as_in_c() -> None:
-    assert ctypes.sizeof(native._Batch) == 8 * (3 + len(native._POINTERS) + 1)
+    assert ctypes.sizeof(native._Batch) == 8 * (3 + len(native._POINTERS) + 3)
 
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
 CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
+CORNER = torch.tensor([[0, 2]], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +332,13 @@ CROP = torch.tensor([[2, 3, 10, 12]], dtype=torch.int32)
         ({"dtype": torch.float16}, "dtype=torch.float16 is neither torch.float32 nor torch.uint8"),
         ({"interpolation": "cubic"}, "interpolation='cubic' is none of ('bilinear', 'bicubic')"),
         ({"threads": 0}, "threads=0; needs at least one"),
+        ({"base_size": 9}, "base_size=9 needs corners"),
+        ({"corners": CORNER}, "base_size=0 needs corners, which need a base_size from size=8"),
+        ({"base_size": 7, "corners": CORNER}, "base_size=7 needs corners"),
+        ({"base_size": 10, "corners": CORNER.long()}, "corners are torch.int64 (1, 2)"),
+        ({"base_size": 10, "corners": CORNER[:, :1]}, "1 images need torch.int32 (1, 2)"),
+        ({"base_size": 9, "corners": CORNER}, "corner 0 is (top, left) = (0, 2); a view of 8"),
+        ({"base_size": 10, "corners": -CORNER}, "corner 0 is (top, left) = (0, -2)"),
         ({"std": (1, 0, 1)}, "cut_views: std=(1, 0, 1) must be positive"),
         ({"mean": (1, 0)}, "cut_views: mean has 2 numbers"),
         ({"backend": "triton"}, "backend='triton' is none of ('auto', 'native', 'torch')"),

@@ -22,6 +22,8 @@ LEVELS = "fastmoco_cut_levels"
 """The function that writes bytes; libraries built from older sources lack it."""
 BICUBIC = "_bicubic"
 """Ends the names of the functions that resize by a cubic; older libraries lack them, too."""
+PART = "_part"
+"""Ends the names, after that, of the functions whose views are a part of the resized window."""
 
 _POINTERS = (
     "pixels",
@@ -45,6 +47,8 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("images", "size", "threshold")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("next", ctypes.c_longlong),
+        ("base", ctypes.c_int64),
+        ("corners", ctypes.c_void_p),
     ]
 
 
@@ -55,7 +59,8 @@ def native_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    names = [name + end for name in (VIEWS, LEVELS) for end in ("", BICUBIC)]
+    ends = ("", BICUBIC, PART, BICUBIC + PART)
+    names = [name + end for name in (VIEWS, LEVELS) for end in ends]
     for function in (getattr(library, name, None) for name in names):
         if function is not None:
             function.argtypes = [ctypes.POINTER(_Batch)]
@@ -66,11 +71,13 @@ def native_library() -> ctypes.CDLL | None:
 def cut_views_native(
     images: list[NDArray[np.uint8]],
     crops: Tensor,
+    corners: Tensor | None,
     tables: Plan,
     scale: Tensor,
     shift: Tensor,
     threshold: int,
     interpolation: str,
+    base_size: int,
     threads: int,
     out: Tensor,
 ) -> None:
@@ -79,11 +86,13 @@ def cut_views_native(
     Args:
         images: B of [H, W, 3] uint8, the levels of a row side by side.
         crops: [B, 4] int32, top, left, height, width, inside their images.
+        corners: [B, 2] int32, top, left of the views in their resized windows; None: all of these.
         tables: of the batch, on the CPU.
         scale: [3] float32, factor of a level in the result.
         shift: [3] float32, what is added then.
         threshold: level from which solarize inverts.
         interpolation: of the resize, "bilinear" or "bicubic".
+        base_size: side of a resized window; not read without corners.
         threads: that work on it, this one among them.
         out: [B, 3, size, size] float32, contiguous; or uint8, for levels without factor and
             summand.
@@ -96,6 +105,7 @@ def cut_views_native(
     assert library is not None  # noqa: S101 - a type: callers have asked whether it is there
     name = LEVELS if out.dtype == torch.uint8 else VIEWS
     name += BICUBIC if interpolation == "bicubic" else ""
+    name += "" if corners is None else PART
     cut = getattr(library, name, None)
     if cut is None:
         raise RuntimeError(
@@ -109,12 +119,21 @@ def cut_views_native(
         for t in (crops, tables.steps, tables.factors, tables.shift, tables.flags, tables.boxes)
     ]
     pointers = [t.data_ptr() for t in (*fields, scale, shift, out)]
+    places = None if corners is None else corners.contiguous()
     batch = _Batch(
-        len(images), out.shape[-1], threshold, pixels.ctypes.data, strides.ctypes.data, *pointers, 0
+        len(images),
+        out.shape[-1],
+        threshold,
+        pixels.ctypes.data,
+        strides.ctypes.data,
+        *pointers,
+        0,
+        base_size,
+        None if places is None else places.data_ptr(),
     )
     # The batch keeps alive everything that the threads read: an interrupt may end this function
     # first.
-    batch.memory = (images, pixels, strides, fields, scale, shift, out)
+    batch.memory = (images, pixels, strides, fields, places, scale, shift, out)
     results: list[int] = []
 
     def work() -> None:

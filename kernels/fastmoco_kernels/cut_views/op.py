@@ -49,6 +49,8 @@ def cut_views(
     parameters: ViewColorParameters,
     *,
     size: int = 224,
+    base_size: int = 0,
+    corners: Tensor | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
@@ -70,6 +72,10 @@ def cut_views(
             image.
         parameters: a row for each image, on the CPU.
         size: height and width of a view in pixels, 1 to 32768.
+        base_size: height and width to which a window is resized before the view is cut from it, up
+            to 32768; 0: `size`, all of it is the view.
+        corners: [B, 2] int32 on the CPU, with `base_size` alone: top, left of the view in the
+            resized window. Only that part is computed; its levels are those of the whole.
         mean: of the three channels, subtracted after scaling to [0, 1].
         std: of the three channels, divided by; positive.
         dtype: float32; or uint8: levels, not normalised, whatever `mean` and `std` are.
@@ -83,9 +89,9 @@ def cut_views(
         [B, 3, size, size] of `dtype`, contiguous. Not differentiable.
 
     Raises:
-        ValueError: for an image or crops of another type, shape or device, a window that leaves its
-            image, parameters of another length or out of range, another dtype or interpolation, or
-            a backend that cannot run here.
+        ValueError: for an image, crops or corners of another type, shape or device, a window that
+            leaves its image, a view that leaves its resized window, parameters of another length or
+            out of range, another dtype or interpolation, or a backend that cannot run here.
         MemoryError: if a thread gets no memory to work in.
 
     Numerics: levels are whole numbers, equal on every backend and machine; the last step is one
@@ -105,6 +111,7 @@ def cut_views(
     """
     arrays = [_array(image, row) for row, image in enumerate(images)]
     _check(arrays, crops, parameters, size, solarize_threshold, threads)
+    _check_corners(corners, len(arrays), base_size, size)
     check_normalisation("cut_views", mean, std)
     if dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"cut_views: dtype={dtype} is neither torch.float32 nor torch.uint8")
@@ -125,17 +132,28 @@ def cut_views(
         cut_views_native(
             arrays,
             crops,
+            corners,
             plan(parameters),
             scale,
             shift,
             solarize_threshold,
             interpolation,
+            base_size,
             threads,
             out,
         )
     else:
         cut_views_reference(
-            arrays, crops, plan(parameters), scale, shift, solarize_threshold, interpolation, out
+            arrays,
+            crops,
+            corners,
+            plan(parameters),
+            scale,
+            shift,
+            solarize_threshold,
+            interpolation,
+            base_size,
+            out,
         )
     return out
 
@@ -201,4 +219,27 @@ def _check(
             f"{tuple(windows[row].tolist())}; image {row} of "
             f"{sizes[row, 0]} x {sizes[row, 1]} pixels does not hold it (windows have 1 to "
             f"{_LARGEST} rows and columns)"
+        )
+
+
+def _check_corners(corners: Tensor | None, count: int, base_size: int, size: int) -> None:
+    """Refuse a view that leaves the resized window, or half of what a part needs."""
+    if corners is None and not base_size:
+        return
+    if corners is None or not size <= base_size <= _LARGEST:
+        raise ValueError(
+            f"cut_views: base_size={base_size} needs corners, which need a base_size from size="
+            f"{size} to {_LARGEST}"
+        )
+    if corners.shape != (count, 2) or corners.dtype != torch.int32 or corners.device.type != "cpu":
+        raise ValueError(
+            f"cut_views: corners are {corners.dtype} {tuple(corners.shape)} on {corners.device} "
+            f"but {count} images need torch.int32 {(count, 2)} on the CPU"
+        )
+    bad = ((corners < 0) | (corners > base_size - size)).any(1).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"cut_views: corner {row} is (top, left) = {tuple(corners[row].tolist())}; a view of "
+            f"{size} pixels leaves the window resized to {base_size}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,34 +18,46 @@ _WEIGHT_BITS = 22
 def cut_views_reference(
     images: list[NDArray[np.uint8]],
     crops: Tensor,
+    corners: Tensor | None,
     tables: Plan,
     scale: Tensor,
     shift: Tensor,
     threshold: int,
     interpolation: str,
+    base_size: int,
     out: Tensor,
 ) -> None:
     """Compute a batch into `out`, float32 or uint8; arguments as `cut_views_native`."""
     size = out.shape[-1]
-    for row, (image, crop) in enumerate(zip(images, crops.tolist(), strict=True)):
+    places = [None] * len(images) if corners is None else corners.tolist()
+    for row, (image, crop, corner) in enumerate(zip(images, crops.tolist(), places, strict=True)):
         top, left, height, width = crop
         window = torch.from_numpy(image[top : top + height, left : left + width].copy())
         rows = slice(row, row + 1)
-        resized = resize_reference(window, size, interpolation)[None]
+        side = size if corner is None else base_size
+        resized = resize_reference(window, size, interpolation, side, corner or (0, 0))[None]
         view_color_reference(
             resized, Plan(*(table[rows] for table in tables)), scale, shift, threshold, out[rows]
         )
 
 
-def resize_reference(window: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
+def resize_reference(
+    window: Tensor,
+    size: int,
+    interpolation: str = "bilinear",
+    base_size: int | None = None,
+    corner: Sequence[int] = (0, 0),
+) -> Tensor:
     """Resize with antialiasing, along the rows first: [H, W, 3] uint8 to [size, size, 3] uint8.
 
     A level of a pass is `(2^21 + sum of weight * level) >> 22` with whole weights; in float64 all
-    of it is exact.
+    of it is exact. With `base_size` the result is the part of the window, resized to that, whose
+    upper left is `corner` (top, left).
     """
     height, width, _ = window.shape
-    across = resize_weights(width, size, interpolation)
-    down = resize_weights(height, size, interpolation)
+    top, left = corner
+    across = resize_weights(width, base_size or size, interpolation)[left : left + size]
+    down = resize_weights(height, base_size or size, interpolation)[top : top + size]
     narrow = _whole(torch.einsum("xw,hwc->hxc", across, window.double()))
     return _whole(torch.einsum("yh,hxc->yxc", down, narrow)).to(torch.uint8)
 

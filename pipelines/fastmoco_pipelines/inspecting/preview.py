@@ -176,6 +176,8 @@ def describe_draws(draws: ViewDraws, i: int, size: Sequence[int]) -> str:
     top, left, height, width = draws.crop[i].tolist()
     share = height * width / max(int(size[0]) * int(size[1]), 1)
     words = [f"crop {width}x{height} at {left},{top} = {share:.2f} of the image"]
+    if draws.corner[i].any():
+        words.append("view at {1},{0} of the resized crop".format(*draws.corner[i].tolist()))
     factors = (
         float(draws.brightness[i]),
         float(draws.contrast[i]),

@@ -49,6 +49,10 @@ def named_inputs(draws: ViewDraws, spec: ViewSpec, prefix: str) -> dict[str, NDA
         "start": np.ascontiguousarray(draws.crop[:, :2]),
         "shape": np.ascontiguousarray(draws.crop[:, 2:]),
     }
+    if spec.base_size:
+        corner = draws.corner.astype(np.float64)
+        inputs["roi_start"] = (corner / spec.base_size).astype(np.float32)
+        inputs["roi_end"] = ((corner + spec.size) / spec.base_size).astype(np.float32)
     if "flip" in uses:
         inputs["flip"] = draws.flip.astype(np.int32)
     if "brightness" in uses:

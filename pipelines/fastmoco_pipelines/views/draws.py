@@ -23,7 +23,10 @@ _CROP_TRIES = 10
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 _BLOCKS = 5
 """Philox blocks of a sample, of eight 32-bit numbers each: two for a first crop try and all else,
-three for nine more."""
+three for nine more and the shift."""
+_RETRIES = slice(16, 16 + 2 * (_CROP_TRIES - 1))
+_SHIFT = slice(_RETRIES.stop, _RETRIES.stop + 2)
+"""Which of these numbers further tries and the shift take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ class ViewDraws:
 
     Attributes:
         crop: [B, 4] int32, crop window (top, left, height, width) in pixels of the decoded image.
+        corner: [B, 2] int32, top and left of the view in the crop window resized to
+            `ViewSpec.base_size`, before the flip; 0 without one.
         flip: [B] bool, horizontal flip.
         brightness: [B] float32 factor, 1 where untouched.
         contrast: [B] float32 factor, 1 where untouched.
@@ -46,6 +51,7 @@ class ViewDraws:
     """
 
     crop: NDArray[np.int32]
+    corner: NDArray[np.int32]
     flip: NDArray[np.bool_]
     brightness: NDArray[np.float32]
     contrast: NDArray[np.float32]
@@ -158,6 +164,20 @@ def _draw_crops(
     return crop
 
 
+def _corners(
+    bits: NDArray[np.uint64], flip: NDArray[np.bool_], spec: ViewSpec
+) -> NDArray[np.int32]:
+    """[B, 2] top and left of the view in the resized window before its flip, from [2, B] bits.
+
+    The shift counts from the upper left of the flipped window.
+    """
+    shift = (bits * np.uint64(spec.shift + 1)) >> np.uint64(32)  # uniform on 0 .. spec.shift
+    corners = np.ascontiguousarray(shift.T, dtype=np.int32)
+    if spec.base_size:
+        corners[flip, 1] = spec.base_size - spec.size - corners[flip, 1]
+    return corners
+
+
 def draw_views(
     spec: ViewSpec,
     *,
@@ -174,7 +194,8 @@ def draw_views(
     sample, epoch, view + 256 * place); each word gives two 32-bit numbers, low half first. The crop
     window follows torchvision's RandomResizedCrop: up to ten tries of area = H * W * U(crop_scale)
     and ratio = exp(U(log crop_ratio)), rounded to whole pixels, the first that fits at a uniform
-    place; failing all, the largest central window within the ratio limits.
+    place; failing all, the largest central window within the ratio limits. Window and flip of a
+    view with `shares_crop` are those of view 1, from its stream.
 
     Args:
         spec: what the view is.
@@ -230,6 +251,10 @@ def draw_views(
         streams += places.astype(np.uint64) << np.uint64(8)
     bits = _random_bits(seed, epoch, streams, ids)
     unit = _unit(bits[4:16])
+    cut = bits
+    if spec.shares_crop:
+        cut = _random_bits(seed, epoch, streams - np.uint64(view - 1), ids)
+    flip = _unit(cut[13]) < spec.flip_probability
     jittered = unit[0] < spec.jitter_probability
 
     def factor(draw: NDArray[np.float64], strength: float) -> NDArray[np.float32]:
@@ -239,8 +264,9 @@ def draw_views(
     low, high = spec.blur_sigma
     sigma = low + (high - low) * unit[7]
     return ViewDraws(
-        crop=_draw_crops(bits[:4], bits[16 : 16 + 2 * (_CROP_TRIES - 1)], sizes64, spec),
-        flip=unit[9] < spec.flip_probability,
+        crop=_draw_crops(cut[:4], cut[_RETRIES], sizes64, spec),
+        corner=_corners(bits[_SHIFT], flip, spec),
+        flip=flip,
         brightness=factor(unit[1], spec.brightness),
         contrast=factor(unit[2], spec.contrast),
         saturation=factor(unit[3], spec.saturation),
@@ -263,7 +289,8 @@ def draw_batch(
 ) -> tuple[ViewDraws, ...]:
     """Draw the parameters of all views of a batch: `draw_views` for each of them, numbered from 1.
 
-    The draws of a view depend on its number and its own spec, not on how many others there are.
+    The draws of a view depend on its number and its own spec, not on how many others there are. A
+    view with `shares_crop` has the crop ranges of the first in its spec (`require_views`).
     """
     return tuple(
         draw_views(

@@ -72,6 +72,8 @@ def exact_views(
         torch.from_numpy(draws.crop),
         color_parameters(draws),
         size=spec.size,
+        base_size=spec.base_size,
+        corners=torch.from_numpy(draws.corner) if spec.base_size else None,
         mean=spec.mean,
         std=spec.std,
         dtype=dtype,

@@ -76,7 +76,12 @@ def cut_view(
     )
     cubic = spec.interpolation == "bicubic"
     interpolation = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
-    view = fn.resize(window, size=(spec.size, spec.size), interp_type=interpolation, antialias=True)
+    # The part of the window, resized to `base_size`, that is the view: nothing else is computed.
+    ends = {name: argument(name, ndim=1) for name in ("roi_start", "roi_end") if spec.base_size}
+    part = {**ends, "roi_relative": True} if ends else {}
+    view = fn.resize(
+        window, size=(spec.size, spec.size), interp_type=interpolation, antialias=True, **part
+    )
     if spec.color == "exact":
         return view
     uses = operations(spec)

@@ -26,8 +26,12 @@ def crop_and_resize(
     crop: tuple[int, int, int, int],
     size: int,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    *,
+    base_size: int = 0,
+    corner: tuple[int, int] = (0, 0),
 ) -> Image.Image:
-    """Cut (top, left, height, width) and scale it to `size` x `size` with antialiasing.
+    """Cut (top, left, height, width) and scale it to `size` x `size` with antialiasing; with
+    `base_size` scale it to that, and cut `size` x `size` at `corner` (top, left) from it.
 
     Along the rows first, as Pillow does by itself up to version 12. Version 13 takes the other
     order for some windows taller than wide and than `size`. There a bilinear level may differ by
@@ -35,8 +39,13 @@ def crop_and_resize(
     """
     top, left, height, width = crop
     window = image.crop((left, top, left + width, top + height))
-    narrow = window.resize((size, height), FILTERS[interpolation])
-    return narrow.resize((size, size), FILTERS[interpolation])
+    side = base_size or size
+    narrow = window.resize((side, height), FILTERS[interpolation])
+    resized = narrow.resize((side, side), FILTERS[interpolation])
+    if not base_size:
+        return resized
+    top, left = corner
+    return resized.crop((left, top, left + size, top + size))
 
 
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
@@ -97,8 +106,15 @@ def reference_image(
     `ViewSpec`, the four of the jitter in the row's own where `spec.color` is "exact"."""
     source = image if isinstance(image, Image.Image) else Image.fromarray(image)
     top, left, height, width = (int(value) for value in draws.crop[i])
-    window = top, left, height, width
-    view = crop_and_resize(source.convert("RGB"), window, spec.size, spec.interpolation)
+    from_top, from_left = (int(value) for value in draws.corner[i])
+    view = crop_and_resize(
+        source.convert("RGB"),
+        (top, left, height, width),
+        spec.size,
+        spec.interpolation,
+        base_size=spec.base_size,
+        corner=(from_top, from_left),
+    )
     for operation in draws.jitter_order[i].tolist() if spec.color == "exact" else range(4):
         view = _jitter(view, operation, draws, i)
     if draws.grayscale[i]:

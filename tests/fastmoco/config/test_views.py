@@ -13,7 +13,7 @@ from fastmoco.config import Config, DataConfig, ModelConfig
 from fastmoco.config.serial import differences, flatten, from_json, may_change, to_json
 from fastmoco.recipes import get_recipe, with_image_size
 from fastmoco_pipelines.making.digits import pack_digits
-from fastmoco_pipelines.spec import Resume, ViewSpec, each_view, moco_v3_views
+from fastmoco_pipelines.spec import Resume, ViewSpec, cmae_views, each_view, moco_v3_views
 from tests.command_line import main
 
 CROPS = ViewSpec(size=96, crop_scale=(0.05, 0.4), copies=6, blur_sigma=(0.1, 1.0), color="exact")
@@ -90,9 +90,33 @@ def test_an_image_size_carries_small_crops_along_to_whole_patches():
     assert tiny.view1.blur_sigma == pytest.approx((0.1 / 7, 2 / 7))
 
 
+def test_an_image_size_carries_a_shared_crop_along():
+    config = multi_crop()
+
+    def pair(size):
+        return dict(zip(("view1", "view2"), cmae_views(size), strict=True))
+
+    config = replace(config, data=replace(config.data, **pair(224)))
+    for size in (112, 64):
+        data = with_image_size(config, size).data
+        assert (data.view1, data.view2) == cmae_views(size)
+    # A config that was stored before there were shared crops.
+    stored = to_json(config)
+    for view in ("view1", "view2"):
+        for name in ("shares_crop", "base_size", "shift"):
+            del stored["data"][view][name]
+    old = from_json(stored).data
+    assert (old.view1.base_size, old.view2.shift, old.view2.shares_crop) == (0, 0, False)
+    assert from_json(to_json(config)) == config
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
+        (
+            lambda: DataConfig(view2=replace(ViewSpec(), shares_crop=True, crop_scale=(0.2, 1))),
+            r"more_views=\(\(0.2, 1\),\): crop_scale of the groups with shares_crop",
+        ),
         (lambda: DataConfig(view1=ViewSpec(copies=0)), r"view1.copies=0: .*set view2.copies to 0"),
         (
             lambda: DataConfig(view2=ViewSpec(size=96)),

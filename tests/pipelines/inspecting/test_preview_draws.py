@@ -36,6 +36,7 @@ def test_a_view_that_is_left_alone_has_a_crop_and_nothing_else():
         ({"grayscale_probability": 1}, ", grey"),
         ({"blur_probability": 1}, ", sigma "),
         ({"solarize_probability": 1}, ", solarize"),
+        ({"base_size": 324, "flip_probability": 1}, ", view at 100,0 of the resized crop"),
         ({"flip_probability": 1}, ", flip"),
     ],
 )

@@ -10,6 +10,7 @@ enum { WEIGHT_BITS = 22 };
 typedef struct {
     int32_t *first, *taps, *weights;
     int most; /* weights that each place has room for */
+    int start, length; /* of the levels that any place reads; `first` counts from `start` */
 } Axis;
 
 /* Pixels of the input, or of the result where the axis shrinks, that a weight reaches to each side. */
@@ -18,9 +19,9 @@ static double reach_of(Filter filter)
     return filter == BICUBIC ? 2.0 : 1.0;
 }
 
-static int most_taps(int length, int size, Filter filter)
+static int most_taps(int length, int base, Filter filter)
 {
-    double scale = (double)length / size;
+    double scale = (double)length / base;
     return (int)ceil(reach_of(filter) * (scale < 1.0 ? 1.0 : scale)) * 2 + 1;
 }
 
@@ -29,9 +30,9 @@ static size_t aligned(size_t bytes)
     return (bytes + 63) & ~(size_t)63;
 }
 
-static size_t axis_bytes(int length, int size, Filter filter)
+static size_t axis_bytes(int length, int base, int size, Filter filter)
 {
-    return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, size, filter)));
+    return aligned(sizeof(int32_t) * size * (2 + (size_t)most_taps(length, base, filter)));
 }
 
 /* A triangle, or Keys' cubic with a = -1/2; operations in Pillow's order, which decides last bits. */
@@ -50,16 +51,17 @@ static int32_t whole_weight(double weight)
     return (int32_t)((weight < 0.0 ? -0.5 : 0.5) + weight * (1 << WEIGHT_BITS));
 }
 
-/* The filter about each place of the result, `stretch` times as wide; double as in Pillow. */
-static Axis make_axis(int length, int size, Filter filter, uint8_t *memory)
+/* The filter about each of `size` places from `start` on, of `base` to which `length` levels are
+ * resized; `stretch` times as wide; double as in Pillow. */
+static Axis make_axis(int length, int base, int start, int size, Filter filter, uint8_t *memory)
 {
-    Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, size, filter)};
+    Axis axis = {.first = (int32_t *)memory, .most = most_taps(length, base, filter)};
     axis.taps = axis.first + size;
     axis.weights = axis.taps + size;
-    double scale = (double)length / size, stretch = scale < 1.0 ? 1.0 : scale;
+    double scale = (double)length / base, stretch = scale < 1.0 ? 1.0 : scale;
     double reach = reach_of(filter) * stretch;
     for (int place = 0; place < size; place++) {
-        double centre = (place + 0.5) * scale, total = 0.0;
+        double centre = (start + place + 0.5) * scale, total = 0.0;
         int first = (int)(centre - reach + 0.5), end = (int)(centre + reach + 0.5);
         first = first < 0 ? 0 : first;
         end = end > length ? length : end;
@@ -75,6 +77,10 @@ static Axis make_axis(int length, int size, Filter filter, uint8_t *memory)
         axis.first[place] = first;
         axis.taps[place] = end - first;
     }
+    axis.start = axis.first[0];
+    axis.length = axis.first[size - 1] + axis.taps[size - 1] - axis.start;
+    for (int place = 0; place < size; place++)
+        axis.first[place] -= axis.start;
     return axis;
 }
 
@@ -146,25 +152,26 @@ VECTORISED static void along_columns(const uint8_t *rows, Axis axis, int size, P
             );
 }
 
-size_t resize_scratch(int window_height, int window_width, int size, Filter filter)
+size_t resize_scratch(int window_height, int window_width, int base, int size, Filter filter)
 {
-    return axis_bytes(window_width, size, filter) + axis_bytes(window_height, size, filter) +
+    return axis_bytes(window_width, base, size, filter) + axis_bytes(window_height, base, size, filter) +
            aligned((size_t)3 * LANES * window_width) + aligned((size_t)3 * LANES * size) +
            aligned((size_t)3 * size * window_height);
 }
 
-void resize_window(Window window, Planes planes, Filter filter, uint8_t *scratch)
+void resize_window(Window window, Part part, Planes planes, Filter filter, uint8_t *scratch)
 {
     int size = planes.width;
-    Axis across = make_axis(window.width, size, filter, scratch);
-    scratch += axis_bytes(window.width, size, filter);
-    Axis down = make_axis(window.height, size, filter, scratch);
-    scratch += axis_bytes(window.height, size, filter);
+    Axis across = make_axis(window.width, part.base, part.left, size, filter, scratch);
+    scratch += axis_bytes(window.width, part.base, size, filter);
+    Axis down = make_axis(window.height, part.base, part.top, size, filter, scratch);
+    scratch += axis_bytes(window.height, part.base, size, filter);
     uint8_t *strip = scratch, *narrow = strip + aligned((size_t)3 * LANES * window.width);
     uint8_t *rows = narrow + aligned((size_t)3 * LANES * size);
-    for (int y = 0; y < window.height; y += LANES) {
-        int some = window.height - y < LANES ? window.height - y : LANES;
-        transpose_bytes(window.pixels + y * window.stride, window.stride, some, 3 * window.width, strip, LANES);
+    const uint8_t *pixels = window.pixels + down.start * window.stride + (ptrdiff_t)3 * across.start;
+    for (int y = 0; y < down.length; y += LANES) {
+        int some = down.length - y < LANES ? down.length - y : LANES;
+        transpose_bytes(pixels + y * window.stride, window.stride, some, 3 * across.length, strip, LANES);
         along_rows(strip, across, size, narrow);
         transpose_bytes(narrow, LANES, 3 * size, some, rows + (ptrdiff_t)y * 3 * size, (ptrdiff_t)3 * size);
     }

@@ -35,12 +35,18 @@ typedef struct {
 
 typedef enum { BILINEAR, BICUBIC } Filter;
 
-/* Bytes of scratch memory that the functions below need. */
-size_t resize_scratch(int window_height, int window_width, int size, Filter filter);
+/* Which part of a resized window is wanted: the window becomes base x base, the part begins there. */
+typedef struct {
+    int base, top, left;
+} Part;
+
+/* Bytes of scratch memory that the functions below need; a part of size x size of a base. */
+size_t resize_scratch(int window_height, int window_width, int base, int size, Filter filter);
 size_t blur_scratch(int height, int width);
 
-/* Resize a window to the planes with antialiasing, as Pillow's Image.resize. */
-void resize_window(Window window, Planes planes, Filter filter, uint8_t *scratch);
+/* Resize a window with antialiasing, as Pillow's Image.resize, and keep the part that fills the
+ * planes; nothing else is computed. */
+void resize_window(Window window, Part part, Planes planes, Filter filter, uint8_t *scratch);
 
 /* The jitter: codes 0 brightness, 1 contrast, 2 saturation, 3 hue, all else nothing. */
 void jitter_step(Planes planes, int32_t code, const float *factors, int32_t hue_shift);
