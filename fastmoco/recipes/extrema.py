@@ -100,10 +100,15 @@ def extrema_nano7_e12_b256() -> Config:
 
 
 def _small(base: Config, recipe: str, objective: ExtreMAConfig) -> Config:
-    """A recipe for small images with ExtreMA: sizes, crops and colors of the base."""
+    """A recipe for small images with ExtreMA: sizes, crops and colors of the base.
+
+    Without batch norms only weight decay removes what all features have in common. A short run needs
+    much of it, and many small steps: with the decay of the base, features of the digits collapse.
+    """
     return replace(
         base,
         recipe=recipe,
+        global_batch_size=64,
         model=replace(
             base.model,
             pooling="class_attention",
@@ -111,6 +116,8 @@ def _small(base: Config, recipe: str, objective: ExtreMAConfig) -> Config:
             freeze_patch_embed=False,
         ),
         objective=objective,
-        optim=replace(base.optim, betas=(0.9, 0.95)),
+        optim=OptimConfig(
+            lr=4e-3, weight_decay=3.0, betas=(0.9, 0.95), warmup_epochs=base.epochs / 10
+        ),
         data=two_colors((base.data.view1, replace(base.data.view1, shares_crop=True))),
     )
