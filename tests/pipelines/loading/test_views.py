@@ -230,7 +230,8 @@ def test_twenty_pairs_of_the_digits_keep_their_bits(tmp_path, monkeypatch) -> No
     )
     for batch in take(spec, 20, order_version=1):
         for drawn in rendered[batch.step].draws:
-            for field in fields(drawn):
+            assert not drawn.corner.any()  # the digests are older than this field
+            for field in (field for field in fields(drawn) if field.name != "corner"):
                 draws.update(np.ascontiguousarray(getattr(drawn, field.name)).tobytes())
         for view in batch.views:
             levels.update(view.contiguous().numpy().tobytes())
