@@ -114,6 +114,7 @@ def windows(src: Path, out: Path, *, seed: int = 0) -> int:
                 chosen.setdefault(path.relative_to(src).parts[0], path)
     for name, path in chosen.items():
         with Image.open(path) as opened:
+            opened.draft("L", (1280, 1280))
             grey = opened.convert("L")
         photo = grey.resize((1280, 1280 * grey.height // grey.width), Image.Resampling.LANCZOS)
         train = _windows(photo, 0, int(0.6 * photo.width), TRAIN_WINDOWS, rng)

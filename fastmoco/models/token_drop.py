@@ -94,7 +94,16 @@ def kept_ids(noise: Tensor, kept: int) -> Tensor:
 
 
 def taken(tokens: Tensor, kept: Tensor) -> Tensor:
-    """The tokens that stay: [B or 1, L, E] by ids [B, k] -> [B, k, E]."""
+    """The tokens that stay: [B or 1, L, E] by ids [B, k] -> [B, k, E].
+
+    Of B images there may be n sets of ids, [n * B, k], set by set; then so are the tokens.
+    """
+    images, sets = len(tokens), len(kept) // len(tokens)
+    if images > 1 < sets:
+        # All sets of an image in one row: the backward needs no copy of the tokens for each set.
+        by_image = kept.view(sets, images, -1).transpose(0, 1)
+        found = taken(tokens, by_image.flatten(1)).view(images, *by_image.shape[1:], -1)
+        return found.transpose(0, 1).flatten(0, 1)
     rows = kept[:, :, None].expand(-1, -1, tokens.shape[2])
     return tokens.expand(len(kept), -1, -1).gather(1, rows)
 

@@ -4,7 +4,8 @@ class-token feature; and the variants of its ablations.
 Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
 `encode` computes only the class token of the last block (see `blocks`), unless the feature is a
-mean of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
+mean of tokens, blocks for the class token follow, or a batch norm in the block sees every token; its
+reference is `encode_plain`.
 `encode_taps` does the same and gives the feature after every block; its reference is `plain_taps`.
 
 Legend: B images, L patch tokens, E width.
@@ -31,6 +32,7 @@ from fastmoco.models.blocks import (
     Recompute,
     sum_of,
 )
+from fastmoco.models.class_attention import ClassBlock
 from fastmoco.models.encoder import Coupling, Family, Parts
 from fastmoco.models.token_drop import taken
 
@@ -93,6 +95,10 @@ def column_first_positions(grid: int, width: int) -> Tensor:
     return torch.cat([table.new_zeros(1, width), table]).float()
 
 
+CLASS_TOKEN = ("class", "class_attention")
+"""Kinds of pooling with a class token."""
+CLASS_BLOCKS = 2
+"""Blocks of class attention behind the others, with `pooling="class_attention"`."""
 FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {
     "sincos": sincos_positions,
     "sincos_columns": column_first_positions,
@@ -154,15 +160,19 @@ class VisionTransformer(nn.Module):
         pooling: "class": the class token after the final norm; "mean_norm": the norm of the mean of
             the patch tokens, beside which there is a class token; without a class token,
             "norm_mean": the mean of the patch tokens after the final norm, "mean": of the patch
-            tokens, without a final norm.
+            tokens, without a final norm; "class_attention": a class token without a position, which
+            reads the patch tokens in two blocks behind the others (`ClassBlock`), after the final
+            norm.
         positions: "sincos" is the fixed table of MoCo v3, "sincos_columns" that of MAE, "learned" a
             trained one, "none" adds nothing.
         mlp_norm: norm before each MLP: "layer", or "batch" over all tokens of the global batch.
         attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
-        tokens: tokens of a view in a block, including the class token if there is one.
-        cls_token: [1, 1, E]; None with the two poolings that have none.
+        tokens: tokens of a view in a block, including the class token if it is among them.
+        cls_token: [1, 1, E]; None with a mean of patch tokens.
+        blocks_token: the blocks in which the class token reads the others; empty where it is one of
+            them, or there is none.
         pos_embed: [1, tokens, E]; None without positions.
         mask_token: [1, 1, E]; None unless an objective has called `add_mask_token`.
         coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
@@ -218,7 +228,7 @@ class VisionTransformer(nn.Module):
         # In this order, because it is that of the random draws.
         self.cls_token = (
             nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
-            if self._class_tokens
+            if pooling in CLASS_TOKEN
             else None
         )
         self.pos_embed = self._positions(positions, image_size // patch_size)
@@ -228,6 +238,10 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention, mlp_norm)
             for _ in range(depth)
+        )
+        self.blocks_token = nn.ModuleList(
+            ClassBlock(embed_dim, num_heads, round(mlp_ratio * embed_dim))
+            for _ in range(CLASS_BLOCKS if pooling == "class_attention" else 0)
         )
         self.norm: nn.Module = (
             nn.Identity() if pooling == "mean" else LayerNorm(embed_dim, eps=1e-6)
@@ -241,7 +255,7 @@ class VisionTransformer(nn.Module):
         """Choose which activations the backward computes again instead of
         keeping them; see `blocks`.
         """
-        for block in self.blocks:
+        for block in (*self.blocks, *self.blocks_token):
             assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
             block.recompute = what
 
@@ -267,6 +281,8 @@ class VisionTransformer(nn.Module):
             patch_tokens: of `patch_tokens`.
             paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
             kept: [B, k] numbers of the patch tokens that the blocks see (`token_drop`); None: all.
+                Or [n * B, k], n sets of tokens of each image, set by set: then so are paths and
+                features.
         """
         return self._encoded(self._placed(patch_tokens, kept), paths)
 
@@ -282,7 +298,8 @@ class VisionTransformer(nn.Module):
         if self.reads_class_row:
             feature = self.norm(last.class_row(tokens, branch, by_block[-1]))
             return feature
-        feature = self._pooled(sum_of(*last(tokens, branch, by_block[-1])))
+        tokens = sum_of(*last(tokens, branch, by_block[-1]))
+        feature = self._pooled(tokens)
         return feature
 
     def encode_plain(
@@ -295,7 +312,7 @@ class VisionTransformer(nn.Module):
         tokens = self._plain_tokens(patch_tokens, kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-        return self._plainly_pooled(tokens)
+        return self._plain_feature(tokens)
 
     def encode_taps(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -325,7 +342,7 @@ class VisionTransformer(nn.Module):
         else:
             rows.append(self._read(*last(tokens, branch, by_block[-1])))
         taps = torch.stack(rows, dim=1)
-        return self._normalised(taps) if self.pooling == "class" else taps
+        return self._normalised(taps) if self.pooling in CLASS_TOKEN else taps
 
     def taps(
         self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -342,7 +359,7 @@ class VisionTransformer(nn.Module):
         taps = []
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-            taps.append(self._plainly_pooled(tokens))
+            taps.append(self._plain_feature(tokens))
         return torch.stack(taps, dim=1)
 
     def forward(
@@ -351,7 +368,7 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] images -> [B, E] features; `paths` and `kept` as for `encode`. Patches that
         are left out are not embedded.
         """
-        if kept is None or not isinstance(self.patch_embed, PatchStem):
+        if self._embeds_all(images, kept):
             return self.encode(self.patch_tokens(images), paths, kept)
         return self._encoded(self._embedded(images, kept), paths)
 
@@ -549,7 +566,7 @@ class VisionTransformer(nn.Module):
         assert isinstance(first, Block)  # noqa: S101 - a type: all blocks are of this class
         tokens = self.tokens if side is None else self.tokens_of(side)
         per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
-        return tokens * per_token * (len(self.blocks) + 1)
+        return tokens * per_token * (len(self.blocks) + len(self.blocks_token) + 1)
 
     def forward_flops(self, side: int, keep: float = 1.0) -> float:
         """FLOPs of the products in one forward of a view of this many pixels per side, with every
@@ -562,7 +579,12 @@ class VisionTransformer(nn.Module):
         tokens = int((side // self.patch_size) ** 2 * keep) + self._class_tokens
         weights = sum(parameter.numel() for parameter in self.blocks.parameters())
         weights += sum(parameter.numel() for parameter in self.patch_embed.parameters())
-        return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
+        flops = 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
+        for block in self.blocks_token:  # the weights once, for the class token
+            assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all blocks are of this class
+            flops += 2 * sum(parameter.numel() for parameter in block.parameters())
+            flops += 4 * tokens * self.embed_dim * block.attn.num_heads
+        return flops
 
     def _projected(self, images: Tensor) -> Tensor:
         """[B, L, E] patches alone.
@@ -606,7 +628,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def _class_tokens(self) -> int:
-        """1 with a class token, otherwise 0."""
+        """1 with a class token among the others, otherwise 0."""
         return int(self.pooling in ("class", "mean_norm"))
 
     def _positions(self, kind: Positions, grid: int) -> nn.Parameter | None:
@@ -618,6 +640,11 @@ class VisionTransformer(nn.Module):
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
 
+    def _embeds_all(self, images: Tensor, kept: Tensor | None) -> bool:
+        """Whether every patch is embedded: none is left out, or several sets of patches stay."""
+        few = kept is not None and len(kept) == len(images)
+        return not (few and isinstance(self.patch_embed, PatchStem))
+
     def _placed(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
         """The tokens that stay, with all their positions."""
         if kept is None:
@@ -627,8 +654,9 @@ class VisionTransformer(nn.Module):
 
     def _embedded(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """`_placed` of images; patches that are left out are not embedded."""
-        if kept is None or not isinstance(self.patch_embed, PatchStem):
+        if kept is None or self._embeds_all(images, kept):
             return self._placed(self.patch_tokens(images), kept)
+        assert isinstance(self.patch_embed, PatchStem)  # noqa: S101 - a type: others embed all patches
         self._require_whole_patches(images)
         tokens = self.patch_embed.of_patches(images, kept)
         positions = None
@@ -641,25 +669,44 @@ class VisionTransformer(nn.Module):
         tokens = self._all_tokens(patch_tokens)
         if kept is None:
             return tokens
-        first = self._class_tokens
-        return torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
+        patches = taken(tokens[:, self._class_tokens :], kept)
+        if not self._class_tokens:
+            return patches
+        sets = len(kept) // len(tokens)
+        return torch.cat([tokens[:, :1].repeat(sets, 1, 1), patches], dim=1)
 
     def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
         """[B, E] of the residual stream after a block: the class token before the final norm, of
-        which alone the sum is taken, or the feature."""
+        which alone the sum is taken where it is one of the tokens, or the feature."""
         if self.pooling == "class":
             return sum_of(tokens[:, 0], None if branch is None else branch[:, 0])
+        if self.pooling == "class_attention":
+            return self._class_of(sum_of(tokens, branch))
         return self._pooled(sum_of(tokens, branch))
 
     def _pooled(self, tokens: Tensor) -> Tensor:
-        """[B, T, E] of the residual stream after a block -> [B, E] feature."""
-        if self.pooling in ("mean", "norm_mean"):
-            return self._normalised(tokens).mean(dim=1)
-        row = tokens[:, 0] if self.pooling == "class" else tokens[:, 1:].mean(dim=1)
-        return self._normalised(row)
+        """[B, E]: the feature of tokens [B, T, E] after all blocks."""
+        if self.pooling == "mean_norm":
+            return self._normalised(tokens[:, 1:].mean(dim=1))
+        if self.pooling in CLASS_TOKEN:
+            return self._normalised(self._class_of(tokens))
+        return self._normalised(tokens).mean(dim=1)
 
-    def _plainly_pooled(self, tokens: Tensor) -> Tensor:
-        """Reference of `_pooled`: the norm on every token, unless it is one of the mean."""
+    def _class_of(self, tokens: Tensor, *, plain: bool = False) -> Tensor:
+        """[B, E]: the class token before the final norm, of tokens [B, T, E] after all blocks."""
+        if not self.blocks_token:
+            return tokens[:, 0]
+        assert self.cls_token is not None  # noqa: S101 - a type: there are blocks for it
+        token = self.cls_token[:, 0].expand(len(tokens), -1)
+        for block in self.blocks_token:
+            assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all blocks are of this class
+            token = (block.plain if plain else block.read)(token, tokens)
+        return token
+
+    def _plain_feature(self, tokens: Tensor) -> Tensor:
+        """[B, E]: reference of the feature, of tokens [B, T, E] after a block."""
+        if self.pooling == "class_attention":
+            return self._normalised(self._class_of(tokens, plain=True))
         if self.pooling == "mean_norm":
             return self._normalised(tokens[:, 1:].sum(dim=1) / (tokens.shape[1] - 1))
         normalised = self._normalised(tokens)
@@ -672,7 +719,7 @@ class VisionTransformer(nn.Module):
     def _all_tokens(self, patch_tokens: Tensor) -> Tensor:
         """The patch tokens after the class token, if there is one, with all positions."""
         tokens = patch_tokens
-        if self.cls_token is not None:
+        if self.cls_token is not None and self._class_tokens:
             class_token: Tensor = self.cls_token
             if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
                 class_token = class_token + self.pos_embed[:, :1]
@@ -689,7 +736,7 @@ class VisionTransformer(nn.Module):
         tokens = patch_tokens
         if positions is not None:
             tokens = tokens + taken(positions, kept)
-        if self.cls_token is None:
+        if self.cls_token is None or not self._class_tokens:
             return tokens
         class_token: Tensor = self.cls_token
         if self.pos_embed is not None:

@@ -27,6 +27,7 @@ from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.esvit import EsViT
+from fastmoco.objectives.extrema import ExtreMA
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.macrl import MACRL
@@ -47,6 +48,7 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.cmae import CMAEConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.esvit import EsViTConfig
+from fastmoco.recipes.extrema import ExtreMAConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.macrl import MACRLConfig
 from fastmoco.recipes.mae import MAEConfig
@@ -86,6 +88,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MaskFeatConfig: MaskFeat.build,
     MP3Config: MP3.build,
     EsViTConfig: EsViT.build,
+    ExtreMAConfig: ExtreMA.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from fastmoco.config import Config
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.models.encoder import family_of
 from fastmoco.objectives.interface import (
     Coupling,
@@ -76,6 +77,7 @@ class Supervised(Objective):
         mixup: parameter of the Beta distribution of mixup; 0: none.
         cutmix: that of cutmix; 0: none.
         layer_decay: factor of the learning rate from one layer to the one before it.
+        layer_decay_by: layers of a ConvNeXt V2, see `ConvNeXtV2.layers`.
         head_std: deviation of the head's start values: 0.02 as DeiT, 0.01 for a linear probe as
             MoCo, 2e-5 for fine-tuning as MAE. The bias starts at 0.
         feature_norm: whether a batch norm without weight and bias, of all ranks, comes before the
@@ -88,7 +90,7 @@ class Supervised(Objective):
 
     Raises:
         ValueError: if there are fewer than 2 classes, or rates decay by the layers of an encoder
-            that is no ViT.
+            that is neither a ViT nor a ConvNeXt V2.
     """
 
     view_count = 1
@@ -104,6 +106,7 @@ class Supervised(Objective):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         layer_decay: float = 1.0,
+        layer_decay_by: Literal["block", "group"] = "block",
         head_std: float = 0.02,
         feature_norm: bool = False,
         seed: int = 0,
@@ -137,11 +140,17 @@ class Supervised(Objective):
         if feature_norm:
             norm = BatchNorm(self.encoder.embed_dim, eps=NORM_EPS, affine=False)
             self.encoder.head = nn.Sequential(norm, linear)
-        self._layers = _layers(self.encoder)
-        if layer_decay != 1 and family_of(self.encoder) != "vit":
+        self._layers = _layers(self.encoder, layer_decay_by)
+        family = family_of(self.encoder)
+        if layer_decay != 1 and family not in ("vit", "convnextv2"):
             raise ValueError(
-                f"objective.layer_decay={layer_decay}: layers are the blocks of a ViT, and this "
-                "encoder is none; take --objective.layer-decay 1"
+                f"objective.layer_decay={layer_decay}: layers are the blocks of a ViT or a ConvNeXt "
+                "V2, and this encoder is none; take --objective.layer-decay 1"
+            )
+        if layer_decay_by != "block" and family != "convnextv2":
+            raise ValueError(
+                f"objective.layer_decay_by={layer_decay_by!r}: is for the stages of a ConvNeXt V2; "
+                "take --objective.layer-decay-by block"
             )
         self.train()
 
@@ -170,6 +179,7 @@ class Supervised(Objective):
             mixup=own.mixup,
             cutmix=own.cutmix,
             layer_decay=own.layer_decay,
+            layer_decay_by=own.layer_decay_by,
             head_std=own.head_std,
             feature_norm=own.feature_norm,
             seed=config.seed,
@@ -280,7 +290,7 @@ class Supervised(Objective):
         return Classifier(self.encoder)
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Layer decay as BEiT and MAE define it; no weight decay of tensors of one dimension, of
+        """Layer decay as BEiT, MAE and ConvNeXt V2 define it; no weight decay of tensors of one dimension, of
         the class token, of positions and of `GRN`, as the methods' fine-tuning has it."""
         depth = max(self._layers.values(), default=0)
         own = name.removeprefix("encoder.")
@@ -344,8 +354,10 @@ def _partners(rows: Tensor) -> Tensor:
     return (torch.arange(len(rows), device=rows.device) ^ 1).clamp(max=len(rows) - 1)
 
 
-def _layers(encoder: Any) -> dict[str, int]:
+def _layers(encoder: Any, by: Literal["block", "group"]) -> dict[str, int]:
     """Layer of the modules of stem and blocks, by the beginning of their parameters' names."""
+    if isinstance(encoder, ConvNeXtV2):
+        return encoder.layers(by)
     parts = encoder.parts()
     names = {module: f"{name}." for name, module in encoder.named_modules()}
     found = {names[module]: 0 for module in parts.stem.values()}

@@ -40,6 +40,12 @@ from fastmoco.recipes.esvit import (
     esvit_view_swin_t4_e300_b512,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.extrema import (
+    extrema_digits,
+    extrema_nano7_e12_b256,
+    extrema_vit_b16_e300_b2048,
+    extrema_vit_b16_e300_b2048_m90,
+)
 from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_base_e800_b4096,
     fcmae_convnextv2_tiny_e800_b4096,
@@ -276,6 +282,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,
+        extrema_vit_b16_e300_b2048,
+        extrema_vit_b16_e300_b2048_m90,
+        extrema_nano7_e12_b256,
+        extrema_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

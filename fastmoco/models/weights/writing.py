@@ -137,6 +137,12 @@ VIT_REFUSALS = (
         lacks="no ViT whose final norm is that of a mean",
     ),
     Refusal(
+        field="pooling",
+        values=("class_attention",),
+        targets=("timm", "torchvision", "hf", "moco-v3"),
+        lacks="no ViT with class attention",
+    ),
+    Refusal(
         field="positions",
         values=("none",),
         targets=("moco-v3",),

@@ -32,6 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"pooling": "mean"},
     {"pooling": "norm_mean"},
     {"pooling": "mean_norm"},
+    {"pooling": "class_attention"},
     {"positions": "learned"},
     {"positions": "none"},
     {"positions": "learned", "pooling": "mean"},
@@ -243,8 +244,9 @@ def test_the_file_of_an_encoder_keeps_its_form(options: dict[str, Any], tmp_path
         name: getattr(config.model, name) for name in ("pooling", "mlp_norm")
     }
     assert ours.patch_embed.proj.weight.requires_grad is not config.model.freeze_patch_embed
-    timm_has_it = config.model.mlp_norm == "layer" and config.model.pooling != "mean_norm"
-    assert ("timm_arguments" in header) is timm_has_it
+    without = ("class_attention", "mean_norm")
+    in_timm = config.model.mlp_norm == "layer" and config.model.pooling not in without
+    assert ("timm_arguments" in header) is in_timm
     if "timm_arguments" not in header or importlib.util.find_spec("timm") is None:
         return
 

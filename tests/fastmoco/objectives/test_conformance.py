@@ -226,6 +226,19 @@ NAMES["fcmae"] = {
         ),
     ],
 }
+CLASS_BLOCKS = [
+    f"blocks_token.{number}.{name}"
+    for number in (0, 1)
+    for name in (*TRUNK_BLOCK, "gamma_1", "gamma_2")
+]
+LAYER_NORM_HEAD = [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
+LAYER_NORM_PROJECTOR = [
+    f"head.{name}" for name in (*LAYER_NORM_HEAD, "4.weight", "4.bias", "6.weight", "6.bias")
+]
+NAMES["extrema"] = {
+    **dict.fromkeys(("encoder", "momentum_encoder"), ENCODER + CLASS_BLOCKS + LAYER_NORM_PROJECTOR),
+    "predictor": LAYER_NORM_HEAD,
+}
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
 NAMES["macrl"] = {
     **dict.fromkeys(
@@ -270,16 +283,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-MODELS: dict[str, dict[str, Any]] = {"mp3": {"positions": "none", "pooling": "norm_mean"}}
+MODELS: dict[str, dict[str, Any]] = {
+    "mp3": {"positions": "none", "pooling": "norm_mean"},
+    "extrema": {"pooling": "class_attention"},
+}
 """What an objective asks of its ViT."""
-ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl", "maskfeat", "mp3"}
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 REGIONS = {"esvit"}
 """Objectives that compare tokens; a ResNet and a ConvNeXt V2 give none, and are refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae", "cmae", "macrl", "maskfeat", "mp3"}
+OWN_MASKS = {"mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
