@@ -76,8 +76,7 @@ def eval_finetune(
         cutmix: That of cutmix; 0: none.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
-        pooling: Feature of a ViT: the class token (class), or the norm of the mean of the patch
-            tokens (mean_norm, the default after masked methods such as MAE).
+        pooling: Feature of a ViT; default: mean_norm, of the patch tokens, after masked methods.
         seed: Of the head, the order, the views and the mixing.
     """
     given = locals()

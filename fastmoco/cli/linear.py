@@ -57,7 +57,7 @@ def eval_linear(
         fast: Instead of the official protocol (SGD on random crops, 90 epochs, a run of its own in
             --out), compute features once and train classifiers of many rates and decays on them at
             once. Reports that of the official rate, and the best on held-out training images.
-        protocol: Whose numbers; MAE's has a batch norm first, the part that --fast takes.
+        protocol: Whose numbers. MAE's normalises features, with --fast too.
         which: The trained encoder (base), or its moving average (default: the one that the
             method evaluates: for DINO the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.

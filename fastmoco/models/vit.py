@@ -96,7 +96,7 @@ def column_first_positions(grid: int, width: int) -> Tensor:
 
 
 CLASS_TOKEN = ("class", "class_attention")
-"""Kinds of pooling with a class token."""
+"""Kinds of pooling whose feature is a class token."""
 CLASS_BLOCKS = 2
 """Blocks of class attention behind the others, with `pooling="class_attention"`."""
 FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {
@@ -228,7 +228,7 @@ class VisionTransformer(nn.Module):
         # In this order, because it is that of the random draws.
         self.cls_token = (
             nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
-            if pooling in CLASS_TOKEN
+            if pooling in (*CLASS_TOKEN, "mean_norm")
             else None
         )
         self.pos_embed = self._positions(positions, image_size // patch_size)
