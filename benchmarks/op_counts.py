@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from fastmoco.planning.costs import CPU_ATTENTION
+from fastmoco.planning.costs import OWN_FLOPS
 
 PRODUCTS, ATTENTION, FLOAT8 = "products", "attention", "float8 products"
 KINDS = {
@@ -146,8 +146,8 @@ def tensor_bytes(tensor: Tensor) -> int:
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     """FLOPs of a product or of attention; 0 for other operations. A multiply-add counts as two."""
     packet = func._overloadpacket if isinstance(func, torch._ops.OpOverload) else func
-    if packet in CPU_ATTENTION:
-        shaped: Any = CPU_ATTENTION[packet]
+    if packet in OWN_FLOPS:
+        shaped: Any = OWN_FLOPS[packet]
         return float(shaped(*(arg.shape if isinstance(arg, Tensor) else arg for arg in args)))
     count: Any = flop_registry.get(packet)
     if count is not None:

@@ -51,15 +51,11 @@ def test_every_public_name_is_documented(path):
     assert not bare
 
 
-def test_the_readme_names_every_recipe_and_the_page_of_methods_every_method():
-    from fastmoco.recipes import RECIPES, get_recipe
+def test_the_readme_names_every_recipe():
+    from fastmoco.recipes import RECIPES
 
     readme = (ROOT / "README.md").read_text()
     assert not [recipe for recipe in RECIPES if f"`{recipe}`" not in readme]
-    table = (ROOT / "docs" / "siblings.md").read_text().partition("**What is evaluated.**")[0]
-    shown = re.findall(r"^\|[^|]+\| `(\w+)` \|", table, re.MULTILINE)
-    kinds = {get_recipe(recipe).objective.kind for recipe in RECIPES}
-    assert {get_recipe(recipe).objective.kind for recipe in shown} == kinds
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines"])

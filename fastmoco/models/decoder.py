@@ -1,5 +1,5 @@
-"""The decoder of MAE (He et al. 2022): from the tokens that the encoder saw to a prediction for
-every patch.
+"""Decoders: that of MAE (He et al. 2022), from the tokens that the encoder saw to a prediction for
+every patch; and a linear one for encoders that have all tokens.
 
 Legend: B images, L patches, K of them seen, T = K and the class token, E width of the encoder, D of
 the decoder.
@@ -10,9 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config.model import Positions
 from fastmoco.models.blocks import Block, LayerNorm, Linear, Recompute, sum_of, xavier_
 from fastmoco.models.encoder import Parts
-from fastmoco.models.vit import column_first_positions
+from fastmoco.models.vit import FIXED_POSITIONS
+
+
+class LinearDecoder(nn.Module):
+    """A layer norm and a linear layer on each token, for encoders that see mask tokens or context
+    themselves. The linear layer starts normal with deviation 0.02, its bias at 0.
+
+    Args:
+        in_dim: E.
+        out_dim: numbers that are predicted for a token.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(in_dim, eps=1e-6)
+        self.pred = Linear(in_dim, out_dim)
+        nn.init.normal_(self.pred.weight, std=0.02)
+        nn.init.zeros_(self.pred.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., E] -> [..., out_dim]."""
+        predicted: Tensor = self.pred(self.norm(tokens))
+        return predicted
 
 
 class TokenDecoder(nn.Module):
@@ -31,6 +54,7 @@ class TokenDecoder(nn.Module):
         num_heads: attention heads.
         out_dim: numbers that are predicted for a patch.
         class_tokens: tokens of the encoder in front of those of patches, 0 or 1.
+        positions: the fixed table, "sincos_columns" of MAE or "sincos" of MoCo v3.
         attention: backend of `fastmoco_kernels.attention`.
 
     Raises:
@@ -47,6 +71,7 @@ class TokenDecoder(nn.Module):
         num_heads: int,
         out_dim: int,
         class_tokens: int = 1,
+        positions: Positions = "sincos_columns",
         attention: str = "auto",
     ) -> None:
         super().__init__()
@@ -59,7 +84,7 @@ class TokenDecoder(nn.Module):
         self.class_tokens = class_tokens
         self.embed = Linear(in_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        table = column_first_positions(grid, width)[1 - class_tokens :]
+        table = FIXED_POSITIONS[positions](grid, width)[1 - class_tokens :]
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, 4 * width, attention) for _ in range(depth)

@@ -38,6 +38,8 @@ class HeadForm:
     the head."""
     activation: Literal["relu", "gelu"] = "relu"
     """After each norm; `gelu` is the exact one."""
+    eps: float = 1e-5
+    """What the norms add to the variance."""
 
 
 FORMS = {
@@ -61,6 +63,8 @@ FORMS = {
     "supmae": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
     # Xie et al. 2021 (MoBY), both for projector and predictor.
     "moby": HeadForm(layers=2, bias=True, last_bias=True, last_norm=False),
+    # Huang et al. 2023 (CMAE), both for projector and predictor.
+    "cmae": HeadForm(layers=2, bias=True, last_norm=False, eps=1e-6),
     # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
     "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
     "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),
@@ -106,13 +110,14 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        norm = LayerNorm(after) if form.layer_norm else BatchNorm(after)
+        norm = LayerNorm(after, eps=form.eps) if form.layer_norm else BatchNorm(after, eps=form.eps)
         activation = nn.ReLU(inplace=True) if form.activation == "relu" else nn.GELU()
         norms = [norm] if form.norm else []
         modules.extend([nn.Linear(before, after, bias=form.bias), *norms, activation])
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
     if form.norm and form.last_norm and not form.layer_norm:
-        modules.append(BatchNorm(out_dim, affine=form.last_norm_weight, bias=False))
+        last = BatchNorm(out_dim, eps=form.eps, affine=form.last_norm_weight, bias=False)
+        modules.append(last)
     return nn.Sequential(*modules)
 
 
@@ -224,6 +229,7 @@ def _stacked(module: nn.Module, count: int) -> nn.Module:
     if isinstance(module, BatchNorm):
         return BatchNorm(
             count * module.num_features,
+            eps=module.eps,
             affine=module.weight is not None,
             bias=module.bias is not None,
         )

@@ -172,6 +172,7 @@ class VisionTransformer(nn.Module):
         blocks_token: the blocks in which the class token reads the others; empty where it is one of
             them, or there is none.
         pos_embed: [1, tokens, E]; None without positions.
+        mask_token: [1, 1, E]; None unless an objective has called `add_mask_token`.
         coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
             (batch norm in the conv stem or before the MLPs); then two views may not share a batch.
             Otherwise `Coupling.NONE`.
@@ -184,6 +185,7 @@ class VisionTransformer(nn.Module):
     family: Family = "vit"
     cls_token: nn.Parameter | None
     pos_embed: nn.Parameter | None
+    mask_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -243,6 +245,7 @@ class VisionTransformer(nn.Module):
             nn.Identity() if pooling == "mean" else LayerNorm(embed_dim, eps=1e-6)
         )
         self.head: nn.Module = nn.Identity()
+        self.mask_token = None
         if freeze_patch_embed and stem == "patch":
             self.patch_embed.requires_grad_(False)
 
@@ -264,11 +267,7 @@ class VisionTransformer(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             self._require_whole_patches(images)
-        patches: Tensor = self.patch_embed(images)
-        tokens = patches.flatten(2).transpose(1, 2)
-        if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
-            tokens = tokens + self._patch_positions(tokens.shape[1])
-        return tokens
+        return self._with_fixed(self._projected(images))
 
     def encode(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -380,27 +379,101 @@ class VisionTransformer(nn.Module):
         return self.encode_plain(self.patch_tokens(images), paths, kept)
 
     def latents(
-        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        paths: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
         """[B, 3, H, W] images -> [B, T, E]: every token after all blocks and the final norm, for a
         decoder: the class token, if there is one, then the patch tokens in the order of `kept`.
 
-        `paths` and `kept` as for `encode`.
+        `paths` and `kept` as for `encode`; `normalised`: whether the final norm comes last.
         """
-        tokens = self._embedded(images, kept)
-        branch = None
-        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
-            tokens, branch = block(tokens, branch, factors)
-        return self._normalised(sum_of(tokens, branch))
+        tokens = self._through(self._embedded(images, kept), paths)
+        return self._normalised(tokens) if normalised else tokens
 
     def plain_latents(
-        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+        self,
+        images: Tensor,
+        paths: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        normalised: bool = True,
     ) -> Tensor:
         """Reference of `latents`: all tokens get their positions, then some are left out."""
         tokens = self._plain_tokens(self.patch_tokens(images), kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-        return self._normalised(tokens)
+        return self._normalised(tokens) if normalised else tokens
+
+    def add_mask_token(self) -> None:
+        """Give the encoder a trained token in place of masked patches, `mask_token` [1, 1, E],
+        normal with deviation 0.02. `masked_tokens` alone reads it."""
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim).normal_(std=0.02))
+
+    def masked_tokens(self, images: Tensor, masked: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] images -> [B, T, E]: every token after all blocks, without the final norm,
+        with the mask token in place of masked patches. Positions are added after it (MaskFeat).
+
+        Args:
+            images: of whole patches.
+            masked: [B, L] bool, True where masked.
+            paths: as for `encode`.
+        """
+        patches = self._projected(images)
+        tokens = torch.where(masked[:, :, None], self._mask_token(), patches)
+        return self._through(self._all_tokens(self._with_fixed(tokens)), paths)
+
+    def plain_masked_tokens(
+        self, images: Tensor, masked: Tensor, paths: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `masked_tokens`: x (1 - m) + mask token * m."""
+        patches = self._projected(images)
+        hidden = masked[:, :, None].to(patches.dtype)
+        tokens = patches * (1 - hidden) + self._mask_token() * hidden
+        tokens = self._all_tokens(self._with_fixed(tokens))
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+        return tokens
+
+    def context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """[B, 3, S, S] images -> [B, T, E]: every token after all blocks, without the final norm. In
+        every block all tokens ask, and those of the context alone have keys and values, by their
+        state before that block (MP3).
+
+        Args:
+            images: of whole patches.
+            paths: as for `encode`.
+            context: [B, K] numbers of tokens; with a class token, 0 is that token.
+        """
+        tokens, branch = self._all_tokens(self.patch_tokens(images)), None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors, context)
+        return sum_of(tokens, branch)
+
+    def plain_context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """Reference of `context_tokens`: an image at a time, with scores of all pairs of tokens, of
+        which those outside of the context are left out by -inf."""
+        found = []
+        for number, image in enumerate(images):
+            (tokens,) = self._all_tokens(self.patch_tokens(image[None]))
+            outside = torch.ones(len(tokens), dtype=torch.bool, device=images.device)
+            outside[context[number]] = False
+            for depth, block in enumerate(self.blocks):
+                assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
+                factors = [1, 1] if paths is None else paths[number, depth]
+                heads = block.attn.num_heads
+                rows = block.attn.qkv(block.norm1(tokens)).view(len(tokens), 3, heads, -1)
+                q, k, v = rows.permute(1, 2, 0, 3).unbind()
+                scores = q @ k.mT / math.sqrt(q.shape[-1])
+                weights = scores.masked_fill(outside, -math.inf).softmax(dim=-1)
+                attended = (weights @ v).transpose(0, 1).flatten(1)
+                tokens = tokens + factors[0] * block.attn.proj(attended)
+                tokens = tokens + factors[1] * block.mlp(block.norm2(tokens))
+            found.append(tokens)
+        return torch.stack(found)
 
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
@@ -427,7 +500,9 @@ class VisionTransformer(nn.Module):
 
     def parts(self) -> Parts:
         """Modules by role. Objectives call more than `forward` of some of them."""
-        methods: dict[str, tuple[str, ...]] = {"": ("encode", "taps", "encode_taps", "latents")}
+        methods: dict[str, tuple[str, ...]] = {
+            "": ("encode", "taps", "encode_taps", "latents", "masked_tokens", "context_tokens")
+        }
         if isinstance(self.patch_embed, PatchStem):
             methods["patch_embed"] = ("of_patches",)
         if self.reads_class_row:
@@ -475,6 +550,40 @@ class VisionTransformer(nn.Module):
             flops += 2 * sum(parameter.numel() for parameter in block.parameters())
             flops += 4 * tokens * self.embed_dim * block.attn.num_heads
         return flops
+
+    def _projected(self, images: Tensor) -> Tensor:
+        """[B, L, E] patches alone.
+
+        Raises:
+            ValueError: if the images are not squares of whole patches.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            self._require_whole_patches(images)
+        patches: Tensor = self.patch_embed(images)
+        return patches.flatten(2).transpose(1, 2)
+
+    def _with_fixed(self, tokens: Tensor) -> Tensor:
+        """Patch tokens with their positions, where these are fixed."""
+        if self.pos_embed is None or self.positions not in FIXED_POSITIONS:
+            return tokens
+        return tokens + self._patch_positions(tokens.shape[1])
+
+    def _mask_token(self) -> Tensor:
+        """The trained token in place of masked patches.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.mask_token is None:
+            raise ValueError("mask_token=None: call add_mask_token() when the encoder is built")
+        return self.mask_token
+
+    def _through(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """All tokens through all blocks."""
+        branch = None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors)
+        return sum_of(tokens, branch)
 
     def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
         """Factors [B, 2] of each block, each contiguous, so that compiled blocks share a graph."""

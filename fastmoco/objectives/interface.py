@@ -149,6 +149,8 @@ class Objective(nn.Module, ABC):
         phases: parts of the run with constant shapes, by which tokens and size of the patches
             follow from the step.
         needs_labels: whether `Inputs.labels` must be given.
+        exact_views: whether views stay float32 in a run in bf16, because targets are made of them
+            that rounding would change.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
         ring: whether keys of other ranks come to the loss in blocks from the neighbour, else they
@@ -167,6 +169,7 @@ class Objective(nn.Module, ABC):
     token_draws: TokenDraws | None = None
     phases: Phases = Phases()
     needs_labels: bool = False
+    exact_views: bool = False
     images_together: int = 1
     ring: bool | None = None
 

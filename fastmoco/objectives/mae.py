@@ -10,16 +10,18 @@ Legend: B images, L patches, K of them seen, E width of the encoder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.config import Config
+from fastmoco.config.model import Positions
 from fastmoco.models.blocks import xavier_
 from fastmoco.models.decoder import TokenDecoder
 from fastmoco.models.encoder import Coupling
-from fastmoco.models.masks import kept_count, mask_noise, mask_of, shuffled
+from fastmoco.models.masks import PatchMasks, mask_of
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
@@ -35,6 +37,8 @@ from fastmoco.objectives.masked import (
     pixel_targets,
     plain_masked_loss,
     require_own_masks,
+    require_size,
+    require_vit,
     watched,
 )
 from fastmoco.optim.groups import decaying_matrices
@@ -58,7 +62,9 @@ class MAE(Objective):
         decoder_width: channels of the decoder.
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
-        attention: its attention backend.
+        decoder_positions: its table of positions, "sincos_columns" or "sincos".
+        mask_blocks: whether patches are masked in blocks of 2 x 2.
+        attention: attention backend of the decoder.
         seed: of the masks.
 
     Attributes:
@@ -70,7 +76,13 @@ class MAE(Objective):
         ValueError: if the encoder is another one, or no patch would be seen, or none predicted.
     """
 
-    view_count = 1
+    view_count: int = 1
+    mask_count: int = 1
+    """Views that are masked, the first ones."""
+    absolute_errors: bool = False
+    """Whether the errors of pixels are absolute ones, not squares."""
+    poolings: tuple[str, ...] = ("class",)
+    """Features that the encoder may have."""
 
     def __init__(
         self,
@@ -81,28 +93,32 @@ class MAE(Objective):
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        decoder_positions: Positions = "sincos_columns",
+        mask_blocks: bool = False,
         attention: str = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
         encoder = build_encoder()
-        _require_encoder(encoder)
+        _require_encoder(encoder, self.poolings)
         self.encoder = encoder
         self.normalise_pixels = normalise_pixels
-        self.seed = seed
         self.coupling = Coupling.NONE
         grid = encoder.image_size // encoder.patch_size
-        self.kept = kept_count(grid**2, mask_ratio)
+        self.masks = PatchMasks(seed=seed, grid=grid, ratio=mask_ratio, blocks=mask_blocks)
+        self.kept = self.masks.kept
         initialise_(encoder)
-        self.decoder = TokenDecoder(
+        self._build_decoder = partial(
+            TokenDecoder,
             in_dim=encoder.embed_dim,
             grid=grid,
             width=decoder_width,
-            depth=decoder_depth,
             num_heads=decoder_heads,
-            out_dim=3 * encoder.patch_size**2,
+            class_tokens=int(encoder.pooling == "class"),
+            positions=decoder_positions,
             attention=attention,
         )
+        self.decoder = self._build_decoder(depth=decoder_depth, out_dim=3 * encoder.patch_size**2)
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MAE:
@@ -140,28 +156,21 @@ class MAE(Objective):
         return Output(loss, watched(figures, latents[:, 0].detach()))
 
     def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The patches of the view that the encoder sees, also in evaluation mode."""
-        (view,) = views
-        noise = mask_noise(self.seed, len(view), self._patches, step=at.step, device=view.device)
-        return (shuffled(noise, self.kept),)
+        """The patches of the first view that the encoder sees, also in evaluation mode."""
+        return (self.masks(views[0], step=at.step),)
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Biases and tensors of one dimension do not decay; class token and mask token do."""
         return decaying_matrices(name, parameter)
 
     def _seen(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The view, and the patches of it that the encoder sees.
+        """The first view, and the patches of it that the encoder sees.
 
         Raises:
-            ValueError: if there is not one view of the encoder's size, with its mask.
+            ValueError: if it is not of the encoder's size, or there are other views or masks.
         """
-        view, kept = masked_view(inputs)
-        size = self.encoder.image_size
-        if view.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks "
-                f"and decoder are those of image_size={size}"
-            )
+        view, kept = masked_view(inputs, views=self.view_count, masks=self.mask_count)
+        require_size(self.encoder, view)
         return view, kept
 
     @property
@@ -178,7 +187,10 @@ class MAE(Objective):
             predictions = self.decoder(latents, kept)
         with part(LOSS):
             mask, targets = mask_of(kept, self._patches), self.targets(view)
-            loss, figures = masked_loss(predictions, targets, mask, self._patches - self.kept)
+            count = self._patches - self.kept
+            loss, figures = masked_loss(
+                predictions, targets, mask, count, absolute=self.absolute_errors
+            )
         return loss, latents, figures
 
     def _plain(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +201,9 @@ class MAE(Objective):
         rows = torch.arange(len(view), device=view.device)[:, None]
         removed = torch.ones_like(predictions[..., 0])
         removed[rows, kept] = 0
-        loss, figures = plain_masked_loss(predictions, self.targets(view), removed)
+        loss, figures = plain_masked_loss(
+            predictions, self.targets(view), removed, absolute=self.absolute_errors
+        )
         return loss, latents, figures
 
     def targets(self, view: Tensor) -> Tensor:
@@ -228,25 +242,17 @@ def initialise_(encoder: VisionTransformer) -> None:
         nn.init.normal_(encoder.cls_token, std=INITIAL_STD)
 
 
-def _require_encoder(encoder: Any) -> None:
+def _require_encoder(encoder: Any, poolings: tuple[str, ...]) -> None:
     """Refuse an encoder whose tokens cannot be left out or whose images are coupled.
 
     Raises:
         ValueError: with the cure.
     """
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError(
-            "model.architecture: must be a ViT, whose patches can be left out; take "
-            "--model.architecture vit_base"
+    require_vit(encoder, "whose patches can be left out")
+    if encoder.pooling not in poolings:
+        needs = (
+            "the decoder reads a class token" if poolings == ("class",) else "tokens need a norm"
         )
-    if encoder.coupling is not Coupling.NONE:
         raise ValueError(
-            f"model: {encoder.coupling_reason}, so patches that are left out would change what "
-            "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
-            "--model.mlp-norm layer"
-        )
-    if encoder.pooling != "class":
-        raise ValueError(
-            f"model.pooling={encoder.pooling!r}: the decoder reads a class token; take "
-            "--model.pooling class"
+            f"model.pooling={encoder.pooling!r}: {needs}; take --model.pooling {poolings[0]}"
         )

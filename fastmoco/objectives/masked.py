@@ -5,10 +5,14 @@ Legend: B images, L patches (row by row), P = 3 p^2 numbers of a patch of p pixe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastmoco.config import Config
+from fastmoco.models.encoder import Coupling
+from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import Inputs
 
 FLOOR = 1e-6
@@ -16,10 +20,10 @@ FLOOR = 1e-6
 
 
 def require_own_masks(config: Config) -> None:
-    """Refuse other rules for tokens beside the masks of an objective.
+    """Refuse rules of tokens that have no effect beside an objective's own masks.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: with the cure.
     """
     for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
         if getattr(config.model, name) != value:
@@ -30,18 +34,62 @@ def require_own_masks(config: Config) -> None:
             )
 
 
-def masked_view(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The view, and the patches of it that the encoder sees [B, K].
+def require_vit(encoder: Any, why: str) -> None:
+    """Refuse an encoder that is no ViT, or whose images are coupled.
+
+    Args:
+        encoder: of an objective that masks patches.
+        why: what the objective needs of tokens, as a clause.
 
     Raises:
-        ValueError: if there is not one view, with its mask.
+        ValueError: with the cure.
     """
-    if len(inputs.views) != 1 or len(inputs.kept) != 1:
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(
+            f"model.architecture: must be a ViT, {why}; take --model.architecture vit_base"
+        )
+    if encoder.coupling is not Coupling.NONE:
+        raise ValueError(
+            f"model: {encoder.coupling_reason}, so patches that are masked or left out would change "
+            "what evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
+            "--model.mlp-norm layer"
+        )
+
+
+def require_size(encoder: VisionTransformer, view: Tensor) -> None:
+    """Refuse a view that is not of the encoder's own size.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    size = encoder.image_size
+    if view.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks and "
+            f"decoder are those of image_size={size}"
+        )
+
+
+def masked_view(
+    inputs: Inputs, number: int = 0, *, views: int = 1, masks: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A view, and the patches of it that the encoder sees [B, K].
+
+    Args:
+        inputs: views, the first of which have masks.
+        number: of the view.
+        views: that the objective takes.
+        masks: that they have.
+
+    Raises:
+        ValueError: if there are not so many views, with their masks.
+    """
+    if (len(inputs.views), len(inputs.kept)) != (views, masks):
         raise ValueError(
             f"views: {len(inputs.views)}, with masks: {len(inputs.kept)}; this objective takes "
-            "one view, whose mask `Objective.inputs` draws"
+            f"{views}, of which the first {masks} has a mask that `Objective.inputs` draws"
         )
-    return inputs.views[0], inputs.kept[0]
+    return inputs.views[number], inputs.kept[number]
 
 
 def pixel_targets(images: Tensor, side: int, *, normalised: bool) -> Tensor:
@@ -90,6 +138,12 @@ def masked_mean(values: Tensor, mask: Tensor, count: float) -> Tensor:
     return (values * mask).sum(dim=1) / count
 
 
+def absolute_errors(predictions: Tensor, targets: Tensor) -> Tensor:
+    """The mean absolute difference of each patch: [B, L, P] twice -> [B, L], in the wider dtype."""
+    wide = torch.promote_types(predictions.dtype, targets.dtype)
+    return (predictions.to(wide) - targets.to(wide)).abs().mean(dim=-1)
+
+
 def square_errors(predictions: Tensor, targets: Tensor) -> Tensor:
     """The mean squared difference of each patch: [B, L, P] twice -> [B, L], in the wider dtype."""
     wide = torch.promote_types(predictions.dtype, targets.dtype)
@@ -97,7 +151,7 @@ def square_errors(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def masked_loss(
-    predictions: Tensor, targets: Tensor, mask: Tensor, count: int
+    predictions: Tensor, targets: Tensor, mask: Tensor, count: int, *, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The loss of each image [B], and its figures [B, 2] without gradient (`figures_of`).
 
@@ -106,30 +160,41 @@ def masked_loss(
         targets: [B, L, P].
         mask: [B, L] bool, True where masked.
         count: masked patches of an image.
+        absolute: whether errors are absolute ones, not squares.
     """
-    loss = masked_mean(square_errors(predictions, targets), mask, count)
-    figures = [masked_mean(figure, mask, count) for figure in figures_of(predictions, targets)]
+    errors = (absolute_errors if absolute else square_errors)(predictions, targets)
+    loss = masked_mean(errors, mask, count)
+    found = figures_of(predictions, targets, absolute=absolute)
+    figures = [masked_mean(figure, mask, count) for figure in found]
     return loss, torch.stack(figures, dim=1)
 
 
 def plain_masked_loss(
-    predictions: Tensor, targets: Tensor, removed: Tensor
+    predictions: Tensor, targets: Tensor, removed: Tensor, *, absolute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Reference of the mean of `masked_loss`: a sum over the batch by a count over the batch.
     `removed`: [B, L], 1 where masked and 0 elsewhere."""
-    errors = ((predictions - targets) ** 2).mean(dim=2)
-    figures = [(f * removed).sum(1) / removed.sum(1) for f in figures_of(predictions, targets)]
+    gaps = predictions - targets
+    errors = (gaps.abs() if absolute else gaps**2).mean(dim=2)
+    found = figures_of(predictions, targets, absolute=absolute)
+    figures = [(f * removed).sum(1) / removed.sum(1) for f in found]
     return (errors * removed).sum() / removed.sum(), torch.stack(figures, dim=1)
 
 
 @torch.no_grad()
-def figures_of(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def figures_of(
+    predictions: Tensor, targets: Tensor, *, absolute: bool = False
+) -> tuple[Tensor, Tensor]:
     """Two figures [B, L] of each patch that show a decoder that predicts no structure.
 
     The loss of predicting the mean of the patch, which a decoder that learns nothing else comes
     down to; and the deviation of the prediction within the patch, 0 for a flat one.
     """
-    flat = targets.var(dim=-1, correction=0)
+    flat = (
+        absolute_errors(targets.mean(dim=-1, keepdim=True), targets)
+        if absolute
+        else targets.var(dim=-1, correction=0)
+    )
     return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
 
 

@@ -9,20 +9,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
 
 from fastmoco.config import Config
-from fastmoco.distributed.gather import gather_keys
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.objectives.interface import (
     Features,
     Inputs,
-    Objective,
     Output,
     ParameterGroup,
     Progress,
 )
-from fastmoco.objectives.key_queue import require_whole_batches, write_keys_
+from fastmoco.objectives.key_queue import KeepsKeys, queued_reference, require_whole_batches
 from fastmoco.objectives.momentum import Momentum
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.optim.groups import decaying_matrices
@@ -31,7 +28,7 @@ from fastmoco_kernels import queued_info_nce_loss
 from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWARD, part
 
 
-class MoBY(Objective):
+class MoBY(KeepsKeys):
     """An encoder with projector and predictor, its momentum encoder with a projector, and a queue
     for either view.
 
@@ -70,9 +67,6 @@ class MoBY(Objective):
     """
 
     view_count = 2
-    queue: Tensor
-    queue_ptr: Tensor
-    queue_keys: Tensor
 
     def __init__(
         self,
@@ -88,8 +82,6 @@ class MoBY(Objective):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
-        if queue < 1:
-            raise ValueError(f"queue={queue}: must have at least 1 key")
         self.temperature = temperature
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
         form = FORMS["moby"]
@@ -101,10 +93,7 @@ class MoBY(Objective):
         )
         self.coupling = self.momentum.coupling
         self.coupling_reason = self.encoder.coupling_reason
-        self.register_buffer("queue", normalize(torch.randn(2, queue, projection_dim), dim=-1))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("queue_keys", torch.zeros(1, dtype=torch.int64))
-        self._pushed: Tensor | None = None
+        self.make_queue(2, queue, projection_dim)
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MoBY:
@@ -125,10 +114,6 @@ class MoBY(Objective):
             ema_schedule=own.ema_schedule,
             queue=own.queue,
         )
-
-    def before_step(self, at: Progress) -> None:
-        """Forget the keys of a forward that no step has ended."""
-        self._pushed = None
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
         """Both views through both encoders: [b, 2, E] of the encoder, and of the momentum encoder.
@@ -172,29 +157,15 @@ class MoBY(Objective):
         with torch.no_grad():
             k = [plain_projection(self.momentum_encoder, view) for view in views]
 
-        losses, shares = [], []
-        for own, other in ((0, 1), (1, 0)):
-            query, key = normalize(q[own], dim=1), normalize(k[other], dim=1)
-            positive = (query * key).sum(1, keepdim=True)
-            negatives = query @ self.queue[other].T.to(query.dtype)
-            logits = torch.cat([positive, negatives], dim=1) / self.temperature
-            labels = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-            losses.append(cross_entropy(logits, labels))
-            before = (negatives >= positive).sum(1)
-            shares.append([(before < first).to(positive.dtype).mean() for first in (1, 5)])
+        found = [
+            queued_reference(q[own], k[other], self.queue[other], self.temperature)
+            for own, other in ((0, 1), (1, 0))
+        ]
+        (loss1, shares1), (loss2, shares2) = found
         watch = self._watch(torch.stack(q), torch.stack(k))
         if accuracy:
-            watch["accuracy"] = torch.stack([torch.stack(pair) for pair in shares]).mean(0)
-        return Output(losses[0] + losses[1], watch)
-
-    @torch.no_grad()
-    def after_step(self, skipped: Tensor | None, at: Progress) -> None:
-        """Write the keys of this step, those of all ranks, over the oldest ones in both queues."""
-        pushed, self._pushed = self._pushed, None
-        if pushed is None:
-            return
-        keys = gather_keys(pushed.transpose(0, 1)).transpose(0, 1)
-        write_keys_(self.queue, self.queue_ptr, self.queue_keys, keys, skipped)
+            watch["accuracy"] = (shares1 + shares2) / 2
+        return Output(loss1 + loss2, watch)
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
@@ -223,17 +194,11 @@ class MoBY(Objective):
         """Whether both encoders share patch tokens."""
         return self.momentum.shares_tokens()
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoBY:
-        """Keep the queues in float32 where a module is cast to a narrower type."""
-        queue = self.queue
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.queue.dtype.itemsize < 4:
-            self.queue = queue.to(self.queue.device)
-        return self
-
     def _watch(self, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """What telemetry sees; the keys are also kept for the queues."""
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        self._pushed = normalize(keys.detach().to(wide), dim=-1)
-        fill = self.queue_keys[0] / self.queue.shape[1]
-        return {"queries": queries.detach(), "keys": keys.detach(), "queue_fill": fill}
+        self.push(keys)
+        return {
+            "queries": queries.detach(),
+            "keys": keys.detach(),
+            "queue_fill": self.queue_fill,
+        }

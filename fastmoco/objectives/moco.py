@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
 
 from fastmoco.config import Config
 from fastmoco.distributed.gather import gather_keys
@@ -21,8 +20,8 @@ from fastmoco.distributed.shuffle import Shuffle, copy_of_first_rank_
 from fastmoco.distributed.sync_batch_norm import local_statistics
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, build_head
-from fastmoco.objectives.interface import START, Features, Inputs, Objective, Output, Progress
-from fastmoco.objectives.key_queue import require_whole_batches, write_keys_
+from fastmoco.objectives.interface import Features, Inputs, Output, Progress
+from fastmoco.objectives.key_queue import KeepsKeys, queued_reference, require_whole_batches
 from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import plain_projection, two_views
 from fastmoco.recipes.moco import MoCoConfig
@@ -32,7 +31,7 @@ from fastmoco_pipelines.loading.step_parts import KEY_FORWARD, LOSS, QUERY_FORWA
 HEADS = {"linear": FORMS["moco_v1"], "mlp": FORMS["moco_v2"]}
 
 
-class MoCo(Objective):
+class MoCo(KeepsKeys):
     """An encoder that sees the first view, its momentum encoder that sees the second one, and the
     InfoNCE loss against a queue.
 
@@ -73,9 +72,6 @@ class MoCo(Objective):
     """
 
     view_count = 2
-    queue: Tensor
-    queue_ptr: Tensor
-    queue_keys: Tensor
 
     def __init__(
         self,
@@ -93,8 +89,6 @@ class MoCo(Objective):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
-        if queue < 1:
-            raise ValueError(f"queue={queue}: must have at least 1 key")
         self.temperature = temperature
         self.batch_norm_groups = batch_norm_groups
         self.seed = seed
@@ -106,14 +100,11 @@ class MoCo(Objective):
         )
         self.coupling: Coupling = self.encoder.coupling
         self.coupling_reason = self.encoder.coupling_reason
-        self.register_buffer("queue", normalize(torch.randn(queue, projection_dim), dim=1))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("queue_keys", torch.zeros(1, dtype=torch.int64))
+        self.make_queue(queue, projection_dim)
         averages = ("running_mean", "running_var")
         if self._groups_images:
             names = (name for name, _ in self.named_buffers() if name.endswith(averages))
             self.per_rank = frozenset(names)
-        self._pushed: list[Tensor] = []
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> MoCo:
@@ -153,20 +144,9 @@ class MoCo(Objective):
                 )
         return objective
 
-    def inputs(
-        self,
-        views: tuple[Tensor, ...],
-        masks: tuple[Tensor, ...] = (),
-        at: Progress = START,
-        *,
-        labels: Tensor | None = None,
-    ) -> Inputs:
-        """As of every objective; keys of a forward before, which no step has ended, are dropped."""
-        self._pushed = []
-        return super().inputs(views, masks, at, labels=labels)
-
     def before_step(self, at: Progress) -> None:
         """Batch norms continue with the running averages of rank 0."""
+        super().before_step(at)
         if self.per_rank:
             named = dict(self.named_buffers())
             copy_of_first_rank_([named[name] for name in sorted(self.per_rank)])
@@ -225,15 +205,10 @@ class MoCo(Objective):
                 k = gather_keys(plain_projection(self.momentum_encoder, shuffled))
                 k = k[order.argsort()][own]
 
-        positive = (normalize(q, dim=1) * normalize(k, dim=1)).sum(1, keepdim=True)
-        logits = torch.cat([positive, normalize(q, dim=1) @ self.queue.T.to(q.dtype)], dim=1)
-        labels = torch.zeros(images, dtype=torch.int64, device=q.device)
-        loss = cross_entropy(logits / self.temperature, labels)
+        loss, shares = queued_reference(q, k, self.queue, self.temperature)
         watch = self._watch(q, k)
         if accuracy:
-            before = (logits[:, 1:] >= positive).sum(1)
-            shares = [(before < first).to(loss.dtype).mean() for first in (1, 5)]
-            watch["accuracy"] = torch.stack(shares)
+            watch["accuracy"] = shares
         return Output(loss, watch)
 
     def permutation(self, images: int, at: Progress) -> np.ndarray:
@@ -242,15 +217,6 @@ class MoCo(Objective):
         name = hashlib.sha256(f"shuffle {self.seed} {at.step}".encode()).digest()
         draws = np.random.Philox(key=int.from_bytes(name[:16], "little")).random_raw(images)
         return np.argsort(draws, kind="stable")
-
-    @torch.no_grad()
-    def after_step(self, skipped: Tensor | None, at: Progress) -> None:
-        """Write the keys of this step, those of all ranks, over the oldest ones in the queue."""
-        pushed, self._pushed = self._pushed, []
-        if not pushed:
-            return
-        keys = gather_keys(torch.cat(pushed))
-        write_keys_(self.queue, self.queue_ptr, self.queue_keys, keys, skipped)
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and projector -> those of the momentum encoder."""
@@ -270,20 +236,14 @@ class MoCo(Objective):
         is lower: two views of one image are nearer to each other than to random directions."""
         return math.log(len(self.queue) + 1)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MoCo:
-        """Keep the queue in float32 where a module is cast to a narrower type."""
-        queue = self.queue
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.queue.dtype.itemsize < 4:
-            self.queue = queue.to(self.queue.device)
-        return self
-
     def _watch(self, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """What telemetry sees; the keys are also kept for the queue."""
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        self._pushed.append(normalize(keys.detach().to(wide), dim=1))
-        fill = self.queue_keys[0] / len(self.queue)
-        return {"queries": queries.detach()[None], "keys": keys.detach()[None], "queue_fill": fill}
+        self.push(keys)
+        return {
+            "queries": queries.detach()[None],
+            "keys": keys.detach()[None],
+            "queue_fill": self.queue_fill,
+        }
 
     @property
     def _groups_images(self) -> bool:

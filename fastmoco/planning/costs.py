@@ -65,11 +65,22 @@ def _attention_backward_flops(
     return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
 
-CPU_ATTENTION = {
+def _convolution_backward_flops(
+    grad: torch.Size, _: torch.Size, weight: torch.Size, *rest: Any, **__: Any
+) -> int:
+    transposed, wanted = rest[4], rest[7][:2]
+    if transposed:
+        raise NotImplementedError("no encoder has a transposed convolution")
+    return 2 * grad.numel() * math.prod(weight[1:]) * int(sum(wanted))
+
+
+OWN_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
 }
-"""torch's attention on a CPU has the products of the one on a GPU, but torch's counter lacks it."""
+"""What torch's counter lacks: attention on a CPU, which has the products of the one on a GPU. And what
+it counts wrong: the gradient of a grouped convolution's weight, as if it had no groups."""
 
 
 class Line(NamedTuple):
@@ -199,18 +210,9 @@ def measure_costs(
     recompute = recompute or config.model.checkpointing
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
-        objective = build_model(config)
-        if objective.ring:
-            objective.ring = False  # one process is measured, and others' keys are a formula
+        pieces = _pieces(config, precision, attention, phase, levels=levels)
+        objective = pieces.objective
         own = list(objective.parameters())
-        for module in objective.modules():
-            if isinstance(module, Attention):
-                module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        views = each_view(config.data.views)
-        sides = [view.size for view in views]
-        prepare = view_preparation(views, precision)
-        at = _within(phase)
-        pieces = _Pieces(objective, sides, precision == "bf16", prepare, levels, at)
         features = pieces.features(images=1)
         # Whatever is kept, a plan asks for the same products once more, and for the same bytes of
         # `forward` and `heads`.
@@ -247,7 +249,7 @@ def measure_costs(
         coupling_reason=objective.coupling_reason,
         averaged=bool(objective.averages() and features.target),
         separate=objective.coupling is Coupling.NONE,
-        view_bytes=sum(3 * side**2 for side in sides) * (1 if levels else element),
+        view_bytes=sum(3 * side**2 for side in pieces.sides) * (1 if levels else element),
         feature_bytes=sum(3 * rows.nbytes for rows in features.online)
         + sum(2 * rows.nbytes for rows in features.target),
         key_bytes=key_bytes(config, element),
@@ -308,21 +310,7 @@ def part_flops(
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     with FakeTensorMode(), _default_dtype(dtype):
-        objective = build_model(config)
-        if objective.ring:
-            objective.ring = False  # on one process the same products, in an operator that counts
-        for module in objective.modules():
-            if isinstance(module, Attention):
-                module.backend = attention if attention in ("explicit", "reference") else "sdpa"
-        views = each_view(config.data.views)
-        pieces = _Pieces(
-            objective,
-            [view.size for view in views],
-            precision == "bf16",
-            view_preparation(views, precision),
-            levels=False,
-            at=_within(phase or config.model.phases.items[0]),
-        )
+        pieces = _pieces(config, precision, attention, phase or config.model.phases.items[0])
         found = pieces.flops_of_parts(images)
         if images_twice:
             with _FlopsOfParts(None) as again:
@@ -330,12 +318,66 @@ def part_flops(
             found[QUERY_FORWARD] = found.get(QUERY_FORWARD, 0.0) + again.flops[""]
         if images_lean:
             plain = pieces.flops_of_parts(images_lean)
-            for parts in objective.trunks().values():
-                for block in parts.blocks:
-                    block.recompute = "full"  # type: ignore[assignment]
+            pieces.recompute("full")
             lean = pieces.flops_of_parts(images_lean)
             found[BACKWARD] += lean[BACKWARD] - plain[BACKWARD]
     return found
+
+
+class WholeStep(NamedTuple):
+    """A step of a whole batch, as `count_step` counts it."""
+
+    peak_bytes: int
+    """What lives at once at most, besides parameters and buffers: views, activations, gradients."""
+    flops: float
+    """Forward and backward of everything."""
+    encoder_flops: float
+    """One forward of the evaluated encoder on as many whole images, without its head."""
+
+
+def count_step(config: Config, precision: str, images: int) -> WholeStep:
+    """Count a step that takes its images at once on one process, as it runs: no depth is left out
+    and no line is drawn, unlike in `measure_costs`.
+
+    Args:
+        config: its model, heads and views are used.
+        precision: "bf16", "fp32" or "fp64".
+        images: of the step.
+    """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    with FakeTensorMode(), _default_dtype(dtype):
+        pieces = _pieces(config, precision, "sdpa", config.model.phases.items[0])
+        objective = pieces.objective
+        state = [*objective.parameters(), *objective.buffers()]
+        with LiveBytes(state) as live, _FlopsOfParts(None) as step:
+            pieces.whole_step(images)()
+        with _FlopsOfParts(None) as encoder:
+            pieces.encode(images)
+        return WholeStep(
+            peak_bytes=live.peak, flops=step.flops[""], encoder_flops=encoder.flops[""]
+        )
+
+
+def _pieces(
+    config: Config, precision: str, attention: str, phase: Phase, *, levels: bool = False
+) -> _Pieces:
+    """The parts of a step of a config, on one process."""
+    objective = build_model(config)
+    if objective.ring:
+        # On one process the same products, in an operator that counts; others' keys are a formula.
+        objective.ring = False
+    for module in objective.modules():
+        if isinstance(module, Attention):
+            module.backend = attention if attention in ("explicit", "reference") else "sdpa"
+    views = each_view(config.data.views)
+    return _Pieces(
+        objective,
+        [view.size for view in views],
+        precision == "bf16",
+        view_preparation(views, precision, exact=objective.exact_views),
+        levels,
+        _within(phase),
+    )
 
 
 def _within(phase: Phase) -> Progress:
@@ -397,7 +439,7 @@ class _FlopsOfParts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        shaped: Any = CPU_ATTENTION.get(packet)
+        shaped: Any = OWN_FLOPS.get(packet)
         part = (self._collector.current() if self._collector else None) or ""
         if shaped is not None:
             shapes = (arg.shape if isinstance(arg, Tensor) else arg for arg in args)
@@ -542,7 +584,7 @@ class _Pieces:
                 continue
             if name == "train":
                 self._trace(SIZES[0], run)
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            with FlopCounterMode(display=False, custom_mapping=OWN_FLOPS) as counter:
                 run(None)
             found[name] = (counter.get_total_flops() / SIZES[0],)
         return found
@@ -593,6 +635,12 @@ class _Pieces:
         views = tuple(torch.empty(images, 3, side, side, dtype=self.kind) for side in self.sides)
         with torch.no_grad(), self._autocast():
             self.objective.features(self.inputs(views), self.at, target=False)
+
+    def encode(self, images: int) -> None:
+        """A forward of the evaluated encoder on whole images."""
+        side = self.sides[0]
+        with torch.no_grad(), self._autocast():
+            self.objective.evaluation_encoder(torch.empty(images, 3, side, side))
 
     def flops_of_parts(self, images: int) -> dict[str, float]:
         """FLOPs of a whole batch by part."""

@@ -20,6 +20,13 @@ from fastmoco.recipes.byol import (
     byol_vit_b16_e300_b4096,
     byol_vit_s16_e300_b4096,
 )
+from fastmoco.recipes.cmae import (
+    cmae_digits,
+    cmae_nano7_e12_b256,
+    cmae_vit_b16_e300_b4096,
+    cmae_vit_b16_e800_b4096,
+    cmae_vit_b16_e1600_b4096,
+)
 from fastmoco.recipes.dino import (
     dino_digits,
     dino_nano7_e12_b256,
@@ -38,11 +45,22 @@ from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_tiny_e800_b4096,
     fcmae_micro_e60_b256,
 )
+from fastmoco.recipes.macrl import (
+    macrl_digits,
+    macrl_nano7_e12_b256,
+    macrl_vit_s16_e300_b1024,
+)
 from fastmoco.recipes.mae import (
     mae_digits,
     mae_nano7_e12_b256,
     mae_vit_b16_e800_b4096,
     mae_vit_l16_e800_b4096,
+)
+from fastmoco.recipes.maskfeat import (
+    maskfeat_digits,
+    maskfeat_nano7_e12_b256,
+    maskfeat_vit_b16_e1600_b2048,
+    maskfeat_vit_l16_e1600_b2048,
 )
 from fastmoco.recipes.moby import (
     moby_deit_s16_e300_b512,
@@ -69,6 +87,7 @@ from fastmoco.recipes.moco_v3 import (
     vit_s16_e300_b1024,
     vit_s16_e300_b4096,
 )
+from fastmoco.recipes.mp3 import mp3_digits, mp3_nano7_e12_b256, mp3_vit_b16_e300_b4096
 from fastmoco.recipes.projector_momentum import (
     projector_momentum_digits,
     projector_momentum_nano7_e12_b256,
@@ -235,6 +254,21 @@ RECIPES: dict[str, Callable[[], Config]] = {
         supmae_vit_b16_e400_b2048,
         supmae_nano7_e12_b256,
         supmae_digits,
+        cmae_vit_b16_e300_b4096,
+        cmae_vit_b16_e800_b4096,
+        cmae_vit_b16_e1600_b4096,
+        cmae_nano7_e12_b256,
+        cmae_digits,
+        macrl_vit_s16_e300_b1024,
+        macrl_nano7_e12_b256,
+        macrl_digits,
+        maskfeat_vit_b16_e1600_b2048,
+        maskfeat_vit_l16_e1600_b2048,
+        maskfeat_nano7_e12_b256,
+        maskfeat_digits,
+        mp3_vit_b16_e300_b4096,
+        mp3_nano7_e12_b256,
+        mp3_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,

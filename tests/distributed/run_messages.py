@@ -38,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp of SwAV": {"strategy": "fsdp", "recipe": "swav_digits"},
     "fsdp of SDSSL": {"strategy": "fsdp", "recipe": "sdssl_digits", "chunk": 3, "kept": 1},
 }
-"""Also seen to be equal, and left out to save time: BYOL, SimCLR, SimSiam, projector momentum, and
-FSDP2 whole, with all chunks kept, and with none."""
+"""Also seen to be equal, and left out to save time: BYOL, SimCLR, SimSiam, projector momentum, CMAE,
+and FSDP2 whole, with all chunks kept, and with none."""
 
 
 def config_of(name: str) -> Config:

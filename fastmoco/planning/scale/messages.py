@@ -230,6 +230,8 @@ def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[M
         yield from gather(images * 2 * 2 * element)  # sums of both views' rows
     if objective.kind == "sdssl" and method == "simclr":  # keys of the intermediate blocks
         yield from gather(images * 2 * config.model.projection_dim * element)
+    if objective.kind == "cmae":  # keys of one view
+        yield from gather(images * config.model.projection_dim * element)
     if objective.kind == "swav":  # scores of two crops: the largest, then column sums
         yield Message("keys", "all_reduce", 2 * element, 1, "all", "heads")
         size = 2 * objective.prototypes * element

@@ -196,6 +196,22 @@ NAMES["supmae"] = {
     **NAMES["mae"],
     "class_head": [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")],
 }
+NAMES["cmae"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"),
+        ENCODER + [f"head.{name}" for name in ("0.bias", *PREDICTOR)],
+    ),
+    **dict.fromkeys(("decoder", "feature_decoder"), NAMES["mae"]["decoder"]),
+    "predictor": ["0.bias", *PREDICTOR],
+}
+NAMES["maskfeat"] = {
+    "encoder": [*ENCODER, "mask_token"],
+    "decoder": [f"{layer}.{kind}" for layer in ("norm", "pred") for kind in ("weight", "bias")],
+}
+NAMES["mp3"] = {
+    "encoder": [name for name in ENCODER if name not in ("cls_token", "pos_embed")],
+    "decoder": NAMES["maskfeat"]["decoder"],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -222,6 +238,13 @@ NAMES["extrema"] = {
     "predictor": LAYER_NORM_HEAD,
 }
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
+NAMES["macrl"] = {
+    **dict.fromkeys(
+        ("encoder", "momentum_encoder"), ENCODER + [f"head.{name}" for name in MOBY_HEAD]
+    ),
+    "decoder": NAMES["mae"]["decoder"],
+    "predictor": MOBY_HEAD,
+}
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["moby"] = {
         **dict.fromkeys(
@@ -249,19 +272,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
+    "cmae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
+    "macrl": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4, "queue": 768},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
+    "maskfeat": {"cell": 2, "mask_ratio": 0.94},  # images differ in masked patches
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-MODELS: dict[str, dict[str, Any]] = {"extrema": {"pooling": "class_attention"}}
-"""What its encoder must have."""
-ONLY_VIT = {"sdssl", "mae", "supmae", "extrema"}
+MODELS: dict[str, dict[str, Any]] = {
+    "mp3": {"positions": "none", "pooling": "norm_mean"},
+    "extrema": {"pooling": "class_attention"},
+}
+"""What an objective asks of its ViT."""
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae", "extrema"}
+OWN_MASKS = {"mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 

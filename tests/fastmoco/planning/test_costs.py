@@ -67,6 +67,21 @@ def test_the_peak_of_a_real_step_is_the_planned_one(
     assert real == pytest.approx(planned, rel=0.15)
 
 
+def test_a_step_that_is_counted_as_it_runs_is_the_planned_one() -> None:
+    counted, planned = costs.count_step(_config(), "fp32", 4096), _costs("none")
+    assert counted.peak_bytes == pytest.approx(whole_bytes(planned, 4096), rel=0.02)
+    assert counted.flops == pytest.approx(4096 * planned.step_flops, rel=0.02)
+    assert counted.flops / counted.encoder_flops == pytest.approx(8, rel=0.05)
+
+
+def test_the_backward_of_a_grouped_convolution_has_twice_the_products_of_its_forward() -> None:
+    convolution = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    rows = convolution(torch.ones(2, 8, 5, 5, requires_grad=True))
+    with costs._FlopsOfParts(None) as counter:
+        rows.sum().backward()
+    assert counter.flops[""] == 2 * 2 * rows.numel() * 9
+
+
 @pytest.mark.parametrize(("keep", "patch"), [(1.0, 0), (0.5, 0), (0.25, 32)])
 def test_flops_of_a_phase_are_those_of_its_tokens(keep: float, patch: int) -> None:
     """The momentum encoder sees all tokens; patches are embedded once for both encoders."""
