@@ -88,8 +88,6 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MaskFeatConfig: MaskFeat.build,
     MP3Config: MP3.build,
     EsViTConfig: EsViT.build,
-||||||| merged common ancestors
->>>>>>>>> Temporary merge branch 2
     ExtreMAConfig: ExtreMA.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
