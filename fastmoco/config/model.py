@@ -69,7 +69,10 @@ KINDS = {
     "blocks": Blocks,
 }
 ONLY_RESNET = {"zero_residual": "it has no norms at the end of its branches"}
-ONLY_SWIN = {"window": "its attention has no windows"}
+ONLY_SWIN = {
+    "window": "its attention has no windows",
+    "norm_eps": "its norms add what those of its published weights do",
+}
 SWIN_PATCHES = {"swin_nano": 2}
 """Pixels per side of the patches of a Swin, else 4."""
 NAMES: dict[Family, str] = {
@@ -95,6 +98,7 @@ UNREAD: dict[Family, dict[str, str]] = {
         "momentum_linears": "it multiplies by convolutions",
         "compile": "its convolutions are kernels of a library already",
         "blocks": "fused blocks are those of a ViT",
+        **ONLY_SWIN,
         "window": "it has no attention",
     },
     "swin": {
@@ -149,6 +153,8 @@ class ModelConfig:
     window: int = 7
     """Side of the attention windows of a Swin, in tokens; 14 is the other published size. A stage
     whose map is not larger has one window."""
+    norm_eps: float = 1e-5
+    """What layer norms of a Swin add to the variance: 1e-5 as published, 1e-6 in EsViT."""
     projection_dim: int = 256
     """Width of the vectors that the loss compares."""
     hidden_dim: int = 4096
@@ -221,6 +227,7 @@ class ModelConfig:
             rule = f"must be a multiple of {field}{self.patch}"
             require(divides, "image_size", self.image_size, rule)
         require(self.window >= 1, "window", self.window, "must be at least 1 token")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         rule = f"must be at least {self.least_side} for {self.architecture}"
         require(self.image_size >= self.least_side, "image_size", self.image_size, rule)
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "must be in [0, 1)")

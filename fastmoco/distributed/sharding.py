@@ -103,8 +103,9 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
         units = [block for block in parts.blocks if block in units_of(block)]
         for before, after in zip([network, *units[:-1]], units, strict=bool(units)):
             before.set_modules_to_forward_prefetch([after])
-        if not any(p.requires_grad for p in network.parameters()) and parts.methods.get(""):
-            _forget_forwards(network, parts.methods[""][0])
+        if not any(p.requires_grad for p in network.parameters()):
+            for method in parts.methods.get("", ()):
+                _forget_forwards(network, method)
 
 
 def is_sharded(objective: nn.Module) -> bool:
@@ -164,9 +165,9 @@ def _forget_forwards(network: nn.Module, method: str) -> None:
     if method == "forward":  # hooks run in their order, and that of FSDP2 makes the last record
         network.register_forward_hook(lambda *_: forget())
         return
-    call: Callable[..., Tensor] = getattr(network, method)
+    call: Callable[..., Any] = getattr(network, method)
 
-    def forgetful(*args: Tensor | None) -> Tensor:
+    def forgetful(*args: Tensor | None) -> Any:
         out = call(*args)
         forget()
         return out

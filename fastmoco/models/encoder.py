@@ -35,7 +35,7 @@ class Parts:
     """Projector, predictor, decoder, by name in the network; "" is the network itself."""
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Methods other than `forward` through which a module is called, by the module's name in the
-    network; "" is the network itself. The first of its methods runs all blocks."""
+    network; "" is the network itself, whose methods run all blocks."""
     alike: bool = True
     """Whether all blocks have the same shapes and `blocks` is the network's own list. Then
     measurements shorten it temporarily."""
@@ -86,6 +86,23 @@ class Encoder(Protocol):
     def forward_flops(self, side: int, keep: float = 1.0) -> float:
         """FLOPs of the forward of one view of `side` pixels in each direction, of whose patch
         tokens a ViT keeps a share."""
+        ...
+
+
+class RegionEncoder(Encoder, Protocol):
+    """An encoder that also gives the tokens of its last map."""
+
+    def regions(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] images -> [B, E] features as of a call, and [B, L, E] tokens; `paths` and
+        `kept` as for `TokenEncoder.encode`."""
+        ...
+
+    def plain_regions(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The reference of `regions`, without optimizations."""
         ...
 
 

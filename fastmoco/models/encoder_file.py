@@ -332,9 +332,11 @@ class SwinDescription(NamedDescription):
 
     Attributes:
         window: tokens per side of its windows, where its map is larger.
+        norm_eps: what its layer norms add to the variance.
     """
 
     window: int = 7
+    norm_eps: float = 1e-5
 
     family = "swin"
     known = SWINS
@@ -344,11 +346,17 @@ class SwinDescription(NamedDescription):
     def of(cls, config: Config) -> Self:
         """That of the encoder of a run."""
         model = config.model
-        return cls(architecture=model.architecture, image=config.eval_spec(), window=model.window)
+        return cls(
+            architecture=model.architecture,
+            image=config.eval_spec(),
+            window=model.window,
+            norm_eps=model.norm_eps,
+        )
 
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
-        return {**NamedDescription.to_metadata(self), "window": str(self.window)}
+        own = {"window": str(self.window), "norm_eps": str(self.norm_eps)}
+        return {**NamedDescription.to_metadata(self), **own}
 
     @classmethod
     def from_metadata(cls, header: Mapping[str, str]) -> Self:
@@ -359,13 +367,19 @@ class SwinDescription(NamedDescription):
         """
         found = super(SwinDescription, cls).from_metadata(header)
         try:
-            return replace(found, window=int(header.get("window", found.window)))
+            return replace(
+                found,
+                window=int(header.get("window", found.window)),
+                norm_eps=float(header.get("norm_eps", found.norm_eps)),
+            )
         except ValueError as error:
             raise ValueError(f"its header cannot be read ({error})") from error
 
     def build(self) -> SwinTransformer:
         """An encoder with random weights."""
-        return SWINS[self.architecture](image_size=self.image.size, window=self.window)
+        return SWINS[self.architecture](
+            image_size=self.image.size, window=self.window, eps=self.norm_eps
+        )
 
 
 class ConvNeXtV2Description(NamedDescription):

@@ -450,8 +450,13 @@ class SwinTransformer(nn.Module):
         Raises:
             ValueError: if the images are not squares of whole patches.
         """
+        return self.regions(images, paths)[0]
+
+    def regions(self, images: Tensor, paths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] images -> [B, E] features as of `forward`, and [B, L, E] the tokens whose
+        mean they are (`token_features`)."""
         tokens = self.token_features(images, paths)
-        return tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32)), tokens
 
     def token_features(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] images -> [B, L, E]: the tokens of the last map after the last norm, row by
@@ -469,6 +474,10 @@ class SwinTransformer(nn.Module):
     def plain(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """Reference of `forward`: each block with its roll and its windows one by one, nothing
         recomputed; a merging takes the four neighbours one by one."""
+        return self.plain_regions(images, paths)[0]
+
+    def plain_regions(self, images: Tensor, paths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reference of `regions`, as `plain`."""
         factors = iter(self._by_block(paths))
         tokens: Tensor = self.patch_embed(self._whole_patches(images))
         for stage in self._stages():
@@ -482,8 +491,8 @@ class SwinTransformer(nn.Module):
                 four = [grid[:, r::2, c::2] for c in (0, 1) for r in (0, 1)]
                 merging = stage.downsample
                 tokens = merging.reduction(merging.norm(torch.cat(four, -1))).flatten(1, 2)
-        features: Tensor = self.norm(tokens).mean(1)
-        return features
+        tokens = self.norm(tokens)
+        return tokens.mean(1), tokens
 
     def recompute(self, what: Recompute) -> None:
         """Choose which activations the backward computes again.
@@ -502,7 +511,7 @@ class SwinTransformer(nn.Module):
             stem={"patch_embed": self.patch_embed},
             blocks=nn.ModuleList(self._blocks()),
             heads={"head": self.head},
-            methods={"": ("forward",)},
+            methods={"": ("forward", "regions")},
             alike=False,
         )
 

@@ -400,6 +400,28 @@ class VisionTransformer(nn.Module):
             tokens = sum_of(*block(tokens, None, factors))
         return self._normalised(tokens) if normalised else tokens
 
+    def regions(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] images -> [B, E] features as of `forward`, and [B, L, E] the patch tokens
+        after all blocks and the final norm.
+
+        `paths` and `kept` as for `encode`.
+        """
+        return self._regions(self.latents(images, paths, kept))
+
+    def plain_regions(
+        self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reference of `regions`."""
+        return self._regions(self.plain_latents(images, paths, kept))
+
+    def _regions(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature and patch tokens of all tokens."""
+        if self.pooling == "class":
+            return latents[:, 0], latents[:, 1:]
+        return latents.mean(dim=1), latents
+
     def token_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images -> [B, L, E]: the patch tokens after every block and the final norm,
         row by row.
@@ -425,7 +447,9 @@ class VisionTransformer(nn.Module):
 
     def parts(self) -> Parts:
         """Modules by role. Objectives call more than `forward` of some of them."""
-        methods: dict[str, tuple[str, ...]] = {"": ("encode", "taps", "encode_taps", "latents")}
+        methods: dict[str, tuple[str, ...]] = {
+            "": ("encode", "taps", "encode_taps", "latents", "regions")
+        }
         if isinstance(self.patch_embed, PatchStem):
             methods["patch_embed"] = ("of_patches",)
         if self.reads_class_row:

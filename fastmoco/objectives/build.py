@@ -26,6 +26,7 @@ from fastmoco.models.vit import ARCHITECTURES, VisionTransformer
 from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.dino import DINO
+from fastmoco.objectives.esvit import EsViT
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.macrl import MACRL
@@ -43,6 +44,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.cmae import CMAEConfig
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.esvit import EsViTConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.macrl import MACRLConfig
 from fastmoco.recipes.mae import MAEConfig
@@ -77,6 +79,7 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MACRLConfig: MACRL.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
+    EsViTConfig: EsViT.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""
@@ -169,7 +172,12 @@ def encoder_builder(model: ModelConfig) -> BuildEncoder:
             zero_residual=model.zero_residual,
         )
     if model.family == "swin":
-        return partial(SWINS[model.architecture], image_size=model.image_size, window=model.window)
+        return partial(
+            SWINS[model.architecture],
+            image_size=model.image_size,
+            window=model.window,
+            eps=model.norm_eps,
+        )
     if model.family == "convnextv2":
         return partial(CONVNEXTS[model.architecture], image_size=model.image_size)
     return partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,56 +104,38 @@ class DINO(Objective):
         self._teacher_warmup_epochs = teacher_warmup_epochs
         self._center_momentum = center_momentum
         self._freeze_epochs = freeze_last_layer_epochs
+        self._ema: dict[str, Any] = {"start": ema_momentum, "schedule": ema_schedule}
         self.encoder, self.momentum_encoder = build_encoder(), build_encoder()
+        self._build_head = partial(
+            DINOHead,
+            self.encoder.embed_dim,
+            hidden_dim,
+            projection_dim,
+            prototypes,
+            norm=head_norm,
+            train_norm=train_last_norm,
+            initial_weights=initial_weights,
+        )
         for encoder in (self.encoder, self.momentum_encoder):
-            encoder.head = DINOHead(
-                encoder.embed_dim,
-                hidden_dim,
-                projection_dim,
-                prototypes,
-                norm=head_norm,
-                train_norm=train_last_norm,
-                initial_weights=initial_weights,
-            )
+            encoder.head = self._build_head()
             if initial_weights == "dino" and isinstance(encoder, VisionTransformer):
                 initialise_(encoder)
-        self.momentum = Momentum(
-            self.encoder, self.momentum_encoder, start=ema_momentum, schedule=ema_schedule
-        )
+        self.momentum = Momentum(self.encoder, self.momentum_encoder, **self._ema)
         self.coupling = with_heads(self.encoder) if head_norm else self.encoder.coupling
         self.coupling_reason = self.encoder.coupling_reason
         self.register_buffer("center", torch.zeros(1, prototypes))
-
-        # Sums of raw outputs of the momentum encoder in this step, and of how many rows.
-        self._sums: Tensor | None = None
-        self._rows = 0
+        self._centring = Centring(center_momentum)
 
     @classmethod
     def build(cls, config: Config, build_encoder: Callable[[], Any]) -> DINO:
         """The objective of a config."""
         own = config.objective
         assert isinstance(own, DINOConfig)  # noqa: S101 - a type: each class is built from its own config
-        return cls(
-            build_encoder,
-            initial_weights=own.initial_weights,
-            projection_dim=config.model.projection_dim,
-            hidden_dim=config.model.hidden_dim,
-            prototypes=own.prototypes,
-            temperature=own.temperature,
-            teacher_temperature=own.teacher_temperature,
-            teacher_temperature_start=own.teacher_temperature_start,
-            teacher_warmup_epochs=own.teacher_warmup_epochs,
-            center_momentum=own.center_momentum,
-            head_norm=own.head_norm,
-            train_last_norm=own.train_last_norm,
-            freeze_last_layer_epochs=own.freeze_last_layer_epochs,
-            ema_momentum=own.ema_momentum,
-            ema_schedule=own.ema_schedule,
-        )
+        return cls(build_encoder, **options_of(config, own))
 
     def before_step(self, at: Progress) -> None:
         """Forget the sums of a forward that no step has followed."""
-        self._sums, self._rows = None, 0
+        self._centring.forget()
 
     def features(self, inputs: Inputs, at: Progress, *, target: bool = True) -> Features:
         """All crops through the encoder, [b, V, E], and the large ones through the momentum
@@ -166,7 +149,7 @@ class DINO(Objective):
         if not target:
             return Features((online,))
         with torch.no_grad(), part(KEY_FORWARD):
-            return Features((online,), (by_size(_large(inputs), self.momentum_encoder),))
+            return Features((online,), (by_size(large(inputs), self.momentum_encoder),))
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
         """Heads and loss of the batch or of a chunk of it.
@@ -197,13 +180,20 @@ class DINO(Objective):
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same written out: each pair of a large crop and another crop has its own term."""
         with torch.no_grad():
-            rows = by_size(_large(inputs), self.momentum_encoder.plain).transpose(0, 1)
-            target = self.momentum_encoder.head(rows)
+            target_rows = by_size(large(inputs), self.momentum_encoder.plain)
+        rows = by_size(inputs, self.encoder.plain, least=LARGE)
+        return self._plain_views(rows, target_rows, at, accuracy)
+
+    def _plain_views(
+        self, rows: Tensor, target_rows: Tensor, at: Progress, accuracy: bool
+    ) -> Output:
+        """Reference of heads and loss, of features [b, V, E] and [b, 2, E]."""
+        with torch.no_grad():
+            target = self.momentum_encoder.head(target_rows.transpose(0, 1))
             teacher = target.unit @ target.weight.T
             targets = self.targets(teacher, at)
             self._add(teacher)
-        rows = by_size(inputs, self.encoder.plain, least=LARGE).transpose(0, 1)
-        online = self.encoder.head(rows)
+        online = self.encoder.head(rows.transpose(0, 1))
         terms = [
             -(own * (unit @ online.weight.T / self.temperature).log_softmax(1)).sum(1).mean()
             for q, own in enumerate(targets)
@@ -231,15 +221,7 @@ class DINO(Objective):
     @torch.no_grad()
     def after_step(self, skipped: Tensor | None, at: Progress) -> None:
         """Move the centre towards the mean of the raw outputs, over all chunks and ranks."""
-        sums, self._sums = self._sums, None
-        rows, self._rows = self._rows, 0
-        if sums is None:
-            return
-        mean = (total(sums) / (rows * group_size())).to(self.center.dtype)
-        moved = self._center_momentum * self.center + (1 - self._center_momentum) * mean
-        if skipped is not None:
-            moved = torch.where(skipped > 0, self.center, moved)
-        self.center.copy_(moved)
+        self._centring.move_(self.center, skipped)
 
     def averages(self) -> Mapping[nn.Parameter, Tensor]:
         """Weights of encoder and head -> those of the momentum encoder."""
@@ -276,9 +258,7 @@ class DINO(Objective):
     def _add(self, teacher: Tensor) -> None:
         """Add raw outputs [2, b, K] to the sums of this step."""
         wide = torch.promote_types(teacher.dtype, torch.float32)
-        sums = teacher.sum((0, 1), dtype=wide)[None]
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._rows += teacher.shape[0] * teacher.shape[1]
+        self._centring.add(teacher.sum((0, 1), dtype=wide)[None], teacher.shape[:2].numel())
 
     @torch.no_grad()
     def _watch(
@@ -296,6 +276,66 @@ class DINO(Objective):
             watch["target_entropy"] = torch.special.entr(targets).sum(-1).mean()
             watch["target_divergence"] = loss.detach() - watch["target_entropy"]
         return watch
+
+
+def options_of(config: Config, own: DINOConfig) -> dict[str, Any]:
+    """The arguments of `DINO`, without its encoder."""
+    return {
+        "initial_weights": own.initial_weights,
+        "projection_dim": config.model.projection_dim,
+        "hidden_dim": config.model.hidden_dim,
+        "prototypes": own.prototypes,
+        "temperature": own.temperature,
+        "teacher_temperature": own.teacher_temperature,
+        "teacher_temperature_start": own.teacher_temperature_start,
+        "teacher_warmup_epochs": own.teacher_warmup_epochs,
+        "center_momentum": own.center_momentum,
+        "head_norm": own.head_norm,
+        "train_last_norm": own.train_last_norm,
+        "freeze_last_layer_epochs": own.freeze_last_layer_epochs,
+        "ema_momentum": own.ema_momentum,
+        "ema_schedule": own.ema_schedule,
+    }
+
+
+class Centring:
+    """How a centre follows the mean of the raw outputs of a momentum encoder's head, over all chunks
+    and ranks of a step.
+
+    Args:
+        momentum: weight of the old centre.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self._momentum = momentum
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what has been added."""
+        self._sums: Tensor | None = None
+        self._rows = 0
+
+    def add(self, sums: Tensor, rows: int) -> None:
+        """Add outputs of this step.
+
+        Args:
+            sums: [1, K], of the outputs.
+            rows: how many they are.
+        """
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._rows += rows
+
+    def move_(self, center: Tensor, skipped: Tensor | None) -> None:
+        """Move a centre [1, K] to the mean of this step, unless that is skipped, and forget."""
+        sums, rows = self._sums, self._rows
+        self.forget()
+        if sums is None:
+            return
+        mean = (total(sums) / (rows * group_size())).to(center.dtype)
+        moved = self._momentum * center + (1 - self._momentum) * mean
+        if skipped is not None:
+            moved = torch.where(skipped > 0, center, moved)
+        center.copy_(moved)
 
 
 class HeadRows(NamedTuple):
@@ -408,6 +448,6 @@ def _normal_(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _large(inputs: Inputs) -> Inputs:
+def large(inputs: Inputs) -> Inputs:
     """The large crops alone, for the momentum encoder, which has no stochastic depth."""
     return Inputs(inputs.views[:LARGE])

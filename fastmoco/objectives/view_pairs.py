@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -39,15 +39,24 @@ def by_size(inputs: Inputs, encode: Callable[..., Tensor], *, least: int = 1) ->
     Raises:
         ValueError: if there are fewer.
     """
+    passed = [by_image(rows, inputs) for rows in each_size(inputs, encode, least)]
+    return torch.cat(passed, dim=1)
+
+
+def each_size(inputs: Inputs, encode: Callable[..., Any], least: int) -> Iterator[Any]:
+    """What an encoder makes of neighbouring views of one size, as one batch [n * b, 3, H, W]; one
+    after the other. Arguments and errors as of `by_size`."""
     views = inputs.views
     if len(views) < least:
         raise ValueError(f"views: {len(views)} of them; this objective compares at least {least}")
-    passed = []
     for _, numbers in groupby(range(len(views)), key=lambda number: views[number].shape[1:]):
         group = tuple(numbers)
-        rows = encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
-        passed.append(rows.view(len(group), len(views[0]), -1))
-    return torch.cat(passed).transpose(0, 1)
+        yield encode(torch.cat([views[number] for number in group]), *inputs.paths_of(*group))
+
+
+def by_image(rows: Tensor, inputs: Inputs) -> Tensor:
+    """[n * b, ...] of n views of the images -> [b, n, ...]."""
+    return rows.view(-1, len(inputs.views[0]), *rows.shape[1:]).transpose(0, 1)
 
 
 def encoded_views(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:

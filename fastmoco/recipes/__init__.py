@@ -33,6 +33,12 @@ from fastmoco.recipes.dino import (
     dino_vit_s16_e100_b512,
     dino_vit_s16_e300_b1024,
 )
+from fastmoco.recipes.esvit import (
+    esvit_digits,
+    esvit_nano7_e12_b256,
+    esvit_swin_t4_e300_b512,
+    esvit_view_swin_t4_e300_b512,
+)
 from fastmoco.recipes.expected import EXPECTED, Expected
 from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_base_e800_b4096,
@@ -206,6 +212,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         dino_vit_s16_e300_b1024,
         dino_nano7_e12_b256,
         dino_digits,
+        esvit_swin_t4_e300_b512,
+        esvit_view_swin_t4_e300_b512,
+        esvit_nano7_e12_b256,
+        esvit_digits,
         moco_v1_r50_e200_b256,
         moco_v2_r50_e200_b256,
         moco_v2_r50_e800_b256,

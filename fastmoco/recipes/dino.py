@@ -113,19 +113,26 @@ def dino_vit_s16_e300_b1024() -> Config:
 
 def _vit_s16(recipe: str, objective: DINOConfig, *, epochs: float, batch: int) -> Config:
     """What the runs of the official code on ViT-S/16 share."""
+    model = ModelConfig(
+        architecture="deit_small",
+        positions="learned",
+        freeze_patch_embed=False,
+        drop_path=0.1,
+        hidden_dim=2048,
+    )
+    return official(recipe, objective, model, epochs=epochs, batch=batch)
+
+
+def official(
+    recipe: str, objective: DINOConfig, model: ModelConfig, *, epochs: float, batch: int
+) -> Config:
+    """What the runs of the official codes of DINO and EsViT share: views and optimizer."""
     view1, view2, *more = dino_views()
     return Config(
         recipe=recipe,
         epochs=epochs,
         global_batch_size=batch,
-        model=ModelConfig(
-            architecture="deit_small",
-            positions="learned",
-            freeze_patch_embed=False,
-            drop_path=0.1,
-            projection_dim=256,
-            hidden_dim=2048,
-        ),
+        model=model,
         objective=objective,
         optim=OptimConfig(
             lr=5e-4,
@@ -143,18 +150,18 @@ def _vit_s16(recipe: str, objective: DINOConfig, *, epochs: float, batch: int) -
 def dino_digits() -> Config:
     """DINO with a tiny ViT on 8x8 handwritten digits: a few minutes on two cores."""
     base = quickstart_digits()
-    return _small(base, "dino_digits", lr=base.optim.lr)
+    return small(base, "dino_digits", DINOConfig, lr=base.optim.lr)
 
 
 def dino_nano7_e12_b256() -> Config:
     """DINO with ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two
     cores."""
-    return _small(vit_nano7_e12_b256(), "dino_nano7_e12_b256", lr=4e-3)
+    return small(vit_nano7_e12_b256(), "dino_nano7_e12_b256", DINOConfig, lr=4e-3)
 
 
-def _small(base: Config, recipe: str, *, lr: float) -> Config:
-    """A recipe for small images with DINO: trunk and views of the base, and batch norms in the
-    head.
+def small(base: Config, recipe: str, kind: type[DINOConfig], *, lr: float) -> Config:
+    """A recipe for small images with DINO or EsViT: trunk and views of the base, and batch norms in
+    the head.
 
     Without them features of all images are so alike in a small encoder that targets become uniform
     and stay so. Small crops of such images show little of them, and cost more than they give.
@@ -162,7 +169,7 @@ def _small(base: Config, recipe: str, *, lr: float) -> Config:
     return replace(
         base,
         recipe=recipe,
-        objective=DINOConfig(
+        objective=kind(
             prototypes=256,
             head_norm=True,
             initial_weights="xavier",

@@ -63,7 +63,7 @@ def model_config(source: EncoderSource, **changes: Any) -> ModelConfig:
             "freeze_patch_embed": False,
         }
     if isinstance(found, SwinDescription):
-        known["window"] = found.window
+        known |= {"window": found.window, "norm_eps": found.norm_eps}
     base = source.config.model if source.config is not None else ModelConfig()
     return replace(base, **(known | changes))
 

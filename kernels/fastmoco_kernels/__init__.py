@@ -18,6 +18,7 @@ from fastmoco_kernels.info_nce.with_queue import queued_info_nce_loss
 from fastmoco_kernels.lars.op import lars_step_
 from fastmoco_kernels.lars.optimizer import LARS
 from fastmoco_kernels.residual_norm.op import residual_norm
+from fastmoco_kernels.soft_cross_entropy.of_pairs import soft_cross_entropy_of_pairs
 from fastmoco_kernels.soft_cross_entropy.op import (
     soft_cross_entropy,
     soft_cross_entropy_of_rows,
@@ -46,6 +47,7 @@ __all__ = [
     "queued_info_nce_loss",
     "residual_norm",
     "soft_cross_entropy",
+    "soft_cross_entropy_of_pairs",
     "soft_cross_entropy_of_rows",
     "split_qkv",
     "symmetric_info_nce_loss",

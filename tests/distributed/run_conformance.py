@@ -32,6 +32,7 @@ from fastmoco.objectives.swav import SwAV
 from fastmoco.optim.build import build_optimizer
 from fastmoco.optim.groups import set_learning_rates
 from fastmoco.recipes.dino import DINOConfig
+from fastmoco.recipes.esvit import EsViTConfig
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
@@ -45,6 +46,7 @@ from tests.distributed.some_costs import with_some_costs
 from tests.fastmoco.objectives.test_conformance import (
     ONLY_CONVNEXT,
     ONLY_VIT,
+    REGIONS,
     TRUNKS,
     config_of,
     rest_of,
@@ -91,6 +93,7 @@ VARIANTS = {
     "SDSSL on SimCLR": Variant(SDSSLConfig, objective={"on": "simclr"}),
     "bare heads": Variant(MoCoV3Config, objective={"predictor": False, "head_norm": False}),
     "DINO with norms": Variant(DINOConfig, objective={"head_norm": True}, ways=("fsdp chunked",)),
+    "EsViT with norms": Variant(EsViTConfig, objective={"head_norm": True}, ways=("fsdp chunked",)),
     "frozen trunk": Variant(
         SupervisedConfig,
         objective={"train_from": "head"},
@@ -177,7 +180,7 @@ def ways_of(kind: type[ObjectiveConfig], trunk: str) -> tuple[str, ...]:
         return tuple(WAYS) if trunk == "vit" else ("ddp", "fsdp")
     if trunk == "vit":
         return ("ddp", "fsdp chunked")
-    return () if kind.kind in ONLY_VIT | ONLY_CONVNEXT else ("fsdp",)
+    return () if kind.kind in ONLY_VIT | ONLY_CONVNEXT | REGIONS else ("fsdp",)
 
 
 def scores_in_bf16(world: World) -> dict[str, Any]:

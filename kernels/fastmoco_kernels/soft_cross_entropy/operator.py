@@ -36,7 +36,7 @@ def of_given_logits(
         triton,
     )
     run: Callable[..., tuple[Tensor, Tensor]] = (
-        _logits_op if _watched(arguments) else _EagerLogits.apply
+        _logits_op if watched(arguments) else _EagerLogits.apply
     )
     return run(*arguments)[0]
 
@@ -58,12 +58,12 @@ def of_products(
         triton,
     )
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-        _rows_op if _watched(arguments) else _EagerRows.apply
+        _rows_op if watched(arguments) else _EagerRows.apply
     )
     return run(*arguments)[0]
 
 
-def _watched(arguments: tuple[Any, ...]) -> bool:
+def watched(arguments: tuple[Any, ...]) -> bool:
     """Whether a compiler, a mode, a transform or a tensor subclass must see the operator."""
     return (
         traced()
@@ -231,14 +231,14 @@ def _keep_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _logits_gradient(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     arguments = (incoming, *ctx.saved_tensors, *ctx.numbers)
-    run: Callable[..., Tensor] = _logits_backward_op if _watched(arguments) else _logits_backward
+    run: Callable[..., Tensor] = _logits_backward_op if watched(arguments) else _logits_backward
     return _guarded(run(*arguments)), None, None, None, None, None
 
 
 def _times(gradient: Tensor, incoming: Tensor) -> Tensor:
     """The product. Of the loss itself the incoming gradient is 1: where asking costs nothing, that
     saves a second tensor of the size of the weight."""
-    if not _watched((incoming,)) and incoming.device.type == "cpu" and incoming.item() == 1:
+    if not watched((incoming,)) and incoming.device.type == "cpu" and incoming.item() == 1:
         return gradient
     return incoming * gradient
 
@@ -250,23 +250,28 @@ def _guarded(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def keep_gradients(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Of a loss that has made both gradients in its forward."""
     _, drows, dweight = output
     ctx.mark_non_differentiable(drows, dweight)
     ctx.save_for_backward(drows, dweight)
     ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.constants = len(inputs) - 2
 
 
-def _rows_gradient(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def kept_gradients(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Those of rows and weight, which are the first inputs, times the incoming one."""
     gradients = [
         _guarded(_times(gradient, incoming).to(dtype)) if gradient.numel() else None
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * ctx.constants)
 
 
 _logits_op.register_autograd(_logits_gradient, setup_context=_keep_logits)
-_rows_op.register_autograd(_rows_gradient, setup_context=_keep_rows)
+_rows_op.register_autograd(kept_gradients, setup_context=keep_gradients)
 
 
 class _EagerLogits(torch.autograd.Function):
@@ -289,9 +294,9 @@ class _EagerRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = _rows_forward(*inputs)
-        _keep_rows(ctx, inputs, output)
+        keep_gradients(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *incoming: Any) -> Any:
-        return _rows_gradient(ctx, *incoming)
+        return kept_gradients(ctx, *incoming)

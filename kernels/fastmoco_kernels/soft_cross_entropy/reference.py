@@ -1,7 +1,7 @@
 """Soft-target cross-entropy from the definition: the reference of the tests.
 
 Legend: V views of the student, Q views with targets (the first Q of the V), B images, K outputs of
-the head, D width of its rows.
+the head, D width of its rows; R rows and S targets of an image, E width of the targets.
 """
 
 from __future__ import annotations
@@ -89,3 +89,25 @@ def soft_cross_entropy_rows_reference(
             centre=centre,
             target_temperature=target_temperature,
         )
+
+
+def soft_cross_entropy_pairs_reference(
+    rows_BRD: Tensor,
+    weight_KD: Tensor,
+    target_rows_BSE: Tensor,
+    target_weight_KE: Tensor,
+    pairs_BRS: Tensor,
+    *,
+    temperature: float,
+    centre: Tensor | None,
+    target_temperature: float,
+) -> Tensor:
+    """Sum over images and pairs of `pairs_rs sum_k -T_sk log softmax(rows_r weight^T /
+    temperature)_k`. Keeps all scores of rows and targets several times."""
+    with torch.autocast(rows_BRD.device.type, enabled=False):
+        dtype = accumulation_dtype(rows_BRD)
+        scores = rows_BRD.to(dtype) @ weight_KD.to(dtype).T
+        log_shares = torch.log_softmax(scores / temperature, dim=-1)
+        teacher = target_rows_BSE.to(dtype) @ target_weight_KE.to(dtype).T
+        targets = probabilities(teacher, centre, target_temperature, dtype)
+        return -((pairs_BRS.to(dtype) @ targets) * log_shares).sum()

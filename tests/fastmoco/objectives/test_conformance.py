@@ -157,6 +157,8 @@ DINO_HEAD = [f"head.mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("wei
 DINO_HEAD += ["head.last_layer.weight_g", "head.last_layer.weight_v"]
 for known, trunk in ((NAMES, ENCODER), (RESNET_NAMES, RESNET_ENCODER)):
     known["dino"] = dict.fromkeys(("encoder", "momentum_encoder"), trunk + DINO_HEAD)
+REGION_HEAD = [name.removeprefix("head.") for name in DINO_HEAD]
+NAMES["esvit"] = {**NAMES["dino"], "region_head": REGION_HEAD, "momentum_region_head": REGION_HEAD}
 SIMSIAM_PREDICTOR = [*PREDICTOR, "3.bias"]
 NAMES["simsiam"] = {"encoder": ENCODER + PROJECTOR, "predictor": SIMSIAM_PREDICTOR}
 RESNET_NAMES["simsiam"] = {
@@ -248,6 +250,7 @@ for good."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
+    "esvit": {"prototypes": 128, "freeze_last_layer_epochs": 0.0},
     "supervised": {"classes": 5, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     "mae": {"decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4},
     "supmae": {"decoder_width": 32, "decoder_heads": 4, "classes": 5},
@@ -261,6 +264,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
+REGIONS = {"esvit"}
+"""Objectives that compare tokens; a ResNet and a ConvNeXt V2 give none, and are refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
 OWN_MASKS = {"mae", "supmae", "cmae", "macrl"}
@@ -273,6 +278,10 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         with pytest.raises(ValueError, match="must be a ViT"):
             build_objective(replace(base, objective=kind()), torch.device("cpu"))
         pytest.skip(f"{kind.kind} needs a ViT")
+    if kind.kind in REGIONS and base in (RESNET, CONVNEXT):
+        with pytest.raises(ValueError, match="must be a ViT or a Swin"):
+            build_objective(replace(base, objective=kind()), torch.device("cpu"))
+        pytest.skip(f"{kind.kind} needs tokens")
     if kind.kind in ONLY_CONVNEXT:
         base = on_convnext(kind, base)
     view2 = base.data.view2
