@@ -36,6 +36,7 @@ def eval_finetune(
     weight_decay: float = 0.05,
     warmup_epochs: float | None = None,
     layer_decay: float | None = None,
+    layer_decay_by: Literal["block", "group"] = "block",
     drop_path: float | None = None,
     label_smoothing: float = 0.1,
     mixup: float = 0.8,
@@ -66,6 +67,8 @@ def eval_finetune(
         warmup_epochs: Epochs of warm-up; default: a twentieth of the epochs.
         layer_decay: Factor of the rate from a layer to the one before it (default: 0.65 for a
             ViT, otherwise 1).
+        layer_decay_by: Layers of a ConvNeXt V2: its blocks, or its stages with a layer for three
+            blocks of the third (group).
         drop_path: Rate of stochastic depth of the last block (default: 0.1; 0 for a ResNet).
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Parameter of the Beta distribution of mixup; 0: none.

@@ -51,7 +51,7 @@ AttentionBackend = Literal[
     "triton",
     "reference",
 ]
-Pooling = Literal["class", "mean", "norm_mean"]
+Pooling = Literal["class", "mean", "norm_mean", "class_attention"]
 Positions = Literal["sincos", "sincos_columns", "learned", "none"]
 MlpNorm = Literal["layer", "batch"]
 Recompute = Literal["none", "selective", "full"]
@@ -162,7 +162,8 @@ class ModelConfig:
     pooling: Pooling = "class"
     """Feature of a ViT: the class token after the final norm (`class`); or, without a class token,
     the mean of the patch tokens (`mean`), or of the patch tokens after the final norm
-    (`norm_mean`)."""
+    (`norm_mean`); or a class token that reads the patch tokens in two blocks of its own behind the
+    others (`class_attention`), as in ExtreMA."""
     positions: Positions = "sincos"
     """Positions of a ViT: the fixed sine-cosine table of MoCo v3 (`sincos`, rows first) or of MAE
     (`sincos_columns`), a trained table, or none."""

@@ -21,7 +21,7 @@ Scaling = Literal["linear", "sqrt", "none"]
 Schedule = Literal[
     "cosine", "cosine_steps", "cosine_inclusive", "cosine_unshifted", "cosine_per_epoch", "steps"
 ]
-WITH_ENDS = ("cosine_inclusive", "cosine_unshifted")
+WITH_ENDS = ("cosine", "cosine_inclusive", "cosine_unshifted")
 """Schedules that may start and end above 0."""
 KINDS = {"lr_scaling": Scaling, "schedule": Schedule}
 """Values of the fields that name a rule."""
@@ -56,9 +56,10 @@ class OptimConfig:
     milestone_factor: Annotated[float, Resume.WITH_ALLOW] = 0.1
     """Factor of the learning rate at each of `milestones`."""
     warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate of the first step of the warm-up, not scaled. Only for the two of SwAV and MoBY."""
+    """Learning rate of the first step of the warm-up, not scaled. Only for `cosine`
+    (MaskFeat) and the two of SwAV and MoBY."""
     final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
-    """Learning rate to which the cosine falls, not scaled. Only for the same two."""
+    """Learning rate to which the cosine falls, not scaled. Only for the same three."""
     lr_in_buffer: Annotated[bool, Resume.WITH_ALLOW] = False
     """LARS: multiply the learning rate into the momentum buffer, as SimCLR does, and not into the
     step, as MoCo v3 and BYOL do."""

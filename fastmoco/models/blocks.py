@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from fastmoco.distributed.sync_batch_norm import BatchNorm, repeated_pass
 from fastmoco.models.drop_path import scaled
 from fastmoco.models.fused_block import Form, Weights, fused_block
-from fastmoco_kernels import residual_norm
+from fastmoco.models.token_drop import taken
+from fastmoco_kernels import attention, residual_norm
 from fastmoco_kernels.attention.stacked import stacked_attention
 from fastmoco_kernels.linear import linear
 
@@ -132,9 +134,35 @@ class Attention(nn.Module):
         self.qkv = _linear(width, 3 * width, matrices=3)
         self.proj = _linear(width, width)
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        """Every token attends to every token: [B, L, E] -> [B, L, E]."""
-        return self.attend(self.qkv(x_BLE))
+    def forward(self, x_BLE: Tensor, context_BK: Tensor | None = None) -> Tensor:
+        """Every token attends to every token, or to those of the context alone: [B, L, E] ->
+        [B, L, E].
+
+        `context_BK`: numbers of the tokens that have keys and values; None: all.
+        """
+        if context_BK is None:
+            return self.attend(self.qkv(x_BLE))
+        return self.attend_to(self.queries(x_BLE), self.keys_values(taken(x_BLE, context_BK)))
+
+    def queries(self, x_BLE: Tensor) -> Tensor:
+        """The first third of `qkv` alone: [B, L, E] -> [B, L, E]."""
+        E = x_BLE.shape[-1]
+        return linear(x_BLE, self.qkv.weight[:E], self.qkv.bias[:E])
+
+    def keys_values(self, x_BKE: Tensor) -> Tensor:
+        """The other two thirds: [B, K, E] -> [B, K, 2 E]."""
+        E = x_BKE.shape[-1]
+        return linear(x_BKE, self.qkv.weight[E:], self.qkv.bias[E:])
+
+    def attend_to(self, q_BLE: Tensor, kv_BKF: Tensor) -> Tensor:
+        """Attention of queries to other tokens, and the output projection: [B, L, E]."""
+        B, L, E = q_BLE.shape
+        A = self.num_heads
+        q = q_BLE.view(B, L, A, E // A).transpose(1, 2)
+        k, v = kv_BKF.view(B, -1, 2, A, E // A).permute(2, 0, 3, 1, 4).unbind()
+        attended = attention(q, k, v, backend=self.backend)
+        out: Tensor = self.proj(attended.transpose(1, 2).reshape(B, L, E))
+        return out
 
     def attend(self, qkv_BLF: Tensor) -> Tensor:
         """Attention of the stacked projections, and the output projection: [B,
@@ -226,31 +254,50 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_hidden)
 
     def forward(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+        self,
+        x_BLE: Tensor,
+        branch_BLE: Tensor | None = None,
+        paths_B2: Tensor | None = None,
+        context_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Stream and branch, [B, L, E] each, to stream and branch.
 
         `paths_B2`: factors of the branches of attention and MLP (`drop_path`); None: 1.
+        `context_BK`: numbers of the tokens that are attended to, in their state before this block;
+        None: all.
         """
         if self.fused:
-            if paths_B2 is not None or isinstance(self.norm2, BatchNorm):
+            extra = paths_B2 is not None or context_BK is not None
+            if extra or isinstance(self.norm2, BatchNorm):
                 raise ValueError(
-                    "blocks=fused: has neither drop_path nor mlp_norm=batch; use blocks=modules"
+                    "blocks=fused: has neither drop_path nor mlp_norm=batch nor a context; use "
+                    "blocks=modules"
                 )
             return self._fused(x_BLE, branch_BLE)
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._whole(x_BLE, branch_BLE, paths_B2)
+            return self._whole(x_BLE, branch_BLE, paths_B2, context_BK)
         # Only the input of the block is kept: one tensor, the sum.
         x_BLE = sum_of(x_BLE, branch_BLE)
         if self.recompute == "full":
-            return self._again(lambda x: sum_of(*self._whole(x, None, paths_B2)), x_BLE), None
+            whole = partial(self._whole, branch_BLE=None, paths_B2=paths_B2, context_BK=context_BK)
+            return self._again(lambda x: sum_of(*whole(x)), x_BLE), None
         of_attention, of_mlp = _by_branch(paths_B2)
-        attended = self.attn.attend(
-            checkpointed(lambda x: self.attn.qkv(self.norm1.add(x)[1]), x_BLE)
-        )
+        attended = self._attended_again(x_BLE, context_BK)
         x_BLE = x_BLE + scaled(attended, of_attention)
         hidden = self._again(lambda x: self.mlp.fc1(self.norm2.add(x)[1]), x_BLE)
         return x_BLE + scaled(checkpointed(self.mlp.contract, hidden), of_mlp), None
+
+    def _attended_again(self, x_BLE: Tensor, context_BK: Tensor | None) -> Tensor:
+        """The branch of attention, whose norm the backward computes again."""
+
+        def projected(by: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return checkpointed(lambda rows: by(self.norm1.add(rows)[1]), x)
+
+        if context_BK is None:
+            return self.attn.attend(projected(self.attn.qkv, x_BLE))
+        queries = projected(self.attn.queries, x_BLE)
+        others = projected(self.attn.keys_values, taken(x_BLE, context_BK))
+        return self.attn.attend_to(queries, others)
 
     def class_row(
         self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
@@ -269,11 +316,15 @@ class Block(nn.Module):
         return checkpointed(function, x, again)
 
     def _whole(
-        self, x_BLE: Tensor, branch_BLE: Tensor | None = None, paths_B2: Tensor | None = None
+        self,
+        x_BLE: Tensor,
+        branch_BLE: Tensor | None = None,
+        paths_B2: Tensor | None = None,
+        context_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         of_attention, of_mlp = _by_branch(paths_B2)
         x_BLE, normed = self.norm1.add(x_BLE, branch_BLE)
-        x_BLE, normed = self.norm2.add(x_BLE, scaled(self.attn(normed), of_attention))
+        x_BLE, normed = self.norm2.add(x_BLE, scaled(self.attn(normed, context_BK), of_attention))
         branch_BLE = scaled(self.mlp(normed), of_mlp)
         return (x_BLE, branch_BLE) if self.hands_on_parts else (x_BLE + branch_BLE, None)
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -269,6 +270,29 @@ class ConvNeXtV2(nn.Module):
             methods={"": ("forward", "masked")},
             alike=False,
         )
+
+    def layers(self, by: Literal["block", "group"]) -> dict[str, int]:
+        """Layer of each part, by the beginning of its parameters' names, for layer decay as the
+        official fine-tuning has it; what is in no part, as the final norm, is one layer above.
+
+        Args:
+            by: "block": each block is a layer, and what comes before a stage belongs to its first
+                one. "group": the third stage has a layer for three blocks, each other stage is one,
+                and the stem has its own. The official code counts groups for 27 blocks in that stage;
+                with fewer, here no numbers are left out.
+        """
+        found: dict[str, int] = {}
+        depths = [len(stage) for stage in self.stages]  # type: ignore[arg-type]
+        if by == "block":
+            for stage, depth in enumerate(depths):
+                first = sum(depths[:stage]) + 1
+                found[f"downsample_layers.{stage}."] = first
+                found |= {f"stages.{stage}.{block}.": first + block for block in range(depth)}
+            return found
+        last = 3 + -(-depths[2] // 3)
+        found = {f"downsample_layers.{stage}.": n for stage, n in enumerate((0, 2, 3, last))}
+        found |= {f"stages.{stage}.": number for stage, number in ((0, 1), (1, 2), (3, last))}
+        return found | {f"stages.2.{block}.": 3 + block // 3 for block in range(depths[2])}
 
     def most_numbers(self, side: int | None = None) -> int:
         """Upper bound on the elements that training keeps per view, at least twice the true value.

@@ -1,5 +1,5 @@
-"""The decoder of MAE (He et al. 2022): from the tokens that the encoder saw to a prediction for
-every patch.
+"""Decoders: that of MAE (He et al. 2022), from the tokens that the encoder saw to a prediction for
+every patch; and a linear one for encoders that have all tokens.
 
 Legend: B images, L patches, K of them seen, T = K and the class token, E width of the encoder, D of
 the decoder.
@@ -14,6 +14,28 @@ from fastmoco.config.model import Positions
 from fastmoco.models.blocks import Block, LayerNorm, Linear, Recompute, sum_of, xavier_
 from fastmoco.models.encoder import Parts
 from fastmoco.models.vit import FIXED_POSITIONS
+
+
+class LinearDecoder(nn.Module):
+    """A layer norm and a linear layer on each token, for encoders that see mask tokens or context
+    themselves. The linear layer starts normal with deviation 0.02, its bias at 0.
+
+    Args:
+        in_dim: E.
+        out_dim: numbers that are predicted for a token.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(in_dim, eps=1e-6)
+        self.pred = Linear(in_dim, out_dim)
+        nn.init.normal_(self.pred.weight, std=0.02)
+        nn.init.zeros_(self.pred.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., E] -> [..., out_dim]."""
+        predicted: Tensor = self.pred(self.norm(tokens))
+        return predicted
 
 
 class TokenDecoder(nn.Module):

@@ -175,5 +175,10 @@ def family_of(encoder: Any) -> Family:
 
 
 def trunk_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an encoder's state dict without its head."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    """The tensors of an encoder's state dict that make its features: without its head, and without
+    the token that stands for masked patches in training."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith("head.") and name != "mask_token"
+    }

@@ -63,6 +63,7 @@ IN_HEADER = {
     "class": "class_token",
     "mean": "patch_mean",
     "norm_mean": "patch_mean_after_norm",
+    "class_attention": "class_attention",
     "sincos": "sincos_2d_fixed_stored",
     "sincos_columns": "sincos_2d_columns_first_fixed_stored",
     "learned": "learned",
@@ -85,7 +86,7 @@ class EncoderDescription:
         patch_size: pixels per side of a patch.
         image: how an image is resized, cropped and normalised.
         patch_embed_frozen: whether the patch projection has its random start values.
-        pooling: "class", "mean" or "norm_mean", see `VisionTransformer`.
+        pooling: "class", "mean", "norm_mean" or "class_attention", see `VisionTransformer`.
         positions: "sincos", "sincos_columns", "learned" or "none".
         mlp_norm: "layer" or "batch".
     """
@@ -165,8 +166,9 @@ class EncoderDescription:
             "mlp_norm": self.mlp_norm,
             "patch_embed_frozen": json.dumps(self.patch_embed_frozen),
         }
-        # timm has neither a convolutional stem nor batch norms in blocks.
-        if self.stem == "patch" and self.mlp_norm == "layer":
+        # timm's ViT has no convolutional stem, no batch norms in blocks and no class attention.
+        plain = self.stem == "patch" and self.mlp_norm == "layer"
+        if plain and self.pooling != "class_attention":
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())

@@ -1,22 +1,24 @@
-"""Projectors and predictors of several methods: linear layers with batch norms between them."""
+"""Projectors and predictors of several methods: linear layers with norms between them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmoco.distributed.sync_batch_norm import BatchNorm
+from fastmoco.models.blocks import LayerNorm
 from fastmoco.models.encoder import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadForm:
-    """The layers of a head: (linear, norm, ReLU) * (layers - 1), linear, optionally a last norm
+    """The layers of a head: (linear, norm, activation) * (layers - 1), linear, optionally a last norm
     without bias."""
 
     layers: int
@@ -30,7 +32,12 @@ class HeadForm:
     last_norm_weight: bool = False
     """Whether that norm has a weight."""
     norm: bool = True
-    """Whether there are batch norms at all; False: neither between the layers nor at the end."""
+    """Whether there are norms at all; False: neither between the layers nor at the end."""
+    layer_norm: bool = False
+    """Whether the norms between the layers are layer norms, which couple no images; then none ends
+    the head."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """After each norm; `gelu` is the exact one."""
     eps: float = 1e-5
     """What the norms add to the variance."""
 
@@ -61,6 +68,13 @@ FORMS = {
     # He, Fan, Wu, Xie, Girshick 2020, and Chen, Fan, Girshick, He 2020: no batch norms.
     "moco_v1": HeadForm(layers=1, last_bias=True, norm=False),
     "moco_v2": HeadForm(layers=2, bias=True, last_bias=True, norm=False),
+    # Wu et al. 2022 (ExtreMA).
+    "extrema_projector": HeadForm(
+        layers=3, bias=True, last_bias=True, layer_norm=True, activation="gelu"
+    ),
+    "extrema_predictor": HeadForm(
+        layers=2, bias=True, last_bias=True, layer_norm=True, activation="gelu"
+    ),
 }
 """Forms by name."""
 
@@ -68,8 +82,8 @@ FORMS = {
 def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn.Sequential:
     """Build a head.
 
-    Its norms compute statistics per view, over all ranks, for inputs [B, in_dim] of one view and
-    [V, B, in_dim] of V views. If several views are in one flat batch, statistics are joint.
+    Its batch norms compute statistics per view, over all ranks, for inputs [B, in_dim] of one view
+    and [V, B, in_dim] of V views. If several views are in one flat batch, statistics are joint.
 
     Args:
         in_dim: width of the input.
@@ -96,10 +110,12 @@ def build_head(in_dim: int, hidden_dim: int, out_dim: int, form: HeadForm) -> nn
     widths = [in_dim] + [hidden_dim] * (form.layers - 1)
     modules: list[nn.Module] = []
     for before, after in pairwise(widths):
-        norms = [BatchNorm(after, eps=form.eps)] if form.norm else []
-        modules.extend([nn.Linear(before, after, bias=form.bias), *norms, nn.ReLU(inplace=True)])
+        norm = LayerNorm(after, eps=form.eps) if form.layer_norm else BatchNorm(after, eps=form.eps)
+        activation = nn.ReLU(inplace=True) if form.activation == "relu" else nn.GELU()
+        norms = [norm] if form.norm else []
+        modules.extend([nn.Linear(before, after, bias=form.bias), *norms, activation])
     modules.append(nn.Linear(widths[-1], out_dim, bias=form.last_bias))
-    if form.norm and form.last_norm:
+    if form.norm and form.last_norm and not form.layer_norm:
         last = BatchNorm(out_dim, eps=form.eps, affine=form.last_norm_weight, bias=False)
         modules.append(last)
     return nn.Sequential(*modules)
@@ -172,7 +188,8 @@ class HeadStack(nn.Sequential):
         form: of each.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: if a number is below 1, or the form has other norms or activations than batch
+            norms and ReLU.
     """
 
     def __init__(
@@ -180,6 +197,8 @@ class HeadStack(nn.Sequential):
     ) -> None:
         if count < 1:
             raise ValueError(f"count={count}: a stack needs at least 1 head")
+        if form.layer_norm or form.activation != "relu":
+            raise ValueError(f"form={form}: heads of a stack have batch norms and ReLU")
         with torch.device("meta"):
             one = build_head(in_dim, hidden_dim, out_dim, form)
         super().__init__(*(_stacked(module, count) for module in one))

@@ -54,6 +54,14 @@ class TokenDraws:
 def row_noise(
     seed: int, tag: int, images: int, numbers: int, *, step: int, view: int, device: torch.device
 ) -> Tensor:
+    """`row_numbers` on a device: [images, numbers] int64."""
+    noise = row_numbers(seed, tag, images, numbers, step=step, view=view)
+    return sent(torch.from_numpy(noise), device)
+
+
+def row_numbers(
+    seed: int, tag: int, images: int, numbers: int, *, step: int, view: int
+) -> np.ndarray:
     """Random numbers of this rank's images, each a function of seed, step, row of the global batch
     and view.
 
@@ -67,7 +75,6 @@ def row_noise(
         numbers: of each image.
         step: optimizer steps done before this one.
         view: its number.
-        device: of the result.
 
     Returns:
         [images, numbers] int64, uniform in [0, 2^63).
@@ -78,7 +85,7 @@ def row_noise(
     words = np.random.Philox(key=key, counter=start).random_raw(images * blocks * 4)
     # 63 bits, because torch sorts no unsigned numbers.
     noise = (words >> np.uint64(1)).astype(np.int64).reshape(images, blocks * 4)[:, :numbers]
-    return sent(torch.from_numpy(np.ascontiguousarray(noise)), device)
+    return np.ascontiguousarray(noise)
 
 
 def kept_ids(noise: Tensor, kept: int) -> Tensor:
@@ -87,7 +94,16 @@ def kept_ids(noise: Tensor, kept: int) -> Tensor:
 
 
 def taken(tokens: Tensor, kept: Tensor) -> Tensor:
-    """The tokens that stay: [B or 1, L, E] by ids [B, k] -> [B, k, E]."""
+    """The tokens that stay: [B or 1, L, E] by ids [B, k] -> [B, k, E].
+
+    Of B images there may be n sets of ids, [n * B, k], set by set; then so are the tokens.
+    """
+    images, sets = len(tokens), len(kept) // len(tokens)
+    if images > 1 < sets:
+        # All sets of an image in one row: the backward needs no copy of the tokens for each set.
+        by_image = kept.view(sets, images, -1).transpose(0, 1)
+        found = taken(tokens, by_image.flatten(1)).view(images, *by_image.shape[1:], -1)
+        return found.transpose(0, 1).flatten(0, 1)
     rows = kept[:, :, None].expand(-1, -1, tokens.shape[2])
     return tokens.expand(len(kept), -1, -1).gather(1, rows)
 

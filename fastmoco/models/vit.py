@@ -4,7 +4,8 @@ class-token feature; and the variants of its ablations.
 Two optimizations have a plain reference that a test compares with them. `patch_tokens` and `encode`
 are separate, so that two encoders with the same frozen projection can share the patch tokens.
 `encode` computes only the class token of the last block (see `blocks`), unless the feature is a
-mean of tokens or a batch norm in the block sees every token; its reference is `encode_plain`.
+mean of tokens, blocks for the class token follow, or a batch norm in the block sees every token; its
+reference is `encode_plain`.
 `encode_taps` does the same and gives the feature after every block; its reference is `plain_taps`.
 
 Legend: B images, L patch tokens, E width.
@@ -31,6 +32,7 @@ from fastmoco.models.blocks import (
     Recompute,
     sum_of,
 )
+from fastmoco.models.class_attention import ClassBlock
 from fastmoco.models.encoder import Coupling, Family, Parts
 from fastmoco.models.token_drop import taken
 
@@ -93,6 +95,10 @@ def column_first_positions(grid: int, width: int) -> Tensor:
     return torch.cat([table.new_zeros(1, width), table]).float()
 
 
+CLASS_TOKEN = ("class", "class_attention")
+"""Kinds of pooling with a class token."""
+CLASS_BLOCKS = 2
+"""Blocks of class attention behind the others, with `pooling="class_attention"`."""
 FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {
     "sincos": sincos_positions,
     "sincos_columns": column_first_positions,
@@ -153,16 +159,20 @@ class VisionTransformer(nn.Module):
             has no effect on the conv stem, which always trains.
         pooling: "class": the class token after the final norm; without a class token, "norm_mean":
             the mean of the patch tokens after the final norm, "mean": of the patch tokens, without
-            a final norm.
+            a final norm; "class_attention": a class token without a position, which reads the patch
+            tokens in two blocks behind the others (`ClassBlock`), after the final norm.
         positions: "sincos" is the fixed table of MoCo v3, "sincos_columns" that of MAE, "learned" a
             trained one, "none" adds nothing.
         mlp_norm: norm before each MLP: "layer", or "batch" over all tokens of the global batch.
         attention: backend of `fastmoco_kernels.attention`; the last block does not use it.
 
     Attributes:
-        tokens: tokens of a view in a block, including the class token if there is one.
+        tokens: tokens of a view in a block, including the class token if it is among them.
         cls_token: [1, 1, E]; None with a mean of patch tokens.
+        blocks_token: the blocks in which the class token reads the others; empty where it is one of
+            them, or there is none.
         pos_embed: [1, tokens, E]; None without positions.
+        mask_token: [1, 1, E]; None unless an objective has called `add_mask_token`.
         coupling: `Coupling.TRUNK` if the tokens of an image depend on the other images of the batch
             (batch norm in the conv stem or before the MLPs); then two views may not share a batch.
             Otherwise `Coupling.NONE`.
@@ -175,6 +185,7 @@ class VisionTransformer(nn.Module):
     family: Family = "vit"
     cls_token: nn.Parameter | None
     pos_embed: nn.Parameter | None
+    mask_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -215,7 +226,7 @@ class VisionTransformer(nn.Module):
         # In this order, because it is that of the random draws.
         self.cls_token = (
             nn.Parameter(torch.empty(1, 1, embed_dim).normal_(std=1e-6))
-            if pooling == "class"
+            if pooling in CLASS_TOKEN
             else None
         )
         self.pos_embed = self._positions(positions, image_size // patch_size)
@@ -226,10 +237,15 @@ class VisionTransformer(nn.Module):
             Block(embed_dim, num_heads, round(mlp_ratio * embed_dim), attention, mlp_norm)
             for _ in range(depth)
         )
+        self.blocks_token = nn.ModuleList(
+            ClassBlock(embed_dim, num_heads, round(mlp_ratio * embed_dim))
+            for _ in range(CLASS_BLOCKS if pooling == "class_attention" else 0)
+        )
         self.norm: nn.Module = (
             nn.Identity() if pooling == "mean" else LayerNorm(embed_dim, eps=1e-6)
         )
         self.head: nn.Module = nn.Identity()
+        self.mask_token = None
         if freeze_patch_embed and stem == "patch":
             self.patch_embed.requires_grad_(False)
 
@@ -237,7 +253,7 @@ class VisionTransformer(nn.Module):
         """Choose which activations the backward computes again instead of
         keeping them; see `blocks`.
         """
-        for block in self.blocks:
+        for block in (*self.blocks, *self.blocks_token):
             assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
             block.recompute = what
 
@@ -251,11 +267,7 @@ class VisionTransformer(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
             self._require_whole_patches(images)
-        patches: Tensor = self.patch_embed(images)
-        tokens = patches.flatten(2).transpose(1, 2)
-        if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
-            tokens = tokens + self._patch_positions(tokens.shape[1])
-        return tokens
+        return self._with_fixed(self._projected(images))
 
     def encode(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -267,6 +279,8 @@ class VisionTransformer(nn.Module):
             patch_tokens: of `patch_tokens`.
             paths: [B, depth, 2] factors of the residual branches (`drop_path`); None: all 1.
             kept: [B, k] numbers of the patch tokens that the blocks see (`token_drop`); None: all.
+                Or [n * B, k], n sets of tokens of each image, set by set: then so are paths and
+                features.
         """
         return self._encoded(self._placed(patch_tokens, kept), paths)
 
@@ -283,8 +297,8 @@ class VisionTransformer(nn.Module):
             feature = self.norm(last.class_row(tokens, branch, by_block[-1]))
             return feature
         tokens = sum_of(*last(tokens, branch, by_block[-1]))
-        if self.pooling == "class":
-            feature = self.norm(tokens[:, 0])
+        if self.pooling in CLASS_TOKEN:
+            feature = self.norm(self._class_of(tokens))
             return feature
         return self._normalised(tokens).mean(dim=1)
 
@@ -298,8 +312,7 @@ class VisionTransformer(nn.Module):
         tokens = self._plain_tokens(patch_tokens, kept)
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-        normalised = self._normalised(tokens)
-        return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
+        return self._plain_feature(tokens)
 
     def encode_taps(
         self, patch_tokens: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -329,7 +342,7 @@ class VisionTransformer(nn.Module):
         else:
             rows.append(self._read(*last(tokens, branch, by_block[-1])))
         taps = torch.stack(rows, dim=1)
-        return self._normalised(taps) if self.pooling == "class" else taps
+        return self._normalised(taps) if self.pooling in CLASS_TOKEN else taps
 
     def taps(
         self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -346,8 +359,7 @@ class VisionTransformer(nn.Module):
         taps = []
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
-            normalised = self._normalised(tokens)
-            taps.append(normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1))
+            taps.append(self._plain_feature(tokens))
         return torch.stack(taps, dim=1)
 
     def forward(
@@ -356,7 +368,7 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] images -> [B, E] features; `paths` and `kept` as for `encode`. Patches that
         are left out are not embedded.
         """
-        if kept is None or not isinstance(self.patch_embed, PatchStem):
+        if self._embeds_all(images, kept):
             return self.encode(self.patch_tokens(images), paths, kept)
         return self._encoded(self._embedded(images, kept), paths)
 
@@ -379,11 +391,7 @@ class VisionTransformer(nn.Module):
 
         `paths` and `kept` as for `encode`; `normalised`: whether the final norm comes last.
         """
-        tokens = self._embedded(images, kept)
-        branch = None
-        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
-            tokens, branch = block(tokens, branch, factors)
-        tokens = sum_of(tokens, branch)
+        tokens = self._through(self._embedded(images, kept), paths)
         return self._normalised(tokens) if normalised else tokens
 
     def plain_latents(
@@ -399,6 +407,73 @@ class VisionTransformer(nn.Module):
         for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
             tokens = sum_of(*block(tokens, None, factors))
         return self._normalised(tokens) if normalised else tokens
+
+    def add_mask_token(self) -> None:
+        """Give the encoder a trained token in place of masked patches, `mask_token` [1, 1, E],
+        normal with deviation 0.02. `masked_tokens` alone reads it."""
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim).normal_(std=0.02))
+
+    def masked_tokens(self, images: Tensor, masked: Tensor, paths: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] images -> [B, T, E]: every token after all blocks, without the final norm,
+        with the mask token in place of masked patches. Positions are added after it (MaskFeat).
+
+        Args:
+            images: of whole patches.
+            masked: [B, L] bool, True where masked.
+            paths: as for `encode`.
+        """
+        patches = self._projected(images)
+        tokens = torch.where(masked[:, :, None], self._mask_token(), patches)
+        return self._through(self._all_tokens(self._with_fixed(tokens)), paths)
+
+    def plain_masked_tokens(
+        self, images: Tensor, masked: Tensor, paths: Tensor | None = None
+    ) -> Tensor:
+        """Reference of `masked_tokens`: x (1 - m) + mask token * m."""
+        patches = self._projected(images)
+        hidden = masked[:, :, None].to(patches.dtype)
+        tokens = patches * (1 - hidden) + self._mask_token() * hidden
+        tokens = self._all_tokens(self._with_fixed(tokens))
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens = sum_of(*block(tokens, None, factors))
+        return tokens
+
+    def context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """[B, 3, S, S] images -> [B, T, E]: every token after all blocks, without the final norm. In
+        every block all tokens ask, and those of the context alone have keys and values, by their
+        state before that block (MP3).
+
+        Args:
+            images: of whole patches.
+            paths: as for `encode`.
+            context: [B, K] numbers of tokens; with a class token, 0 is that token.
+        """
+        tokens, branch = self._all_tokens(self.patch_tokens(images)), None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors, context)
+        return sum_of(tokens, branch)
+
+    def plain_context_tokens(self, images: Tensor, paths: Tensor | None, context: Tensor) -> Tensor:
+        """Reference of `context_tokens`: an image at a time, with scores of all pairs of tokens, of
+        which those outside of the context are left out by -inf."""
+        found = []
+        for number, image in enumerate(images):
+            (tokens,) = self._all_tokens(self.patch_tokens(image[None]))
+            outside = torch.ones(len(tokens), dtype=torch.bool, device=images.device)
+            outside[context[number]] = False
+            for depth, block in enumerate(self.blocks):
+                assert isinstance(block, Block)  # noqa: S101 - a type: all blocks are of this class
+                factors = [1, 1] if paths is None else paths[number, depth]
+                heads = block.attn.num_heads
+                rows = block.attn.qkv(block.norm1(tokens)).view(len(tokens), 3, heads, -1)
+                q, k, v = rows.permute(1, 2, 0, 3).unbind()
+                scores = q @ k.mT / math.sqrt(q.shape[-1])
+                weights = scores.masked_fill(outside, -math.inf).softmax(dim=-1)
+                attended = (weights @ v).transpose(0, 1).flatten(1)
+                tokens = tokens + factors[0] * block.attn.proj(attended)
+                tokens = tokens + factors[1] * block.mlp(block.norm2(tokens))
+            found.append(tokens)
+        return torch.stack(found)
 
     def regions(
         self, images: Tensor, paths: Tensor | None = None, kept: Tensor | None = None
@@ -448,7 +523,15 @@ class VisionTransformer(nn.Module):
     def parts(self) -> Parts:
         """Modules by role. Objectives call more than `forward` of some of them."""
         methods: dict[str, tuple[str, ...]] = {
-            "": ("encode", "taps", "encode_taps", "latents", "regions")
+            "": (
+                "encode",
+                "taps",
+                "encode_taps",
+                "latents",
+                "masked_tokens",
+                "context_tokens",
+                "regions",
+            )
         }
         if isinstance(self.patch_embed, PatchStem):
             methods["patch_embed"] = ("of_patches",)
@@ -478,7 +561,7 @@ class VisionTransformer(nn.Module):
         assert isinstance(first, Block)  # noqa: S101 - a type: all blocks are of this class
         tokens = self.tokens if side is None else self.tokens_of(side)
         per_token = self.embed_dim * 40 + first.attn.num_heads * tokens * 8
-        return tokens * per_token * (len(self.blocks) + 1)
+        return tokens * per_token * (len(self.blocks) + len(self.blocks_token) + 1)
 
     def forward_flops(self, side: int, keep: float = 1.0) -> float:
         """FLOPs of the products in one forward of a view of this many pixels per side, with every
@@ -491,7 +574,46 @@ class VisionTransformer(nn.Module):
         tokens = int((side // self.patch_size) ** 2 * keep) + self._class_tokens
         weights = sum(parameter.numel() for parameter in self.blocks.parameters())
         weights += sum(parameter.numel() for parameter in self.patch_embed.parameters())
-        return 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
+        flops = 2 * weights * tokens + 4 * tokens**2 * self.embed_dim * len(self.blocks)
+        for block in self.blocks_token:  # the weights once, for the class token
+            assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all blocks are of this class
+            flops += 2 * sum(parameter.numel() for parameter in block.parameters())
+            flops += 4 * tokens * self.embed_dim * block.attn.num_heads
+        return flops
+
+    def _projected(self, images: Tensor) -> Tensor:
+        """[B, L, E] patches alone.
+
+        Raises:
+            ValueError: if the images are not squares of whole patches.
+        """
+        if images.ndim != 4 or images.shape[1:] != (3, self.image_size, self.image_size):
+            self._require_whole_patches(images)
+        patches: Tensor = self.patch_embed(images)
+        return patches.flatten(2).transpose(1, 2)
+
+    def _with_fixed(self, tokens: Tensor) -> Tensor:
+        """Patch tokens with their positions, where these are fixed."""
+        if self.pos_embed is None or self.positions not in FIXED_POSITIONS:
+            return tokens
+        return tokens + self._patch_positions(tokens.shape[1])
+
+    def _mask_token(self) -> Tensor:
+        """The trained token in place of masked patches.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.mask_token is None:
+            raise ValueError("mask_token=None: call add_mask_token() when the encoder is built")
+        return self.mask_token
+
+    def _through(self, tokens: Tensor, paths: Tensor | None) -> Tensor:
+        """All tokens through all blocks."""
+        branch = None
+        for block, factors in zip(self.blocks, self._by_block(paths), strict=True):
+            tokens, branch = block(tokens, branch, factors)
+        return sum_of(tokens, branch)
 
     def _by_block(self, paths: Tensor | None) -> Sequence[Tensor | None]:
         """Factors [B, 2] of each block, each contiguous, so that compiled blocks share a graph."""
@@ -501,7 +623,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def _class_tokens(self) -> int:
-        """1 with a class token, otherwise 0."""
+        """1 with a class token among the others, otherwise 0."""
         return int(self.pooling == "class")
 
     def _positions(self, kind: Positions, grid: int) -> nn.Parameter | None:
@@ -513,6 +635,11 @@ class VisionTransformer(nn.Module):
             return nn.Parameter(table[None], requires_grad=False)
         return nn.Parameter(torch.empty(1, self.tokens, self.embed_dim).normal_(std=0.02))
 
+    def _embeds_all(self, images: Tensor, kept: Tensor | None) -> bool:
+        """Whether every patch is embedded: none is left out, or several sets of patches stay."""
+        few = kept is not None and len(kept) == len(images)
+        return not (few and isinstance(self.patch_embed, PatchStem))
+
     def _placed(self, patch_tokens: Tensor, kept: Tensor | None) -> Tensor:
         """The tokens that stay, with all their positions."""
         if kept is None:
@@ -522,8 +649,9 @@ class VisionTransformer(nn.Module):
 
     def _embedded(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """`_placed` of images; patches that are left out are not embedded."""
-        if kept is None or not isinstance(self.patch_embed, PatchStem):
+        if kept is None or self._embeds_all(images, kept):
             return self._placed(self.patch_tokens(images), kept)
+        assert isinstance(self.patch_embed, PatchStem)  # noqa: S101 - a type: others embed all patches
         self._require_whole_patches(images)
         tokens = self.patch_embed.of_patches(images, kept)
         positions = None
@@ -536,15 +664,39 @@ class VisionTransformer(nn.Module):
         tokens = self._all_tokens(patch_tokens)
         if kept is None:
             return tokens
-        first = self._class_tokens
-        return torch.cat([tokens[:, :first], taken(tokens[:, first:], kept)], dim=1)
+        patches = taken(tokens[:, self._class_tokens :], kept)
+        if not self._class_tokens:
+            return patches
+        sets = len(kept) // len(tokens)
+        return torch.cat([tokens[:, :1].repeat(sets, 1, 1), patches], dim=1)
 
     def _read(self, tokens: Tensor, branch: Tensor | None) -> Tensor:
         """[B, E] of the residual stream after a block: the class token before the final norm, of
-        which alone the sum is taken, or the mean of all tokens after it."""
+        which alone the sum is taken where it is one of the tokens, or the mean of all tokens after
+        it."""
         if self.pooling == "class":
             return sum_of(tokens[:, 0], None if branch is None else branch[:, 0])
+        if self.pooling == "class_attention":
+            return self._class_of(sum_of(tokens, branch))
         return self._normalised(sum_of(tokens, branch)).mean(dim=1)
+
+    def _class_of(self, tokens: Tensor, *, plain: bool = False) -> Tensor:
+        """[B, E]: the class token before the final norm, of tokens [B, T, E] after all blocks."""
+        if not self.blocks_token:
+            return tokens[:, 0]
+        assert self.cls_token is not None  # noqa: S101 - a type: there are blocks for it
+        token = self.cls_token[:, 0].expand(len(tokens), -1)
+        for block in self.blocks_token:
+            assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all blocks are of this class
+            token = (block.plain if plain else block.read)(token, tokens)
+        return token
+
+    def _plain_feature(self, tokens: Tensor) -> Tensor:
+        """[B, E]: reference of the feature, of tokens [B, T, E] after a block."""
+        if self.pooling == "class_attention":
+            return self._normalised(self._class_of(tokens, plain=True))
+        normalised = self._normalised(tokens)
+        return normalised[:, 0] if self.pooling == "class" else normalised.mean(dim=1)
 
     def _normalised(self, tokens: Tensor) -> Tensor:
         normalised: Tensor = self.norm(tokens)
@@ -553,7 +705,7 @@ class VisionTransformer(nn.Module):
     def _all_tokens(self, patch_tokens: Tensor) -> Tensor:
         """The patch tokens after the class token, if there is one, with all positions."""
         tokens = patch_tokens
-        if self.cls_token is not None:
+        if self.cls_token is not None and self._class_tokens:
             class_token: Tensor = self.cls_token
             if self.pos_embed is not None and self.positions in FIXED_POSITIONS:
                 class_token = class_token + self.pos_embed[:, :1]
@@ -570,7 +722,7 @@ class VisionTransformer(nn.Module):
         tokens = patch_tokens
         if positions is not None:
             tokens = tokens + taken(positions, kept)
-        if self.cls_token is None:
+        if self.cls_token is None or not self._class_tokens:
             return tokens
         class_token: Tensor = self.cls_token
         if self.pos_embed is not None:

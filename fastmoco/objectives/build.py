@@ -27,13 +27,16 @@ from fastmoco.objectives.byol import BYOL
 from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.dino import DINO
 from fastmoco.objectives.esvit import EsViT
+from fastmoco.objectives.extrema import ExtreMA
 from fastmoco.objectives.fcmae import FCMAE
 from fastmoco.objectives.interface import Objective
 from fastmoco.objectives.macrl import MACRL
 from fastmoco.objectives.mae import MAE
+from fastmoco.objectives.maskfeat import MaskFeat
 from fastmoco.objectives.moby import MoBY
 from fastmoco.objectives.moco import MoCo
 from fastmoco.objectives.moco_v3 import MoCoV3
+from fastmoco.objectives.mp3 import MP3
 from fastmoco.objectives.projector_momentum import ProjectorMomentum
 from fastmoco.objectives.sdssl import SDSSL
 from fastmoco.objectives.simclr import SimCLR
@@ -45,11 +48,14 @@ from fastmoco.recipes.byol import BYOLConfig
 from fastmoco.recipes.cmae import CMAEConfig
 from fastmoco.recipes.dino import DINOConfig
 from fastmoco.recipes.esvit import EsViTConfig
+from fastmoco.recipes.extrema import ExtreMAConfig
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco.recipes.macrl import MACRLConfig
 from fastmoco.recipes.mae import MAEConfig
+from fastmoco.recipes.maskfeat import MaskFeatConfig
 from fastmoco.recipes.moby import MoBYConfig
 from fastmoco.recipes.moco import MoCoConfig
+from fastmoco.recipes.mp3 import MP3Config
 from fastmoco.recipes.projector_momentum import ProjectorMomentumConfig
 from fastmoco.recipes.sdssl import SDSSLConfig
 from fastmoco.recipes.simclr import SimCLRConfig
@@ -79,7 +85,10 @@ OBJECTIVES: dict[type[ObjectiveConfig], Callable[[Config, BuildEncoder], Objecti
     MACRLConfig: MACRL.build,
     MoBYConfig: MoBY.build,
     FCMAEConfig: FCMAE.build,
+    MaskFeatConfig: MaskFeat.build,
+    MP3Config: MP3.build,
     EsViTConfig: EsViT.build,
+    ExtreMAConfig: ExtreMA.build,
 }
 """Type of `Config.objective` -> what makes the objective of a config, from what makes an
 encoder."""

@@ -85,22 +85,23 @@ class Inputs(NamedTuple):
     masks: tuple[Tensor, ...] = ()
     """For masked objectives: one [b, ...] for each view that has one."""
     paths: tuple[Tensor, ...] = ()
-    """With stochastic depth: one [b, views, depth, 2], the factors of the trained encoder's
-    residual branches; see `paths_of`."""
+    """With stochastic depth: one [b, passes, depth, 2], the factors of the trained encoder's
+    residual branches in each pass (`Objective.passes`), as a rule one for each view; see
+    `paths_of`."""
     labels: Tensor | None = None
     """[b] int64, the class of each image, for objectives that learn classes (`needs_labels`)."""
     kept: tuple[Tensor, ...] = ()
-    """With token dropping or masked patches: one [b, k] int64 for each view, the numbers of the patch
-    tokens that the trained encoder sees; see `paths_of`."""
+    """With token dropping or masked patches: one [b, k] int64 for each pass, the numbers of the patch
+    tokens that the trained encoder sees in it; see `paths_of`."""
 
-    def paths_of(self, *views: int) -> tuple[Tensor | None, ...]:
-        """The last arguments of a trained encoder for some views of one size by number,
-        concatenated in this order: factors of residual branches [views * b, depth, 2], then the
-        tokens that stay [views * b, k]. Empty without stochastic depth and token dropping; the
-        factors are None without stochastic depth alone."""
-        paths = torch.cat([self.paths[0][:, view] for view in views]) if self.paths else None
+    def paths_of(self, *passes: int) -> tuple[Tensor | None, ...]:
+        """The last arguments of a trained encoder for some passes by number, as a rule those of views
+        of one size, concatenated in this order: factors of residual branches [passes * b, depth, 2],
+        then the tokens that stay [passes * b, k]. Empty without stochastic depth and token dropping;
+        the factors are None without stochastic depth alone."""
+        paths = torch.cat([self.paths[0][:, number] for number in passes]) if self.paths else None
         if self.kept:
-            return paths, torch.cat([self.kept[view] for view in views])
+            return paths, torch.cat([self.kept[number] for number in passes])
         return () if paths is None else (paths,)
 
 
@@ -142,10 +143,14 @@ class Objective(nn.Module, ABC):
         per_rank: names of buffers that differ between ranks on purpose. Others must be equal on all
             ranks.
         path_draws: makes `Inputs.paths`; None: no stochastic depth.
+        passes: times that the trained encoder sees an image, each with draws of its own; None: once
+            for each view.
         token_draws: makes `Inputs.kept`; None: the trained encoder sees all tokens.
         phases: parts of the run with constant shapes, by which tokens and size of the patches
             follow from the step.
         needs_labels: whether `Inputs.labels` must be given.
+        exact_views: whether views stay float32 in a run in bf16, because targets are made of them
+            that rounding would change.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
         ring: whether keys of other ranks come to the loss in blocks from the neighbour, else they
@@ -160,9 +165,11 @@ class Objective(nn.Module, ABC):
     coupling_reason: str = ""
     per_rank: frozenset[str] = frozenset()
     path_draws: PathDraws | None = None
+    passes: int | None = None
     token_draws: TokenDraws | None = None
     phases: Phases = Phases()
     needs_labels: bool = False
+    exact_views: bool = False
     images_together: int = 1
     ring: bool | None = None
 
@@ -182,7 +189,8 @@ class Objective(nn.Module, ABC):
         """
         paths: tuple[Tensor, ...] = ()
         if self.path_draws is not None and self.training:
-            paths = (self.path_draws(len(views[0]), len(views), at.step, views[0].device),)
+            passes = self.passes or len(views)
+            paths = (self.path_draws(len(views[0]), passes, at.step, views[0].device),)
         return Inputs(views, masks, paths, labels, self._kept(views, at))
 
     def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:

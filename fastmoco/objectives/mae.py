@@ -36,6 +36,9 @@ from fastmoco.objectives.masked import (
     masked_view,
     pixel_targets,
     plain_masked_loss,
+    require_own_masks,
+    require_size,
+    require_vit,
     watched,
 )
 from fastmoco.optim.groups import decaying_matrices
@@ -167,12 +170,7 @@ class MAE(Objective):
             ValueError: if it is not of the encoder's size, or there are other views or masks.
         """
         view, kept = masked_view(inputs, views=self.view_count, masks=self.mask_count)
-        size = self.encoder.image_size
-        if view.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks "
-                f"and decoder are those of image_size={size}"
-            )
+        require_size(self.encoder, view)
         return view, kept
 
     @property
@@ -220,13 +218,7 @@ def options_of(config: Config, own: MAEConfig) -> dict[str, Any]:
     Raises:
         ValueError: if an option has no effect beside the masks.
     """
-    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
-        if getattr(config.model, name) != value:
-            cure = f"leave out --model.{name.replace('_', '-')}"
-            raise ValueError(
-                f"model.{name}={getattr(config.model, name)!r}: {own.kind} masks patches of one "
-                f"size by its own ratio; {cure}, and see --objective.mask-ratio"
-            )
+    require_own_masks(config)
     return {
         "mask_ratio": own.mask_ratio,
         "normalise_pixels": own.normalise_pixels,
@@ -256,17 +248,7 @@ def _require_encoder(encoder: Any, poolings: tuple[str, ...]) -> None:
     Raises:
         ValueError: with the cure.
     """
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError(
-            "model.architecture: must be a ViT, whose patches can be left out; take "
-            "--model.architecture vit_base"
-        )
-    if encoder.coupling is not Coupling.NONE:
-        raise ValueError(
-            f"model: {encoder.coupling_reason}, so patches that are left out would change what "
-            "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
-            "--model.mlp-norm layer"
-        )
+    require_vit(encoder, "whose patches can be left out")
     if encoder.pooling not in poolings:
         needs = (
             "the decoder reads a class token" if poolings == ("class",) else "tokens need a norm"

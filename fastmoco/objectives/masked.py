@@ -5,13 +5,69 @@ Legend: B images, L patches (row by row), P = 3 p^2 numbers of a patch of p pixe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastmoco.config import Config
+from fastmoco.models.encoder import Coupling
+from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import Inputs
 
 FLOOR = 1e-6
 """Added to the variance of a patch."""
+
+
+def require_own_masks(config: Config) -> None:
+    """Refuse rules of tokens that have no effect beside an objective's own masks.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    for name, value in (("keep_tokens", "1"), ("patch_schedule", "")):
+        if getattr(config.model, name) != value:
+            cure = f"leave out --model.{name.replace('_', '-')}"
+            raise ValueError(
+                f"model.{name}={getattr(config.model, name)!r}: {config.objective.kind} masks "
+                f"patches of one size by its own ratio; {cure}, and see --objective.mask-ratio"
+            )
+
+
+def require_vit(encoder: Any, why: str) -> None:
+    """Refuse an encoder that is no ViT, or whose images are coupled.
+
+    Args:
+        encoder: of an objective that masks patches.
+        why: what the objective needs of tokens, as a clause.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(
+            f"model.architecture: must be a ViT, {why}; take --model.architecture vit_base"
+        )
+    if encoder.coupling is not Coupling.NONE:
+        raise ValueError(
+            f"model: {encoder.coupling_reason}, so patches that are masked or left out would change "
+            "what evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
+            "--model.mlp-norm layer"
+        )
+
+
+def require_size(encoder: VisionTransformer, view: Tensor) -> None:
+    """Refuse a view that is not of the encoder's own size.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    size = encoder.image_size
+    if view.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"view shape={tuple(view.shape)}: must be [B, 3, {size}, {size}], because masks and "
+            f"decoder are those of image_size={size}"
+        )
 
 
 def masked_view(

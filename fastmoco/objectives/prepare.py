@@ -21,7 +21,7 @@ def as_they_are(views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def view_preparation(
-    specs: Sequence[ViewSpec], precision: str, *, compiled: bool = False
+    specs: Sequence[ViewSpec], precision: str, *, compiled: bool = False, exact: bool = False
 ) -> PrepareViews:
     """Levels (uint8) are normalised, straight into the dtype of the encoder's first product;
     float32 views pass as they are.
@@ -31,8 +31,10 @@ def view_preparation(
         precision: "bf16", "fp32" or "fp64".
         compiled: one kernel by torch.compile in place of three operations; the last bit of the
             float32 result may differ.
+        exact: float32 also in a run in bf16 (`Objective.exact_views`).
     """
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
+    narrow = torch.float32 if exact else torch.bfloat16
+    dtype = {"bf16": narrow, "fp32": torch.float32, "fp64": torch.float64}[precision]
     kernel = torch.compile(normalise_by, dynamic=False) if compiled else normalise_by
 
     def one(view: Tensor, spec: ViewSpec) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fastmoco.config import Config
+from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.models.encoder import family_of
 from fastmoco.objectives.interface import (
     Coupling,
@@ -70,6 +71,7 @@ class Supervised(Objective):
         mixup: parameter of the Beta distribution of mixup; 0: none.
         cutmix: that of cutmix; 0: none.
         layer_decay: factor of the learning rate from one layer to the one before it.
+        layer_decay_by: layers of a ConvNeXt V2, see `ConvNeXtV2.layers`.
         head_std: deviation of the head's start values: 0.02 as DeiT, 0.01 for a linear probe as
             MoCo, 2e-5 for fine-tuning as MAE. The bias starts at 0.
         seed: of the mixing.
@@ -80,7 +82,7 @@ class Supervised(Objective):
 
     Raises:
         ValueError: if there are fewer than 2 classes, or rates decay by the layers of an encoder
-            that is no ViT.
+            that is neither a ViT nor a ConvNeXt V2.
     """
 
     view_count = 1
@@ -96,6 +98,7 @@ class Supervised(Objective):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         layer_decay: float = 1.0,
+        layer_decay_by: Literal["block", "group"] = "block",
         head_std: float = 0.02,
         seed: int = 0,
     ) -> None:
@@ -123,11 +126,17 @@ class Supervised(Objective):
         self.encoder.head = nn.Linear(self.encoder.embed_dim, classes)
         nn.init.normal_(self.encoder.head.weight, std=head_std)
         nn.init.zeros_(self.encoder.head.bias)
-        self._layers = _layers(self.encoder)
-        if layer_decay != 1 and family_of(self.encoder) != "vit":
+        self._layers = _layers(self.encoder, layer_decay_by)
+        family = family_of(self.encoder)
+        if layer_decay != 1 and family not in ("vit", "convnextv2"):
             raise ValueError(
-                f"objective.layer_decay={layer_decay}: layers are the blocks of a ViT, and this "
-                "encoder is none; take --objective.layer-decay 1"
+                f"objective.layer_decay={layer_decay}: layers are the blocks of a ViT or a ConvNeXt "
+                "V2, and this encoder is none; take --objective.layer-decay 1"
+            )
+        if layer_decay_by != "block" and family != "convnextv2":
+            raise ValueError(
+                f"objective.layer_decay_by={layer_decay_by!r}: is for the stages of a ConvNeXt V2; "
+                "take --objective.layer-decay-by block"
             )
         self.train()
 
@@ -156,6 +165,7 @@ class Supervised(Objective):
             mixup=own.mixup,
             cutmix=own.cutmix,
             layer_decay=own.layer_decay,
+            layer_decay_by=own.layer_decay_by,
             head_std=own.head_std,
             seed=config.seed,
         )
@@ -265,7 +275,7 @@ class Supervised(Objective):
         return Classifier(self.encoder)
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Layer decay as BEiT and MAE define it; no weight decay of tensors of one dimension, of
+        """Layer decay as BEiT, MAE and ConvNeXt V2 define it; no weight decay of tensors of one dimension, of
         the class token, of positions and of `GRN`, as the methods' fine-tuning has it."""
         depth = max(self._layers.values(), default=0)
         own = name.removeprefix("encoder.")
@@ -329,8 +339,10 @@ def _partners(rows: Tensor) -> Tensor:
     return (torch.arange(len(rows), device=rows.device) ^ 1).clamp(max=len(rows) - 1)
 
 
-def _layers(encoder: Any) -> dict[str, int]:
+def _layers(encoder: Any, by: Literal["block", "group"]) -> dict[str, int]:
     """Layer of the modules of stem and blocks, by the beginning of their parameters' names."""
+    if isinstance(encoder, ConvNeXtV2):
+        return encoder.layers(by)
     parts = encoder.parts()
     names = {module: f"{name}." for name, module in encoder.named_modules()}
     found = {names[module]: 0 for module in parts.stem.values()}

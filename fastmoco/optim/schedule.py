@@ -69,9 +69,11 @@ def learning_rate(
     With e = step / steps_per_epoch, w = warmup_epochs, and
     cosine(x) = 0.5 * (1 + cos(pi * x)):
 
-    * "cosine" (Chen, Xie, He 2021): `peak * e / w` in the warm-up, and after it
-      `peak * cosine((e - w) / (epochs - w))`.
-    * "cosine_per_epoch" (MoCo, SimSiam): after the warm-up e is rounded down to whole epochs.
+    * "cosine" (Chen, Xie, He 2021): `warmup_lr + (peak - warmup_lr) * e / w` in the warm-up, and
+      after it `final_lr + (peak - final_lr) * cosine((e - w) / (epochs - w))`; both ends are 0 but
+      for MaskFeat.
+    * "cosine_per_epoch" (MoCo, SimSiam): from and to 0, and after the warm-up e is rounded down to
+      whole epochs.
     * "cosine_steps" (SimCLR, BYOL): `peak * step / warmup` in the warm-up, and after it
       `peak * cosine((step - warmup) / (total - warmup))`, with whole numbers of `steps`.
     * "cosine_inclusive" (SwAV, DINO): `warmup` values from `warmup_lr` to `peak`, both included.
@@ -92,9 +94,9 @@ def learning_rate(
         steps_per_epoch: optimizer steps of one epoch.
         schedule: "cosine", "cosine_per_epoch", "cosine_steps", "cosine_inclusive",
             "cosine_unshifted" or "steps".
-        warmup_lr: rate of step 0; only for "cosine_inclusive" and "cosine_unshifted" with a
-            warm-up.
-        final_lr: rate at the end; only for the same two.
+        warmup_lr: rate of step 0; only for "cosine", "cosine_inclusive" and "cosine_unshifted" with
+            a warm-up.
+        final_lr: rate at the end; only for the same three.
         steps: warm-up and total of "cosine_steps" and these two; default: the epochs times
             `steps_per_epoch`, rounded.
         milestones: epochs of "steps".
@@ -110,8 +112,9 @@ def learning_rate(
             f"warmup_epochs={warmup_epochs}: needs 0 <= warmup_epochs <= epochs={epochs}"
         )
     if schedule in ("cosine", "cosine_per_epoch", "steps"):
+        first, last = (warmup_lr, final_lr) if schedule == "cosine" else (0.0, 0.0)
         if epoch < warmup_epochs:
-            return peak * epoch / warmup_epochs
+            return first + (peak - first) * epoch / warmup_epochs
         if schedule == "steps":
             return peak * milestone_factor ** sum(mark <= epoch for mark in milestones)
         if warmup_epochs == epochs:
@@ -119,7 +122,7 @@ def learning_rate(
         if schedule == "cosine_per_epoch":
             # The warm-up may end within an epoch.
             epoch = max(math.floor(epoch), warmup_epochs)
-        return peak * _half_cosine(epoch - warmup_epochs, epochs - warmup_epochs)
+        return last + (peak - last) * _half_cosine(epoch - warmup_epochs, epochs - warmup_epochs)
     if schedule not in ("cosine_steps", "cosine_inclusive", "cosine_unshifted"):
         raise ValueError(f"schedule={schedule!r}: is one of {get_args(Schedule)}")
 

@@ -398,7 +398,7 @@ def _pieces(
         objective,
         [view.size for view in views],
         precision == "bf16",
-        view_preparation(views, precision),
+        view_preparation(views, precision, exact=objective.exact_views),
         levels,
         _within(phase),
     )

@@ -40,6 +40,12 @@ from fastmoco.recipes.esvit import (
     esvit_view_swin_t4_e300_b512,
 )
 from fastmoco.recipes.expected import EXPECTED, Expected
+from fastmoco.recipes.extrema import (
+    extrema_digits,
+    extrema_nano7_e12_b256,
+    extrema_vit_b16_e300_b2048,
+    extrema_vit_b16_e300_b2048_m90,
+)
 from fastmoco.recipes.fcmae import (
     fcmae_convnextv2_base_e800_b4096,
     fcmae_convnextv2_tiny_e800_b4096,
@@ -55,6 +61,12 @@ from fastmoco.recipes.mae import (
     mae_nano7_e12_b256,
     mae_vit_b16_e800_b4096,
     mae_vit_l16_e800_b4096,
+)
+from fastmoco.recipes.maskfeat import (
+    maskfeat_digits,
+    maskfeat_nano7_e12_b256,
+    maskfeat_vit_b16_e1600_b2048,
+    maskfeat_vit_l16_e1600_b2048,
 )
 from fastmoco.recipes.moby import (
     moby_deit_s16_e300_b512,
@@ -81,6 +93,7 @@ from fastmoco.recipes.moco_v3 import (
     vit_s16_e300_b1024,
     vit_s16_e300_b4096,
 )
+from fastmoco.recipes.mp3 import mp3_digits, mp3_nano7_e12_b256, mp3_vit_b16_e300_b4096
 from fastmoco.recipes.projector_momentum import (
     projector_momentum_digits,
     projector_momentum_nano7_e12_b256,
@@ -259,9 +272,20 @@ RECIPES: dict[str, Callable[[], Config]] = {
         macrl_vit_s16_e300_b1024,
         macrl_nano7_e12_b256,
         macrl_digits,
+        maskfeat_vit_b16_e1600_b2048,
+        maskfeat_vit_l16_e1600_b2048,
+        maskfeat_nano7_e12_b256,
+        maskfeat_digits,
+        mp3_vit_b16_e300_b4096,
+        mp3_nano7_e12_b256,
+        mp3_digits,
         fcmae_convnextv2_tiny_e800_b4096,
         fcmae_convnextv2_base_e800_b4096,
         fcmae_micro_e60_b256,
+        extrema_vit_b16_e300_b2048,
+        extrema_vit_b16_e300_b2048_m90,
+        extrema_nano7_e12_b256,
+        extrema_digits,
         supervised_vit_s16,
         supervised_vit_b16,
         supervised_nano7_e12_b256,

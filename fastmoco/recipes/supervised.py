@@ -23,6 +23,7 @@ from fastmoco.config import (
     OptimConfig,
 )
 from fastmoco.config.labelled import labelled_batch, own_crops
+from fastmoco.config.model import Positions
 from fastmoco.recipes.expected import PAPER, Expected, expects
 from fastmoco.recipes.small import quickstart_digits, vit_nano7_e12_b256
 from fastmoco_pipelines.spec import EvalSpec, LoaderOptions, Resume, ViewSpec, require
@@ -49,9 +50,12 @@ class SupervisedConfig(ObjectiveConfig):
     Beta(cutmix, cutmix) once for each step; 0: none. With mixup, too, a step has one of the two,
     each with probability 1/2."""
     layer_decay: Annotated[float, Resume.WITH_ALLOW] = 1.0
-    """Factor of the learning rate of a ViT from one layer to the one before it: the head has the
-    whole rate, block i of n has layer_decay^(n - i), counted from 0, and patches, positions and
-    class token have layer_decay^(n + 1)."""
+    """Factor of the learning rate of a ViT or ConvNeXt V2 from one layer to the one before it: the
+    head has the whole rate, block i of n has layer_decay^(n - i), counted from 0, and patches,
+    positions and class token of a ViT have layer_decay^(n + 1)."""
+    layer_decay_by: Annotated[Literal["block", "group"], Resume.WITH_ALLOW] = "block"
+    """Layers of a ConvNeXt V2: its blocks (`block`); or its stages, of which the third has a layer
+    for three blocks (`group`)."""
     head_std: float = 0.02
     """Standard deviation of the head's start values; its bias starts at 0."""
 
@@ -68,6 +72,8 @@ class SupervisedConfig(ObjectiveConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         decay = self.layer_decay
         require(0 < decay <= 1, "layer_decay", decay, "must be above 0 and at most 1")
+        by, choices = self.layer_decay_by, ("block", "group")
+        require(by in choices, "layer_decay_by", by, f"must be one of {choices}")
         rule = "has no effect with train_from=head, which has one layer: take 1"
         require(decay == 1 or self.train_from != "head", "layer_decay", decay, rule)
 
@@ -175,7 +181,8 @@ class FineTuning:
         lr: for a batch of 256 images.
         weight_decay: of AdamW.
         warmup_epochs: None: a twentieth of the run, which is 5 of 100.
-        layer_decay: None: 0.65 for a ViT; others have no layers to decay by, 1.
+        layer_decay: None: 0.65 for a ViT, else 1; a Swin and a ResNet have no layers to decay by.
+        layer_decay_by: layers of a ConvNeXt V2, "block" or "group".
         drop_path: None: 0.1, 0 for a ResNet.
         label_smoothing: share of a target that is spread over all classes.
         mixup: 0: none.
@@ -191,6 +198,7 @@ class FineTuning:
     weight_decay: float = 0.05
     warmup_epochs: float | None = None
     layer_decay: float | None = None
+    layer_decay_by: Literal["block", "group"] = "block"
     drop_path: float | None = None
     label_smoothing: float = 0.1
     mixup: float = 0.8
@@ -213,7 +221,8 @@ def fine_tuning(
 
     AdamW with betas 0.9 and 0.999, a cosine after the warm-up, a head whose start values are almost
     0, crops, flips and the color jitter of DeiT. Every parameter trains that the encoder lets
-    train, the patch projection included.
+    train, the patch projection included. An encoder with class attention is fine-tuned as ExtreMA
+    is: without it, by the mean of the patch tokens, and with positions that train.
 
     Args:
         model: of the encoder.
@@ -228,15 +237,20 @@ def fine_tuning(
         ValueError: if an option does not suit the encoder.
     """
     vit, deep = model.family == "vit", model.family != "resnet"
+    layered = model.family in ("vit", "convnextv2")
     for name, value, neutral, known in (
-        ("layer_decay", options.layer_decay, 1, vit),
+        ("layer_decay", options.layer_decay, 1, layered),
+        ("layer_decay_by", options.layer_decay_by, "block", model.family == "convnextv2"),
         ("drop_path", options.drop_path, 0, deep),
     ):
         if not known and value not in (None, neutral):
+            blocks = "stages of a ConvNeXt V2" if name == "layer_decay_by" else "blocks of a ViT"
             raise ValueError(
-                f"{name}={value}: needs the blocks of a ViT, and {model.architecture} has none; "
-                "leave it out"
+                f"{name}={value}: needs the {blocks}, and {model.architecture} has none; leave it out"
             )
+    if model.pooling == "class_attention":
+        positions: Positions = "none" if model.positions == "none" else "learned"
+        model = replace(model, pooling="norm_mean", positions=positions)
     view = replace(plain_view(image.size), mean=image.mean, std=image.std)
     if (own := own_crops(image.size, before)) is not None:
         view = replace(view, crop_scale=own[0], flip_probability=own[1], jitter_probability=0.0)
@@ -261,6 +275,7 @@ def fine_tuning(
             mixup=options.mixup,
             cutmix=options.cutmix,
             layer_decay=decay,
+            layer_decay_by=options.layer_decay_by,
             head_std=2e-5,
         ),
         optim=OptimConfig(lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=warmup),

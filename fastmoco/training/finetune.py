@@ -46,7 +46,14 @@ def finetune_result(out: Path) -> dict[str, Any]:
             "betas": config.optim.betas,
             **{
                 name: objective[name]
-                for name in ("layer_decay", "label_smoothing", "mixup", "cutmix", "head_std")
+                for name in (
+                    "layer_decay",
+                    "layer_decay_by",
+                    "label_smoothing",
+                    "mixup",
+                    "cutmix",
+                    "head_std",
+                )
             },
             "drop_path": config.model.drop_path,
             "crop_scale": config.data.view1.crop_scale,

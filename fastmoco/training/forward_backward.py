@@ -101,7 +101,10 @@ class ForwardBackward:
         if self.plan.keys:
             objective.ring = self.plan.keys == "ring"
         self.prepare = view_preparation(
-            each_view(config.data.views), precision, compiled=possible.compiled
+            each_view(config.data.views),
+            precision,
+            compiled=possible.compiled,
+            exact=objective.exact_views,
         )
 
         # Compile the blocks; of fused ones only those with float8, to fuse the casts to float8.

@@ -31,6 +31,7 @@ from fastmoco.models.weights.foreign import (
     fixed_positions,
     require_heads,
 )
+from fastmoco.models.weights.names import reads_by_class_attention
 from fastmoco.models.weights.reading import read_weights
 
 FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
@@ -126,6 +127,8 @@ def describe(weights: EncoderWeights) -> Description:
 
 def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
     """The pooling that needs these tensors."""
+    if reads_by_class_attention(trunk):
+        return "class_attention"
     if "cls_token" in trunk:
         return "class"
     return "norm_mean" if "norm.weight" in trunk else "mean"

@@ -35,7 +35,13 @@ from fastmoco.models.weights.foreign import (
     require_heads,
     vit_sizes,
 )
-from fastmoco.models.weights.names import find_format, some
+from fastmoco.models.weights.names import (
+    CLASS_ATTENTION,
+    class_rows,
+    find_format,
+    reads_by_class_attention,
+    some,
+)
 
 BIAS_TABLE = "relative_position_bias_table"
 Positions = Literal["sincos", "sincos_columns", "learned", "none", "stored"]
@@ -145,6 +151,8 @@ def fit_encoder(
             continue
         if name in ("pos_embed", "cls_token"):
             fit.unused[name] = "positions" if name == "pos_embed" else "class token"
+        elif name.startswith(CLASS_ATTENTION) and "cls_token" not in trunk:
+            fit.unused[name] = "class attention"
         else:
             wrong.append(f"{name} has no place here")
     if wrong:
@@ -209,8 +217,8 @@ def _fit_positions(
             f"{source} has no positions; give --model.positions none, or another file"
         )
     sizes = weights.sizes()
-    grid, prefix = sizes.grid or 0, int("cls_token" in weights.trunk)
-    own_prefix = int("cls_token" in trunk)
+    grid, prefix = sizes.grid or 0, class_rows(weights.trunk)
+    own_prefix = class_rows(trunk)
     own = math.isqrt(place.shape[1] - own_prefix)
 
     # A fixed table stays, and the file must have been trained with the same one.
@@ -284,9 +292,13 @@ def _cure(trunk: Mapping[str, Tensor], weights: EncoderWeights) -> str:
             f"The file has patches of {theirs.patch_size} pixels, the run of {ours.patch_size}: "
             f"give --model.patch-size {theirs.patch_size}"
         )
+    if ("cls_token" in trunk) and reads_by_class_attention(weights.trunk):
+        return "Its class token reads the others by class attention: give --model.pooling class_attention"
     if ("cls_token" in trunk) and "cls_token" not in weights.trunk:
         pooling = "norm_mean" if "norm.weight" in weights.trunk else "mean"
         return f"The file has no class token: give --model.pooling {pooling}"
+    if reads_by_class_attention(trunk) and not reads_by_class_attention(weights.trunk):
+        return "The file has no class attention: give --model.pooling class"
     if "norm.weight" in weights.trunk and "norm.weight" not in trunk:
         return (
             "model.pooling=mean has no final norm, which the file has: "

@@ -25,6 +25,7 @@ from fastmoco.models.vit import FIXED_POSITIONS
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,
+    class_rows,
     find_format,
     some,
     to_ours,
@@ -213,8 +214,8 @@ def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
     grid = None
     if positions is not None:
         tokens = positions.shape[1] if positions.dim() == 3 else 0
-        grid = math.isqrt(max(0, tokens - ("cls_token" in trunk)))
-        if positions.dim() != 3 or not grid or grid**2 != tokens - ("cls_token" in trunk):
+        grid = math.isqrt(max(0, tokens - class_rows(trunk)))
+        if positions.dim() != 3 or not grid or grid**2 != tokens - class_rows(trunk):
             raise CheckpointError(
                 f"{source}: pos_embed of shape {tuple(positions.shape)} is not that of a square "
                 "image with at most one token more"

@@ -40,9 +40,17 @@ VIT = (
     "blocks.{i}.mlp.fc1.{p}",
     "blocks.{i}.mlp.fc2.{p}",
     "norm.{p}",
+    "blocks_token.{i}.gamma_{c}",
+    "blocks_token.{i}.norm{c}.{p}",
+    "blocks_token.{i}.attn.qkv.{p}",
+    "blocks_token.{i}.attn.proj.{p}",
+    "blocks_token.{i}.mlp.fc{c}.{p}",
 )
 """Our names of a ViT's trunk: those of timm, of moco-v3 and of DeiT too. The second name of the
-patch projection is that of the convolutional stem."""
+patch projection is that of the convolutional stem. Blocks of class attention are called as in the
+code of ExtreMA."""
+CLASS_ATTENTION = "blocks_token."
+"""Beginning of the names of blocks of class attention."""
 
 RESNET = (
     "conv1.weight",
@@ -128,7 +136,16 @@ HEAD_OF_DINO = {
 TIMM_VIT = Format(
     name="timm ViT",
     family="vit",
-    rows=tuple((name, name) for name in VIT),
+    rows=(
+        *((name, name) for name in VIT),
+        # In the code of ExtreMA.
+        (
+            "blocks_token.{i}.attn.qkv.{p}",
+            "blocks_token.{i}.attn.q.{p}",
+            "blocks_token.{i}.attn.k.{p}",
+            "blocks_token.{i}.attn.v.{p}",
+        ),
+    ),
     beside={
         "head.{p}": "classifier",
         "head_dist.{p}": "classifier",
@@ -377,6 +394,18 @@ def to_theirs(trunk: Mapping[str, Tensor], known: Format) -> dict[str, Tensor]:
     if nameless:
         raise ValueError(f"{known.name} has no name for {some(nameless)}")
     return tensors
+
+
+def class_rows(trunk: Iterable[str]) -> int:
+    """Rows of a ViT's positions that are of a class token: 1 where it is among the tokens, 0 without
+    one or with class attention, whose class token has no position."""
+    names = set(trunk)
+    return int("cls_token" in names and not reads_by_class_attention(names))
+
+
+def reads_by_class_attention(trunk: Iterable[str]) -> bool:
+    """Whether the class token of a ViT is behind the other blocks."""
+    return any(name.startswith(CLASS_ATTENTION) for name in trunk)
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -131,6 +131,12 @@ VIT_REFUSALS = (
         instead=("timm", *WITH_FUNCTION),
     ),
     Refusal(
+        field="pooling",
+        values=("class_attention",),
+        targets=("timm", "torchvision", "hf", "moco-v3"),
+        lacks="no ViT with class attention",
+    ),
+    Refusal(
         field="positions",
         values=("none",),
         targets=("moco-v3",),

@@ -21,6 +21,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "trained": {"freeze_patch_embed": False, "positions": "learned"},
     "mean of tokens": {"pooling": "mean", "positions": "none"},
     "mean after norm": {"pooling": "norm_mean", "positions": "learned"},
+    "class attention": {"pooling": "class_attention"},
     "conv stem": {"stem": "conv", "patch_size": 16, "image_size": 64},
 }
 
@@ -71,6 +72,26 @@ def test_dropped_tokens_leave_no_trace(form: str, smaller: bool) -> None:
         row, column = divmod(dropped, side // encoder.patch_size)
         images[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 9
         assert torch.equal(encoder(images, paths, kept), found[0][0])
+
+
+@pytest.mark.parametrize("form", ["trained", "class attention"])
+def test_several_sets_of_tokens_are_several_passes(form: str) -> None:
+    """Patches are embedded once, and the sets of an image are far apart in the batch."""
+    encoder = vit(**FORMS[form] | {"freeze_patch_embed": False})
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    sets = [draw(), draw(view=1), draw(view=2)]
+    kept = torch.cat(sets)
+    alone = torch.cat([encoder.plain(images, None, one) for one in sets])
+    weights = torch.randn_like(alone)
+    gradients = []
+    for features in (alone, encoder(images, None, kept), encoder.plain(images, None, kept)):
+        assert torch.allclose(features, alone, 1e-12, 1e-12)
+        encoder.zero_grad()
+        (features * weights).sum().backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.requires_grad])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.allclose(a, b, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("how", ["fused", "compiled", "selective", "full"])

@@ -31,6 +31,7 @@ from tests.fastmoco.objectives.test_conformance import check_chunks, check_featu
 OPTIONS: list[dict[str, Any]] = [
     {"pooling": "mean"},
     {"pooling": "norm_mean"},
+    {"pooling": "class_attention"},
     {"positions": "learned"},
     {"positions": "none"},
     {"positions": "learned", "pooling": "mean"},
@@ -242,7 +243,8 @@ def test_the_file_of_an_encoder_keeps_its_form(options: dict[str, Any], tmp_path
         name: getattr(config.model, name) for name in ("pooling", "mlp_norm")
     }
     assert ours.patch_embed.proj.weight.requires_grad is not config.model.freeze_patch_embed
-    assert ("timm_arguments" in header) is (config.model.mlp_norm == "layer")
+    in_timm = config.model.mlp_norm == "layer" and config.model.pooling != "class_attention"
+    assert ("timm_arguments" in header) is in_timm
     if "timm_arguments" not in header or importlib.util.find_spec("timm") is None:
         return
 

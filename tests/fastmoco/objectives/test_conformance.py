@@ -206,6 +206,14 @@ NAMES["cmae"] = {
     **dict.fromkeys(("decoder", "feature_decoder"), NAMES["mae"]["decoder"]),
     "predictor": ["0.bias", *PREDICTOR],
 }
+NAMES["maskfeat"] = {
+    "encoder": [*ENCODER, "mask_token"],
+    "decoder": [f"{layer}.{kind}" for layer in ("norm", "pred") for kind in ("weight", "bias")],
+}
+NAMES["mp3"] = {
+    "encoder": [name for name in ENCODER if name not in ("cls_token", "pos_embed")],
+    "decoder": NAMES["maskfeat"]["decoder"],
+}
 NAMES["fcmae"] = {
     "encoder": CONVNEXT_ENCODER,
     "decoder": [
@@ -217,6 +225,19 @@ NAMES["fcmae"] = {
             if name.startswith("stages.0.0.")
         ),
     ],
+}
+CLASS_BLOCKS = [
+    f"blocks_token.{number}.{name}"
+    for number in (0, 1)
+    for name in (*TRUNK_BLOCK, "gamma_1", "gamma_2")
+]
+LAYER_NORM_HEAD = [f"{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")]
+LAYER_NORM_PROJECTOR = [
+    f"head.{name}" for name in (*LAYER_NORM_HEAD, "4.weight", "4.bias", "6.weight", "6.bias")
+]
+NAMES["extrema"] = {
+    **dict.fromkeys(("encoder", "momentum_encoder"), ENCODER + CLASS_BLOCKS + LAYER_NORM_PROJECTOR),
+    "predictor": LAYER_NORM_HEAD,
 }
 MOBY_HEAD = ["0.bias", *SIMSIAM_PREDICTOR]
 NAMES["macrl"] = {
@@ -257,18 +278,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cmae": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4},
     "macrl": {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4, "queue": 768},
     "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
+    "maskfeat": {"cell": 2, "mask_ratio": 0.94},  # images differ in masked patches
     "moco": {"queue": 768, "batch_norm_groups": 4},
     "moby": {"queue": 768},
 }
 """What an objective cannot have by default, or has to be tested with."""
-ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl"}
+MODELS: dict[str, dict[str, Any]] = {
+    "mp3": {"positions": "none", "pooling": "norm_mean"},
+    "extrema": {"pooling": "class_attention"},
+}
+"""What an objective asks of its ViT."""
+ONLY_VIT = {"sdssl", "mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that read every block of a ViT, or leave out tokens; on other trunks they are
 refused."""
 REGIONS = {"esvit"}
 """Objectives that compare tokens; a ResNet and a ConvNeXt V2 give none, and are refused."""
 ONLY_CONVNEXT = {"fcmae"}
 """Objectives that hide patches from a ConvNeXt V2; other trunks are refused."""
-OWN_MASKS = {"mae", "supmae", "cmae", "macrl"}
+OWN_MASKS = {"mae", "supmae", "cmae", "macrl", "maskfeat", "mp3", "extrema"}
 """Objectives that leave out tokens themselves; other rules for them are refused."""
 
 
@@ -289,6 +316,7 @@ def config_of(kind: type[ObjectiveConfig], base: Config = CONFIG) -> Config:
         view2 = replace(view2, copies=0)
     return replace(
         base,
+        model=replace(base.model, **MODELS.get(kind.kind, {})),
         objective=kind(**SETTINGS.get(kind.kind, {})),
         data=replace(base.data, view2=view2),
     )

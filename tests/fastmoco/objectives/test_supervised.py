@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.models import VisionTransformer
+from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.interface import Coupling, Inputs, Progress
 from fastmoco.objectives.supervised import Mix, Supervised, mixed
@@ -26,6 +29,7 @@ from fastmoco.training.trainer import Trainer
 from tests.checkpoint_content import assert_same
 from tests.distributed.run_trainer import CONFIG
 from tests.fastmoco.objectives import test_conformance as conformance
+from tests.golden_objective import read_sibling_b
 
 SIDE, CLASSES = 8, 5
 
@@ -126,6 +130,19 @@ def test_rates_fall_by_layer_and_vectors_do_not_decay() -> None:
     }
 
 
+@pytest.mark.parametrize("by", ["block", "group"])
+def test_layers_of_a_convnext_match_golden(by: Literal["block", "group"]) -> None:
+    data = read_sibling_b("schedules")
+    build = partial(ConvNeXtV2, depths=(3, 3, 27, 3), widths=(2, 2, 2, 2), image_size=32)
+    objective = Supervised(build, classes=3, layer_decay=0.5, layer_decay_by=by)
+    named = dict(objective.named_parameters())
+    last = {"block": 37, "group": 13}[by]
+    numbers = data[{"block": "convnext_ids/single", "group": "convnext_ids/group"}[by]]
+    for name, number in zip(data["convnext_ids/names"].tolist(), numbers.tolist(), strict=True):
+        group = objective.parameter_group(f"encoder.{name}", named[f"encoder.{name}"])
+        assert group.lr_scale == 0.5 ** (last - number), name
+
+
 def with_batch_norms() -> VisionTransformer:
     return VisionTransformer(
         image_size=16, patch_size=16, embed_dim=16, depth=1, num_heads=2, stem="conv"
@@ -205,3 +222,5 @@ def test_an_option_without_effect_is_refused() -> None:
     decayed = replace(resnet, objective=replace(resnet.objective, layer_decay=0.5))
     with pytest.raises(ValueError, match=r"objective\.layer_decay=0\.5: layers are the blocks"):
         build_objective(decayed, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"layer_decay_by='group': is for the stages"):
+        objective_of(layer_decay_by="group")

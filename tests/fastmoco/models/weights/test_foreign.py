@@ -177,6 +177,7 @@ def test_what_has_no_place_in_an_encoder_is_refused_by_name(tmp_path: Path) -> N
         {"mlp_norm": "batch"},
         {"pooling": "mean"},
         {"pooling": "norm_mean", "positions": "learned"},
+        {"pooling": "class_attention", "positions": "sincos_columns"},
         {"positions": "learned"},
     ],
     ids=str,
