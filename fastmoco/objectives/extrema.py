@@ -29,7 +29,6 @@ from fastmoco.models.class_attention import ClassBlock
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.heads import FORMS, build_head
 from fastmoco.models.masks import disjoint, kept_count, mask_noise
-from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
     Inputs,
@@ -39,7 +38,7 @@ from fastmoco.objectives.interface import (
     Progress,
 )
 from fastmoco.objectives.mae import initialise_
-from fastmoco.objectives.masked import require_own_masks
+from fastmoco.objectives.masked import require_own_masks, require_vit
 from fastmoco.objectives.momentum import Average
 from fastmoco.objectives.view_pairs import by_view, plain_projection, two_views
 from fastmoco.optim.groups import decaying_matrices
@@ -278,17 +277,7 @@ def _require_encoder(encoder: Any) -> None:
     Raises:
         ValueError: with the cure.
     """
-    if not isinstance(encoder, VisionTransformer):
-        raise ValueError(
-            "model.architecture: must be a ViT, whose patches can be left out; take "
-            "--model.architecture vit_base"
-        )
-    if encoder.coupling is not Coupling.NONE:
-        raise ValueError(
-            f"model: {encoder.coupling_reason}, so patches that are left out would change what "
-            "evaluation sees; take linear patches, e.g. --model.architecture vit_base, and "
-            "--model.mlp-norm layer"
-        )
+    require_vit(encoder, "whose patches can be left out")
     if encoder.pooling != "class_attention":
         raise ValueError(
             f"model.pooling={encoder.pooling!r}: the class token reads the patches behind the blocks; "

@@ -123,5 +123,8 @@ def _padded(images: Tensor, cell: int) -> Tensor:
 
 
 def _bins(gx: Tensor, gy: Tensor) -> Tensor:
-    """The number of the bin of each direction; both ends of the half circle are the first bin."""
-    return (BINS * torch.atan2(gx, gy) / math.pi).floor().remainder(BINS)
+    """The number of the bin of each direction; both ends of the half circle are the first bin.
+
+    No direction, where a pixel is NaN, is in the first bin too, so that its cell becomes NaN.
+    """
+    return (BINS * torch.atan2(gx, gy) / math.pi).floor().remainder(BINS).nan_to_num(0)

@@ -49,6 +49,9 @@ INITIAL_STD = 0.02
 """Deviation of the initial weights."""
 INITIAL_BIAS = 0.02
 """Initial biases of the trunk."""
+WIDE_STD = 0.4
+"""Deviation of trained positions beside patches of a Xavier-uniform projection, which is about theirs:
+positions of 0.02 are lost among them, and a masked patch is then predicted by its place alone."""
 
 
 class MaskFeat(Objective):
@@ -61,7 +64,7 @@ class MaskFeat(Objective):
         mask_ratio: share of the patches that are masked, at most: `block_masks` may mask fewer.
         cell: side of a cell of the histograms in pixels.
         initial_weights: "maskfeat": as in the official code (`initialise_`); "xavier": as the encoder
-            is built.
+            is built, with trained positions of deviation 0.4.
         seed: of the masks.
 
     Attributes:
@@ -109,6 +112,8 @@ class MaskFeat(Objective):
         encoder.add_mask_token()
         if initial_weights == "maskfeat":
             initialise_(encoder)
+        elif encoder.positions == "learned":
+            nn.init.normal_(encoder.pos_embed, std=WIDE_STD)
         encoder.norm.requires_grad_(False)
         self.decoder = LinearDecoder(encoder.embed_dim, 3 * BINS * (side // cell) ** 2)
 

@@ -74,13 +74,37 @@ def _convolution_backward_flops(
     return 2 * grad.numel() * math.prod(weight[1:]) * int(sum(wanted))
 
 
+def _rows_flops(rows: torch.Size, weight: torch.Size, *rest: Any, **__: Any) -> int:
+    wanted = sum(rest[4:6])  # gradients of rows and weight
+    return 2 * rows.numel() * weight[0] * (1 + int(wanted))
+
+
+def _pairs_flops(
+    rows: torch.Size,
+    weight: torch.Size,
+    targets: torch.Size,
+    _: torch.Size,
+    pairs: torch.Size,
+    *rest: Any,
+    **__: Any,
+) -> int:
+    of_rows, of_weight = map(int, rest[3:5])
+    outputs, width = weight
+    scores = rows.numel() * (1 + of_rows + of_weight) + targets.numel()
+    means = targets[:2].numel() * width * (1 + of_weight)
+    return 2 * ((scores + means) * outputs + pairs.numel() * width * (1 + of_rows))
+
+
 OWN_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    torch.ops.fastmoco.soft_cross_entropy_rows: _rows_flops,
+    torch.ops.fastmoco.soft_cross_entropy_pairs: _pairs_flops,
 }
-"""What torch's counter lacks: attention on a CPU, which has the products of the one on a GPU. And what
-it counts wrong: the gradient of a grouped convolution's weight, as if it had no groups."""
+"""What torch's counter lacks: attention on a CPU, which has the products of the one on a GPU, and
+losses that multiply. And what it counts wrong: the gradient of a grouped convolution's weight, as if
+it had no groups."""
 
 
 class Line(NamedTuple):

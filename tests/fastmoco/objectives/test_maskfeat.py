@@ -202,6 +202,7 @@ def test_it_starts_as_published_and_the_final_norm_stays() -> None:
             assert float(parameter.detach().max()) == pytest.approx(
                 0.02 if name.endswith("bias") else 1
             )
+    assert float(small().encoder.pos_embed.detach().std()) == pytest.approx(0.4, rel=0.1)
     assert not any(p.requires_grad for p in encoder.norm.parameters())
     assert objective.decoder.pred.bias.detach().abs().max() == 0
     assert "mask_token" in encoder.state_dict()

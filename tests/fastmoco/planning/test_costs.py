@@ -20,6 +20,7 @@ from fastmoco.planning import costs
 from fastmoco.planning.costs import Line, StepCosts, measure_costs, most_of
 from fastmoco.planning.plan import chunked_bytes, whole_bytes
 from fastmoco.recipes import get_recipe, quickstart_digits
+from fastmoco_kernels import soft_cross_entropy_of_pairs, soft_cross_entropy_of_rows
 from fastmoco_pipelines.spec import each_view
 from tests.real_peaks import RealPeaks
 
@@ -80,6 +81,21 @@ def test_the_backward_of_a_grouped_convolution_has_twice_the_products_of_its_for
     with costs._FlopsOfParts(None) as counter:
         rows.sum().backward()
     assert counter.flops[""] == 2 * 2 * rows.numel() * 9
+
+
+def test_losses_that_multiply_are_counted() -> None:
+    """Of 3 rows and 2 targets of 4 images, width 8, 16 outputs."""
+    rows, weight = torch.ones(4, 3, 8, requires_grad=True), torch.ones(16, 8, requires_grad=True)
+    targets, pairs = torch.ones(4, 2, 8), torch.ones(4, 3, 2)
+    options: dict[str, Any] = {"temperature": 0.1, "target_temperature": 0.04}
+    product = 2 * 4 * 8 * 16
+    with costs._FlopsOfParts(None) as counter:
+        soft_cross_entropy_of_pairs(rows, weight, targets, weight.detach(), pairs, **options)
+    assert counter.flops[""] == product * (3 * 3 + 2 * 3) + 2 * 2 * 4 * 3 * 2 * 8
+    with costs._FlopsOfParts(None) as counter:
+        values = torch.ones(2, 3, 16)
+        soft_cross_entropy_of_rows(rows, weight, values, **options)
+    assert counter.flops[""] == product * 3 * 3
 
 
 @pytest.mark.parametrize(("keep", "patch"), [(1.0, 0), (0.5, 0), (0.25, 32)])
