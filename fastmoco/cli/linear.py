@@ -58,8 +58,7 @@ def eval_linear(
             --out), compute features once and train classifiers of many rates and decays on them at
             once. Reports that of the official rate, and the best on held-out training images.
         protocol: Whose numbers. MAE's normalises features, with --fast too.
-        which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+        which: The trained encoder (base), or its moving average (default: as the method evaluates).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
