@@ -57,7 +57,7 @@ class OptimConfig:
     """Factor of the learning rate at each of `milestones`."""
     warmup_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
     """Learning rate of the first step of the warm-up, not scaled. Only for `cosine`
-    (MaskFeat) and the two of SwAV and MoBY."""
+    (MaskFeat, CMAE) and the two of SwAV and MoBY."""
     final_lr: Annotated[float, Resume.WITH_ALLOW] = 0.0
     """Learning rate to which the cosine falls, not scaled. Only for the same three."""
     lr_in_buffer: Annotated[bool, Resume.WITH_ALLOW] = False

@@ -125,7 +125,8 @@ def blocks2x2(noise: Tensor, kept: int) -> Tensor:
     side = math.isqrt(noise.shape[1])
     blocks = kept_ids(noise, kept)
     first = 4 * side * (blocks // side) + 2 * (blocks % side)
-    within = torch.tensor([0, 1, 2 * side, 2 * side + 1], device=noise.device)
+    two = torch.arange(2, device=noise.device)  # made there: a copy from the host would wait
+    within = (2 * side * two[:, None] + two).flatten()
     return (first[:, :, None] + within).flatten(1)
 
 

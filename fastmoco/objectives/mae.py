@@ -37,6 +37,7 @@ from fastmoco.objectives.masked import (
     pixel_targets,
     plain_masked_loss,
     require_own_masks,
+    require_pooling,
     require_size,
     require_vit,
     watched,
@@ -100,7 +101,10 @@ class MAE(Objective):
     ) -> None:
         super().__init__()
         encoder = build_encoder()
-        _require_encoder(encoder, self.poolings)
+        require_vit(encoder, "whose patches can be left out")
+        reads_class = self.poolings == ("class",)
+        needs = "the decoder reads a class token" if reads_class else "tokens need a norm"
+        require_pooling(encoder, self.poolings, needs)
         self.encoder = encoder
         self.normalise_pixels = normalise_pixels
         self.coupling = Coupling.NONE
@@ -246,19 +250,3 @@ def initialise_(encoder: VisionTransformer) -> None:
             nn.init.xavier_uniform_(module.weight.flatten(1))
     if encoder.cls_token is not None:
         nn.init.normal_(encoder.cls_token, std=INITIAL_STD)
-
-
-def _require_encoder(encoder: Any, poolings: tuple[str, ...]) -> None:
-    """Refuse an encoder whose tokens cannot be left out or whose images are coupled.
-
-    Raises:
-        ValueError: with the cure.
-    """
-    require_vit(encoder, "whose patches can be left out")
-    if encoder.pooling not in poolings:
-        needs = (
-            "the decoder reads a class token" if poolings == ("class",) else "tokens need a norm"
-        )
-        raise ValueError(
-            f"model.pooling={encoder.pooling!r}: {needs}; take --model.pooling {poolings[0]}"
-        )

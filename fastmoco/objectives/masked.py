@@ -56,6 +56,23 @@ def require_vit(encoder: Any, why: str) -> None:
         )
 
 
+def require_pooling(encoder: VisionTransformer, poolings: tuple[str, ...], why: str) -> None:
+    """Refuse a ViT whose feature is another one than an objective trains.
+
+    Args:
+        encoder: of an objective that masks patches.
+        poolings: that fit, the usual one first.
+        why: they alone, as a clause.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    if encoder.pooling not in poolings:
+        raise ValueError(
+            f"model.pooling={encoder.pooling!r}: {why}; take --model.pooling {poolings[0]}"
+        )
+
+
 def require_size(encoder: VisionTransformer, view: Tensor) -> None:
     """Refuse a view that is not of the encoder's own size.
 

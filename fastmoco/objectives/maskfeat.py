@@ -37,6 +37,7 @@ from fastmoco.objectives.masked import (
     figures_of,
     masked_loss,
     require_own_masks,
+    require_pooling,
     require_size,
     require_vit,
     watched,
@@ -93,6 +94,12 @@ class MaskFeat(Objective):
         super().__init__()
         encoder = build_encoder()
         require_vit(encoder, "whose tokens can be replaced")
+        require_pooling(encoder, ("class",), "a class token goes along with the patches")
+        if encoder.positions == "none":
+            raise ValueError(
+                "model.positions='none': all masked patches of an image would look alike; take "
+                "--model.positions learned"
+            )
         side = encoder.patch_size
         if side % cell:
             raise ValueError(

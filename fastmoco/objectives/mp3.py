@@ -38,6 +38,7 @@ from fastmoco.objectives.interface import (
 from fastmoco.objectives.masked import (
     masked_view,
     require_own_masks,
+    require_pooling,
     require_size,
     require_vit,
 )
@@ -79,11 +80,7 @@ class MP3(Objective):
                 f"model.positions={encoder.positions!r}: would tell where a patch is; take "
                 "--model.positions none"
             )
-        if encoder.cls_token is not None:
-            raise ValueError(
-                f"model.pooling={encoder.pooling!r}: MP3 has no class token; take --model.pooling "
-                "norm_mean"
-            )
+        require_pooling(encoder, ("norm_mean", "mean"), "MP3 has no class token")
         self.encoder = encoder
         self.seed = seed
         self.coupling = Coupling.NONE

@@ -55,7 +55,9 @@ def cmae_vit_b16_e300_b4096() -> Config:
         global_batch_size=4096,
         model=ModelConfig(architecture="vit_base", hidden_dim=1536, freeze_patch_embed=False),
         objective=CMAEConfig(),
-        optim=OptimConfig(lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=40),
+        optim=OptimConfig(
+            lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=40, warmup_lr=2.4e-7
+        ),
         data=DataConfig(view1=view1, view2=view2),
     )
 

@@ -25,7 +25,7 @@ class MaskFeatConfig(ObjectiveConfig):
     mask_ratio: Annotated[float, Resume.WITH_ALLOW] = 0.4
     """Share of the patches that are masked in rectangles, at most: of 78 of 196 patches 77.5 are
     masked on average."""
-    cell: Annotated[int, Resume.WITH_ALLOW] = 8
+    cell: int = 8
     """Pixels per side of a cell of the histograms of oriented gradients; a divisor of the patches."""
     initial_weights: InitialWeights = "maskfeat"
     """Initial weights of the encoder: `maskfeat` is normal with deviation 0.02, with biases of 0.02;

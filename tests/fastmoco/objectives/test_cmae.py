@@ -207,6 +207,7 @@ def test_recipes_carry_the_published_numbers_and_travel_through_json() -> None:
     base = get_recipe("cmae_vit_b16_e300_b4096")
     assert (base.peak_lr, base.optim.weight_decay) == (pytest.approx(2.4e-3), 0.05)
     assert (base.optim.betas, base.optim.warmup_epochs) == ((0.9, 0.95), 40)
+    assert base.optim.warmup_lr == pytest.approx(1e-4 * base.peak_lr)
     assert base.objective == CMAEConfig()
     assert (base.data.view1, base.data.view2) == cmae_views()
     assert (base.data.view2.base_size, base.data.view2.shift) == (256, 31)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmoco.config import resolve
 from fastmoco.config.serial import from_json, to_json
+from fastmoco.distributed import World
 from fastmoco.models import VisionTransformer
 from fastmoco.models.encoder import trunk_of
 from fastmoco.models.masks import block_masks, masked_shares
@@ -28,6 +29,7 @@ from fastmoco.optim import learning_rate
 from fastmoco.optim.schedule import run_end
 from fastmoco.recipes import RECIPES, get_recipe
 from fastmoco.recipes.maskfeat import MaskFeatConfig
+from fastmoco.training.forward_backward import ForwardBackward
 from tests.golden_objective import Data, error, read_sibling_b
 
 CPU = torch.device("cpu")
@@ -145,6 +147,7 @@ def test_the_loss_is_by_the_masked_patches_of_all_chunks_and_ranks() -> None:
     chunked = ChunkedStep(objective, chunk=2)(x, masks=(masked,))
     assert chunked.loss.item() == pytest.approx(output.loss.item(), rel=1e-12)
     for ours, other in zip(objective.parameters(), whole.parameters(), strict=True):
+        assert (ours.grad is None) == (other.grad is None)
         assert ours.grad is None or torch.allclose(ours.grad, other.grad, rtol=0, atol=1e-13)
 
     # On two ranks of equally many images the mean number is that of both.
@@ -222,6 +225,8 @@ def test_views_are_not_rounded_to_bf16() -> None:
     )
     assert (plain.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(exact, wide)
+    step = ForwardBackward(replace(config, device="cpu"), objective, World(), "bf16")
+    assert step.prepare((levels,))[0].dtype == torch.float32
 
 
 def test_recipes_carry_the_published_numbers_and_travel_through_json() -> None:
@@ -241,6 +246,12 @@ def test_what_it_cannot_do_is_refused() -> None:
     base = get_recipe("maskfeat_digits")
     for model, own, rule in (
         ({"mlp_norm": "batch"}, {}, "masked or left out"),
+        (
+            {"pooling": "class_attention"},
+            {},
+            r"pooling='class_attention': .*take --model\.pooling class",
+        ),
+        ({"positions": "none"}, {}, "would look alike"),
         ({}, {"cell": 3}, r"cell=3: must divide model\.patch_size=2.*--objective\.cell 2"),
         ({}, {"mask_ratio": 0.01}, r"mask_ratio=0\.01: masks none of the 16"),
         ({}, {"mask_ratio": 0.99}, r"mask_ratio=0\.99: masks all of the 16"),

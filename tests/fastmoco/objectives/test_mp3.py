@@ -137,6 +137,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     for name, value, rule in (
         ("positions", "learned", "would tell where"),
         ("pooling", "class", "no class token"),
+        ("pooling", "class_attention", "no class token"),
         ("blocks", "fused", r"model\.blocks='fused'.*--model\.blocks modules"),
         ("mlp_norm", "batch", "masked or left out"),
     ):
