@@ -104,7 +104,10 @@ def shard_(objective: Any, world: World, *, copies_of: int = 0, bf16: bool = Fal
         for before, after in zip([network, *units[:-1]], units, strict=bool(units)):
             before.set_modules_to_forward_prefetch([after])
         if not any(p.requires_grad for p in network.parameters()):
-            for method in parts.methods.get("", ()):
+            for method in {
+                *parts.methods.get("", ()),
+                "forward",
+            }:  # a head alone has none of its own
                 _forget_forwards(network, method)
 
 

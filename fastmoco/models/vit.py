@@ -97,6 +97,8 @@ def column_first_positions(grid: int, width: int) -> Tensor:
 
 CLASS_TOKEN = ("class", "class_attention")
 """Kinds of pooling whose feature is a class token."""
+REGION_POOLINGS = ("class", "mean", "norm_mean")
+"""Kinds of pooling whose feature is among `latents`, or their mean, as `regions` needs it."""
 CLASS_BLOCKS = 2
 """Blocks of class attention behind the others, with `pooling="class_attention"`."""
 FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {
@@ -493,11 +495,6 @@ class VisionTransformer(nn.Module):
 
     def _regions(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Feature and patch tokens of all tokens."""
-        if self.pooling == "mean_norm":
-            raise ValueError(
-                "model.pooling='mean_norm': has a norm of the mean, not of the tokens that are "
-                "compared here; take class or norm_mean"
-            )
         if self.pooling == "class":
             return latents[:, 0], latents[:, 1:]
         return latents.mean(dim=1), latents
@@ -697,7 +694,9 @@ class VisionTransformer(nn.Module):
         if not self.blocks_token:
             return tokens[:, 0]
         assert self.cls_token is not None  # noqa: S101 - a type: there are blocks for it
-        token = self.cls_token[:, 0].expand(len(tokens), -1)
+        token = self.cls_token[:, 0].expand(
+            tokens.shape[0], -1
+        )  # not len, which an export would fix
         for block in self.blocks_token:
             assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all blocks are of this class
             token = (block.plain if plain else block.read)(token, tokens)

@@ -449,5 +449,14 @@ def _normal_(module: nn.Module) -> None:
 
 
 def large(inputs: Inputs) -> Inputs:
-    """The large crops alone, for the momentum encoder, which has no stochastic depth."""
+    """The large crops alone, for the momentum encoder, which has no stochastic depth.
+
+    Raises:
+        ValueError: if they differ in size.
+    """
+    first, *others = (tuple(view.shape) for view in inputs.views[:LARGE])
+    if any(shape != first for shape in others):
+        raise ValueError(
+            f"views: large crops of shapes {first} and {others[0]}; must be of one size"
+        )
     return Inputs(inputs.views[:LARGE])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.config import Config
+from fastmoco.models.vit import REGION_POOLINGS
 from fastmoco.objectives.dino import DINO, LARGE, Centring, HeadRows, large, options_of, scores
 from fastmoco.objectives.interface import Features, Inputs, Output, Progress
 from fastmoco.objectives.momentum import Average
@@ -45,7 +46,8 @@ class EsViT(DINO):
         region_center: [1, K], of the outputs of all tokens of the large crops.
 
     Raises:
-        ValueError: if the encoder has no tokens.
+        ValueError: if the encoder has no tokens, or a ViT has another feature than those of
+            `REGION_POOLINGS`.
     """
 
     region_center: Tensor
@@ -61,6 +63,12 @@ class EsViT(DINO):
             raise ValueError(
                 "model.architecture: must be a ViT or a Swin, whose tokens are regions; or take "
                 "objective.region False"
+            )
+        pooling = getattr(self.encoder, "pooling", REGION_POOLINGS[0])
+        if pooling not in REGION_POOLINGS:
+            raise ValueError(
+                f"model.pooling={pooling!r}: its feature is not that of the tokens that are compared; "
+                f"take --model.pooling {REGION_POOLINGS[0]}, or objective.region False"
             )
         self.region_head, self.momentum_region_head = self._build_head(), self._build_head()
         self._region_average = Average(self.region_head, self.momentum_region_head, **self._ema)

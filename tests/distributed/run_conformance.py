@@ -138,8 +138,8 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def run_steps(
     world: World, kind: type[ObjectiveConfig], trunk: str = "vit", **how: Any
 ) -> dict[str, Any]:
-    """Losses, gradients of the first step and the state after three, on this rank's part of each
-    batch."""
+    """Losses, gradients of the first step, the state after three and the records that FSDP2 keeps
+    for a backward that never comes, on this rank's part of each batch."""
     config = config_for(kind, trunk, **how)
     objective = rough(config)
     with with_some_costs():  # of any objective: chunks are given
@@ -168,6 +168,15 @@ def run_steps(
     own = tuple(f"model.{name}" for name in objective.per_rank)
     found["state"] = whole({n: t for n, t in tensors.items() if not n.startswith(("rng", *own))})
     found["sharded"] = any(isinstance(t, DTensor) for t in tensors.values())
+    found["records"] = max(
+        (
+            len(network._get_fsdp_state()._comm_ctx.post_forward_order)  # type: ignore[attr-defined]
+            for network in objective.networks().values()
+            if hasattr(network, "_get_fsdp_state")
+            and not any(p.requires_grad for p in network.parameters())
+        ),
+        default=0,
+    )
     return found
 
 

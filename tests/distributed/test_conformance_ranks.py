@@ -84,4 +84,5 @@ def require_one(cases: Results, alone: dict[str, Any], case: str) -> None:
         assert gap(found["gradients"], alone["gradients"]) <= 1e-12
         assert gap(found["state"], alone["state"]) <= 1e-10
         assert found["sharded"] == ("fsdp" in case)
+        assert found["records"] <= 2
         assert all(torch.equal(found["state"][n], t) for n, t in cases[0]["state"].items())

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import numpy as np
@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmoco.config.model import Pooling
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.swin import SwinTransformer
-from fastmoco.models.vit import VisionTransformer
+from fastmoco.models.vit import REGION_POOLINGS, VisionTransformer
 from fastmoco.objectives import esvit
 from fastmoco.objectives.build import build_model, build_objective
 from fastmoco.objectives.chunked import ChunkedStep
@@ -166,7 +167,7 @@ def golden_objective(data: Data) -> EsViT:
         depths=tuple(data["step/depths"].tolist()),
         heads=tuple(data["step/heads"].tolist()),
         window=window,
-        eps=1e-6,  # of the arrays, and of EsViT; the page beside them says 1e-5 here
+        eps=1e-6,
     )
     taus = data["step/teacher_temp"]
     objective = EsViT(
@@ -370,7 +371,14 @@ def test_the_loss_takes_rows_and_not_their_outputs() -> None:
     assert [call.args[0].shape for call in outputs.call_args_list] == [(1, 8)]
 
 
-@pytest.mark.parametrize("pooling", ["class", "mean", "norm_mean"])
+def test_a_feature_that_is_not_of_the_compared_tokens_is_refused() -> None:
+    for pooling in set(get_args(Pooling)) - set(REGION_POOLINGS):
+        model = replace(CONFIG.model, pooling=pooling)
+        with pytest.raises(ValueError, match=rf"pooling='{pooling}'.*take --model.pooling class"):
+            build_objective(replace(CONFIG, model=model, objective=EsViTConfig()), CPU)
+
+
+@pytest.mark.parametrize("pooling", REGION_POOLINGS)
 def test_regions_of_a_vit_are_its_patch_tokens(pooling: Any) -> None:
     torch.manual_seed(0)
     encoder = VisionTransformer(

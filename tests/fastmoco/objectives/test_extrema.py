@@ -17,17 +17,19 @@ import torch
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.serial import from_json, to_json
 from fastmoco.models import VisionTransformer
-from fastmoco.models.encoder_file import EncoderDescription
+from fastmoco.models.encoder_file import EncoderDescription, describe_run
 from fastmoco.models.masks import disjoint
 from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.fitting import fit_encoder
+from fastmoco.models.weights.writing import traced
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.extrema import ExtreMA
 from fastmoco.objectives.interface import START, Inputs, Progress
 from fastmoco.optim import learning_rate
-from fastmoco.recipes import get_recipe
+from fastmoco.recipes import EXPECTED, get_recipe
 from fastmoco.recipes.extrema import ExtreMAConfig
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
+from fastmoco_pipelines.spec import extrema_views
 from tests.golden_objective import Data, error, read_sibling_b
 
 GATES = {
@@ -137,6 +139,17 @@ def test_schedules_match_golden(data: Data) -> None:
 
 def test_recipes_have_the_published_numbers() -> None:
     base = get_recipe("extrema_vit_b16_e300_b2048")
+    optim, model, own = base.optim, base.model, base.objective
+    assert (base.epochs, base.global_batch_size, base.peak_lr) == (300, 2048, pytest.approx(1.2e-3))
+    assert (optim.betas, optim.weight_decay, optim.warmup_epochs) == ((0.9, 0.95), 0.1, 40)
+    assert (optim.clip_norm, model.drop_path, model.positions) == (0, 0.1, "sincos_columns")
+    assert (model.hidden_dim, model.projection_dim) == (4096, 256)
+    assert isinstance(own, ExtreMAConfig)
+    assert (own.mask_ratio, own.masks, own.layer_scale) == (0.8, 5, 0.1)
+    assert (own.ema_momentum, own.ema_schedule) == (0.996, "cosine")
+    assert (base.data.view1, base.data.view2) == extrema_views()
+    assert EXPECTED["extrema_vit_b16_e300_b2048"].linear == 73.3
+    assert EXPECTED["extrema_vit_b16_e300_b2048_m90"].linear == 68.4
     objective = build_objective(
         replace(base, model=replace(base.model, architecture="vit_nano", image_size=224)), CPU
     )
@@ -256,3 +269,12 @@ def test_fine_tuning_takes_the_momentum_encoder_without_class_blocks(
     )
     with pytest.raises(CheckpointError, match=r"give --model\.pooling class_attention"):
         fit_encoder(with_class.state_dict(), found.weights, positions="learned", heads=4)
+
+
+def test_a_traced_encoder_takes_other_batches() -> None:
+    description = describe_run(get_recipe("extrema_digits"))
+    assert isinstance(description, EncoderDescription)
+    encoder = description.build().eval()
+    images = torch.randn(3, 3, 8, 8)
+    program = traced(encoder, description).module()
+    torch.testing.assert_close(program(images), encoder(images))
