@@ -170,8 +170,8 @@ def _forget_forwards(network: nn.Module, method: str) -> None:
         return
     call: Callable[..., Any] = getattr(network, method)
 
-    def forgetful(*args: Tensor | None) -> Any:
-        out = call(*args)
+    def forgetful(*args: Tensor | None, **options: Any) -> Any:
+        out = call(*args, **options)
         forget()
         return out
 
