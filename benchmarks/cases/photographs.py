@@ -152,7 +152,8 @@ def measured(
     reads_patches = config.model.family == "vit" and config.model.pooling == "class"
     pooling = ("--pooling", "mean_norm") if reads_patches else ()
     for when, encoder in (("start", START), ("end", END)):
-        own = ("--seed", str(seed), "--cache", str(folder / "features"))
+        # A cache of its own: encoders of two methods may start with the same weights.
+        own = ("--seed", str(seed), "--cache", str(folder / "features" / run.name))
         found = run.evaluated(f"linear-{when}", "linear", encoder, *LINEAR, *own)
         scores[when]["linear"] = found["best"]["top1"]
         if config.objective.masked:
