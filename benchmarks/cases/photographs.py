@@ -91,7 +91,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         score the seeds' mean, min and max with random weights (`start`), with trained ones (`end`)
         and of the difference (`gain`), the `images` that it saw, and what each seed has (`seeds`);
         `budget_s`; `source`, digest of the source files; `failed`, reasons by
-        method; `unstable`, signs of instability by run; or `skipped_because`.
+        method; `unstable`, first sign of instability by run; or `skipped_because`.
 
     Raises:
         ValueError: for an unknown method.
@@ -126,8 +126,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         if reason := shortfall(made, needed):
             result["failed"][name] = f"{reason} after {options['budget_s']:g} CPU-seconds"
         for seed, one in enumerate(own):
-            if one["events"]:
-                result["unstable"][f"{name}, seed {seed}"] = one["events"]
+            if events := one["events"]:
+                more = f", and {len(events) - 1} more" if len(events) > 1 else ""
+                result["unstable"][f"{name}, seed {seed}"] = f"{events[0]}{more}"
     return result
 
 
@@ -188,7 +189,7 @@ def method_result(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, 
         "labels": bool(build.__self__.needs_labels),  # type: ignore[attr-defined]
         "scores": scores,
         "images": summary([one["images"] for one in seeds]),
-        "seeds": list(seeds),
+        "seeds": [{when: one[when] for when in ("start", "end", "images")} for one in seeds],
     }
 
 
