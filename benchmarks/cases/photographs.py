@@ -91,7 +91,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         score the seeds' mean, min and max with random weights (`start`), with trained ones (`end`)
         and of the difference (`gain`), the `images` that it saw, and what each seed has (`seeds`);
         `budget_s`; `source`, digest of the source files; `failed`, reasons by
-        method; `unstable`, signs of instability by run; or `skipped_because`.
+        method; `unstable`, first sign of instability by run; or `skipped_because`.
 
     Raises:
         ValueError: for an unknown method.
@@ -126,8 +126,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         if reason := shortfall(made, needed):
             result["failed"][name] = f"{reason} after {options['budget_s']:g} CPU-seconds"
         for seed, one in enumerate(own):
-            if one["events"]:
-                result["unstable"][f"{name}, seed {seed}"] = one["events"]
+            if events := one["events"]:
+                more = f", and {len(events) - 1} more" if len(events) > 1 else ""
+                result["unstable"][f"{name}, seed {seed}"] = f"{events[0]}{more}"
     return result
 
 
@@ -152,7 +153,8 @@ def measured(
     reads_patches = config.model.family == "vit" and config.model.pooling == "class"
     pooling = ("--pooling", "mean_norm") if reads_patches else ()
     for when, encoder in (("start", START), ("end", END)):
-        own = ("--seed", str(seed), "--cache", str(folder / "features"))
+        # A cache of its own: encoders of two methods may start with the same weights.
+        own = ("--seed", str(seed), "--cache", str(folder / "features" / run.name))
         found = run.evaluated(f"linear-{when}", "linear", encoder, *LINEAR, *own)
         scores[when]["linear"] = found["best"]["top1"]
         if config.objective.masked:
@@ -187,7 +189,7 @@ def method_result(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, 
         "labels": bool(build.__self__.needs_labels),  # type: ignore[attr-defined]
         "scores": scores,
         "images": summary([one["images"] for one in seeds]),
-        "seeds": list(seeds),
+        "seeds": [{when: one[when] for when in ("start", "end", "images")} for one in seeds],
     }
 
 
