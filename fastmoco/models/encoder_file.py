@@ -38,7 +38,7 @@ Trunk: TypeAlias = VisionTransformer | ResNet | SwinTransformer | ConvNeXtV2
 CHANNELS = 3
 EVALUATED = "evaluated"
 """In the header of a full state of fastmoco: the network that its run evaluates."""
-UNSEEN = ("heads", "image_size", "resize", "mean", "std")
+UNSEEN = ("heads", "image_size", "resize", "mean", "std", "pooling", "norm_eps")
 """What tensors of an encoder do not show, in the header of a full state."""
 CUSTOM = "custom"
 """Architecture of a ViT of sizes that no architecture here has, as one of 5 heads."""

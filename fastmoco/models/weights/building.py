@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import Pooling, Positions
 from fastmoco.models.encoder_file import (
     CUSTOM,
+    IN_HEADER,
     NAMED,
     Description,
     EncoderDescription,
@@ -119,25 +120,40 @@ def describe(weights: EncoderWeights) -> Description:
         patch_size=sizes.patch_size,
         image=weights.image,
         patch_embed_frozen=False,
-        pooling=_pooling(trunk),
+        pooling=_pooling(trunk, _header(weights)),
         positions=positions,
         mlp_norm="batch" if "blocks.0.norm2.running_mean" in trunk else "layer",
     )
 
 
-def _pooling(trunk: Mapping[str, torch.Tensor]) -> Pooling:
-    """The pooling that needs these tensors."""
+def _header(weights: EncoderWeights) -> Mapping[str, str]:
+    """What a file of fastmoco says beside its tensors."""
+    found: Mapping[str, str] = weights.facts.get("header", {})
+    return found
+
+
+def _pooling(trunk: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Pooling:
+    """The pooling that needs these tensors; of two that need the same, the one of the header."""
     if reads_by_class_attention(trunk):
         return "class_attention"
     if "cls_token" in trunk:
-        return "class"
+        return "mean_norm" if header.get("pooling") == IN_HEADER["mean_norm"] else "class"
     return "norm_mean" if "norm.weight" in trunk else "mean"
 
 
 def _describe_named(weights: EncoderWeights, kind: type[NamedDescription]) -> NamedDescription:
     """The architecture whose tensors have these names and shapes."""
     own = {name: tensor.shape for name, tensor in weights.trunk.items() if not _counts(name)}
-    more = {"window": _window(weights)} if kind is SwinDescription else {}
+    more: dict[str, Any] = {}
+    if kind is SwinDescription:
+        more["window"] = _window(weights)
+        if eps := _header(weights).get("norm_eps"):
+            try:
+                more["norm_eps"] = float(eps)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{weights.source}: norm_eps={eps!r} in its header is no number"
+                ) from error
     for name in kind.known:
         description = kind(architecture=name, image=weights.image, **more)
         try:

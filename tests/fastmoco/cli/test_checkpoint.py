@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastmoco.checkpoint import CheckpointError, save_checkpoint
 from fastmoco.config import Config, ModelConfig
-from fastmoco.config.serial import to_json
+from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed.mesh import World
 from fastmoco.models.weights.building import load_foreign
 from fastmoco.objectives.build import build_objective
@@ -173,6 +173,22 @@ def test_a_full_state_says_what_the_tensors_of_its_encoder_do_not_show(tmp_path:
     assert found.description.image == config.eval_spec()
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(found.encoder(images), objective.evaluation_encoder.eval()(images))
+
+    # Nor does the form of the feature show, or what norms add to the variance.
+    for unseen in (
+        ModelConfig(architecture="vit_nano", image_size=8, patch_size=4, pooling="mean_norm"),
+        ModelConfig(architecture="swin_nano", image_size=8, norm_eps=1e-3),
+    ):
+        small = replace(unseen, projection_dim=8, hidden_dim=8)
+        state = {"config": to_json(replace(config, model=small))}
+        objective = build_objective(from_json(state["config"]), torch.device("cpu"))
+        tensors = {f"model.{name}": tensor for name, tensor in objective.state_dict().items()}
+        run = tmp_path / small.architecture
+        save_checkpoint(run, step=1, tensors=tensors, state=state, keep=1)
+        file = tmp_path / f"{small.architecture}.safetensors"
+        assert main(["checkpoint", "consolidate", str(run), "--out", str(file)]) == 0
+        expected = objective.evaluation_encoder.eval()(images)
+        torch.testing.assert_close(load_foreign(file).encoder(images), expected)
 
     # The file of an older version does not say it.
     old = tmp_path / "old.safetensors"
