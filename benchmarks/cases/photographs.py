@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.case import chosen_words
-from benchmarks.learning.curves import at_seconds, summary
+from benchmarks.learning.curves import summary
 from benchmarks.learning.runs import END, START, folder_of_runs, run_of
 from benchmarks.learning.tasks import Data, MissingData, prepare
 from benchmarks.shown import Bars, Chart, markdown
@@ -38,6 +38,7 @@ DEFAULTS = {
     "gain": 0.08,
     "masked_gain": 0.01,
     "epochs": 5.0,
+    "late": 0.05,
     "at_once": 2,
     "photos": "/usr/share/wallpapers",
     "folder": "",
@@ -45,9 +46,9 @@ DEFAULTS = {
 QUICK = {
     "methods": "moco_v3",
     "seeds": 1,
-    "budget_s": 0.5,
-    "every": 5,
+    "budget_s": 2.0,
     "gain": -1.0,
+    "late": 1.0,
     "at_once": 1,
 }
 METHODS = (
@@ -82,14 +83,14 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         options: `methods`, with commas, or `all`; `seeds`, their number; `budget_s`, CPU-seconds of
             each run; `every` so many steps kNN is measured; `gain` over random weights that every
             seed must have, at least, and `masked_gain` of masked methods; `epochs` of fine-tuning;
-            so many runs `at_once`; `photos`, folder of photographs; `folder`, which keeps sets, and
-            finished runs of an unmodified commit, so that the same command continues (empty: a
-            temporary one).
+            `late`, share of the budget by which a run may end behind it; so many runs `at_once`;
+            `photos`, folder of photographs; `folder`, which keeps sets, and finished runs of an
+            unmodified commit, so that the same command continues (empty: a temporary one).
 
     Returns:
         `methods`: for each its `recipe`, `trunk`, whether it is `masked` and needs `labels`, by
         score the seeds' mean, min and max with random weights (`start`), with trained ones (`end`)
-        and of the difference (`gain`), the `images` that it saw, and what each seed has (`seeds`);
+        and of the difference (`gain`), the `images` that it saw, its CPU-seconds (`cpu_s`), and what each seed has (`seeds`);
         `budget_s`; `source`, digest of the source files; `failed`, reasons by
         method; `unstable`, first sign of instability by run; or `skipped_because`.
 
@@ -125,6 +126,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         needed = options["masked_gain" if made["masked"] else "gain"]
         if reason := shortfall(made, needed):
             result["failed"][name] = f"{reason} after {options['budget_s']:g} CPU-seconds"
+        if made["cpu_s"]["max"] > (1 + options["late"]) * options["budget_s"]:
+            result["failed"][name] = f"a run took {made['cpu_s']['max']:.1f} CPU-seconds"
         for seed, one in enumerate(own):
             if events := one["events"]:
                 more = f", and {len(events) - 1} more" if len(events) > 1 else ""
@@ -135,20 +138,18 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 def measured(
     folder: Path, data: Data, options: Mapping[str, Any], recipe: str, seed: int
 ) -> dict[str, Any]:
-    """One run and its evaluations: `start` and `end` by score, `images`, `events`."""
+    """One run and its evaluations: `start` and `end` by score, `images`, `cpu_s`, `events`."""
     common = {"image_size": SIZE, "patch_size": PATCH} if recipe.endswith(SUFFIX) else {}
     settings = {
         "points": 1,
         "every": options["every"],
         "budget_s": options["budget_s"],
+        "exact": True,
         "config": {"recipe": recipe, **common},
     }
     run = run_of(folder, data, settings, task="windows", side="fastmoco", seed=seed)
     curve = run.curve(keep=True)
-    scores = {
-        "start": {"knn": curve["knn"][0]},
-        "end": {"knn": at_seconds(curve, options["budget_s"])},
-    }
+    scores = {"start": {"knn": curve["knn"][0]}, "end": {"knn": curve["knn"][-1]}}
     config = RECIPES[recipe]()
     reads_patches = config.model.family == "vit" and config.model.pooling == "class"
     pooling = ("--pooling", "mean_norm") if reads_patches else ()
@@ -163,7 +164,8 @@ def measured(
             length = ("--epochs", f"{options['epochs']:g}")
             found = run.evaluated(what, "finetune", encoder, *length, *own, *FINETUNE, *pooling)
             scores[when]["finetune"] = found["top1"]
-    return {**scores, "images": curve["images"][-1], "events": list(curve["events"])}
+    ends = {name: curve[name][-1] for name in ("images", "cpu_s")}
+    return {**scores, **ends, "events": list(curve["events"])}
 
 
 def method_result(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,8 +190,10 @@ def method_result(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, 
         "masked": config.objective.masked,
         "labels": bool(build.__self__.needs_labels),  # type: ignore[attr-defined]
         "scores": scores,
-        "images": summary([one["images"] for one in seeds]),
-        "seeds": [{when: one[when] for when in ("start", "end", "images")} for one in seeds],
+        **{name: summary([one[name] for one in seeds]) for name in ("images", "cpu_s")},
+        "seeds": [
+            {name: one[name] for name in ("start", "end", "images", "cpu_s")} for one in seeds
+        ],
     }
 
 
@@ -214,6 +218,7 @@ def table(result: Mapping[str, Any]) -> str:
         *(f"{title}, random -> trained" for title in TITLES.values()),
         *(f"gain of the worse seed in points: {title}" for title in TITLES.values()),
         "images seen",
+        "CPU-seconds",
         "note",
     )
     rows = []
@@ -230,8 +235,8 @@ def table(result: Mapping[str, Any]) -> str:
             for score in TITLES
         ]
         notes = ["masked"] * found["masked"] + ["sees labels in training"] * found["labels"]
-        images = f"{found['images']['mean']:,.0f}"
-        rows.append((name, found["trunk"], *before_after, *gains, images, ", ".join(notes)))
+        cost = (f"{found['images']['mean']:,.0f}", f"{found['cpu_s']['mean']:.1f}")
+        rows.append((name, found["trunk"], *before_after, *gains, *cost, ", ".join(notes)))
     lines = [markdown(head, rows)]
     if reason := result.get("skipped_because"):
         lines.append(f"Skipped: {reason}.")

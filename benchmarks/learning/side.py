@@ -7,6 +7,7 @@ processes that it starts. Start, measurements of kNN and watching the baseline a
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
@@ -41,6 +42,10 @@ from fastmoco_pipelines import Loader, ShardSet
 WATCHED = "first_block"
 """The place whose gradient norm is stored: the trained layer nearest to the input, where the
 instability of MoCo v3 shows first."""
+
+
+FIRST = 5
+"""Steps of an exact run before the cost of a step is known."""
 
 
 class Side(Protocol):
@@ -192,9 +197,10 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: `task`, `side`, `seed`, `data` (`Data` as a dict), `every` steps between two points,
             `points` at least, `budget_s` CPU-seconds, `attention` and `workers` of the baseline;
-            perhaps `config`, arguments of `tasks.config_of` by name, `until`, a kNN, and `encoders`,
-            a folder that gets the encoder before and after the run as `runs.START` and `runs.END`.
-            The run ends at the first point with so many points and seconds, or with that kNN.
+            perhaps `config`, arguments of `tasks.config_of` by name, `until`, a kNN, `encoders`, a
+            folder that gets the encoder before and after the run as `runs.START` and `runs.END`, and
+            `exact`. The run ends at the first point with so many points and seconds, or with that
+            kNN; an exact one at the first step with so many seconds, which is a point.
 
     Returns:
         Lists with one value for each point: `images`, `cpu_s`, `knn`, `loss` (mean since the point
@@ -228,9 +234,9 @@ def run_side(given: Mapping[str, Any]) -> dict[str, Any]:
             write_encoder(side.encoder, config, Path(kept) / END)
 
     # The trainer's own records are complete once it is closed.
-    every = given["every"]
-    for number in range(1, len(curve["images"])):
-        of = range((number - 1) * every + 1, number * every + 1)
+    steps = [images // config.global_batch_size for images in curve["images"]]
+    for before, after in itertools.pairwise(steps):
+        of = range(before + 1, after + 1)
         losses = [value for step, value in side.losses if step in of]
         norms = [value for step, value in side.norms if step in of]
         curve["loss"].append(round(sum(losses) / len(losses), 4) if losses else None)
@@ -256,7 +262,8 @@ def train(side: Side, monitor: KnnMonitor, given: Mapping[str, Any], batch: int)
     curve["loss"].append(None)
     curve["gradient"].append(None)
     dips = DipDetector("kNN")
-    steps, used = 0, 0.0
+    steps, used, each = 0, 0.0, math.inf
+    exact = given.get("exact", False)
     while True:
         # Off the clock.
         accuracy = monitor.evaluate(side.encoder)["knn"]
@@ -265,17 +272,26 @@ def train(side: Side, monitor: KnnMonitor, given: Mapping[str, Any], batch: int)
         curve["knn"].append(round(accuracy, 5))
         if (dip := dips.observe(steps, accuracy)) or not math.isfinite(accuracy):
             curve["events"].append(dip or f"step {steps}: kNN is {accuracy}")
-        done = steps >= given["every"] * given["points"] and used >= given["budget_s"]
+        enough = exact or steps >= given["every"] * given["points"]
+        done = enough and used >= given["budget_s"]
         if done or (steps and accuracy >= given.get("until", math.inf)):
             return curve
+
+        # An exact run approaches the budget by the cost of the last steps, which varies.
+        ahead = given["every"]
+        if exact:
+            left = given["budget_s"] - used
+            ahead = min(ahead, max(1, int(0.8 * left / each)) if steps else FIRST)
 
         # On the clock, between two moments with full buffers.
         settle(feed)
         before, uncounted = _clock(), side.uncounted_s
-        side.advance(given["every"])
+        side.advance(ahead)
         settle(feed)
-        used += _clock() - before - (side.uncounted_s - uncounted)
-        steps += given["every"]
+        seconds = _clock() - before - (side.uncounted_s - uncounted)
+        each = max(seconds / ahead, 1e-6)
+        used += seconds
+        steps += ahead
 
 
 def _clock() -> float:

@@ -61,10 +61,10 @@ def eval_linear(
         which: The trained encoder (base), or its moving average (default: as the method evaluates).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
-        lr: Learning rate for a batch of 256 images (default: 3 for a ViT, 0.1 for a ResNet); with
-            --fast several, which are all tried (default: 0.01 to 10).
+        lr: Learning rate for a batch of 256 images (default: of the protocol; moco_v3: 3 for a ViT,
+            0.1 for a ResNet); with --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
-        epochs: Passes over the training images (default: 90).
+        epochs: Passes over the training images (default: 90, with moby 100).
         batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached
             (default: 10). With as many as epochs it trains on the images of the official protocol;
@@ -225,7 +225,7 @@ def _official(
         tell=say if is_first() else lambda text: None,
     )
     code, reports = run_to_result(config, out)
-    return code, official_result(source, out) if reports else None
+    return code, official_result(source, out, options) if reports else None
 
 
 def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:

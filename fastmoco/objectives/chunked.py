@@ -149,6 +149,8 @@ class ChunkedStep:
         inputs = self.objective.inputs(views, masks, at, labels=labels)
         if self.objective.coupling is Coupling.NONE:
             return self._separate(inputs, at, accuracy)
+        if not self.objective.trunk_trains:
+            return self._one_pass(inputs, at, accuracy)
         return self._two_passes(inputs, at, accuracy)
 
     def _separate(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
@@ -176,6 +178,21 @@ class ChunkedStep:
                     watched.setdefault(name, tensor)
         assert total is not None  # noqa: S101 - a type: a batch has a chunk at least
         return Output(total, watched)
+
+    def _one_pass(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
+        """A trunk that does not train in chunks, then heads and loss on the whole."""
+        chunks = _split(inputs, _even_but_last(len(inputs.views[0]), self.chunk))
+        with torch.no_grad(), self.autocast():
+            found = [self.objective.features(self._prepared(chunk, at), at) for chunk in chunks]
+        online, target = (
+            tuple(torch.cat(rows) for rows in zip(*side, strict=True))
+            for side in zip(*found, strict=True)
+        )
+        with self.autocast():
+            output = self.objective.compare(Features(online, target), at, accuracy=accuracy)
+        with part(BACKWARD), self.average.last():
+            output.loss.backward()  # type: ignore[no-untyped-call]
+        return output
 
     def _two_passes(self, inputs: Inputs, at: Progress, accuracy: bool) -> Output:
         """Trunks in chunks, heads and loss on the whole, trunks in chunks again."""

@@ -151,6 +151,7 @@ class Objective(nn.Module, ABC):
         needs_labels: whether `Inputs.labels` must be given.
         exact_views: whether views stay float32 in a run in bf16, because targets are made of them
             that rounding would change.
+        trunk_trains: whether the trunk of `encoder` does, else its heads alone.
         images_together: neighbouring images of a batch that must pass `features` together, because
             they are mixed there: chunks are multiples of it.
         ring: whether keys of other ranks come to the loss in blocks from the neighbour, else they
@@ -169,6 +170,7 @@ class Objective(nn.Module, ABC):
     token_draws: TokenDraws | None = None
     phases: Phases = Phases()
     needs_labels: bool = False
+    trunk_trains: bool = True
     exact_views: bool = False
     images_together: int = 1
     ring: bool | None = None

@@ -43,7 +43,6 @@ MIX_TAG = 0x6D6978
 it."""
 
 
-NORM_COUPLES = "its norm of the feature has the statistics of the whole batch"
 NORM_EPS = 1e-6
 """Floor of the variance in the norm of a feature."""
 
@@ -128,9 +127,10 @@ class Supervised(Objective):
 
         # A frozen trunk normalises by its running statistics, so it couples nothing.
         coupled = self.encoder.coupling is Coupling.TRUNK and not self.probes
-        reason = self.encoder.coupling_reason if coupled else ""
-        self.coupling_reason = NORM_COUPLES if feature_norm else reason
-        self.coupling = Coupling.TRUNK if coupled or feature_norm else Coupling.NONE
+        heads = Coupling.HEADS if feature_norm else Coupling.NONE
+        self.coupling = Coupling.TRUNK if coupled else heads
+        self.coupling_reason = self.encoder.coupling_reason if coupled else ""
+        self.trunk_trains = not self.probes
         if self.probes:
             self.encoder.requires_grad_(False)
         linear = nn.Linear(self.encoder.embed_dim, classes)

@@ -255,15 +255,17 @@ def fine_tuning(
             raise ValueError(
                 f"{name}={value}: needs the {blocks}, and {model.architecture} has none; leave it out"
             )
-    if model.pooling == "class_attention":
+    # A mean of patch tokens in place of a class token, and positions that train, as the official
+    # code of MAE and of ExtreMA has it.
+    changed: Pooling = _pooling(model, options, before)
+    if changed != model.pooling:
         positions: Positions = "none" if model.positions == "none" else "learned"
-        model = replace(model, pooling="norm_mean", positions=positions)
+        model = replace(model, pooling=changed, positions=positions)
     view = replace(plain_view(image.size), mean=image.mean, std=image.std)
     if (own := own_crops(image.size, before)) is not None:
         view = replace(view, crop_scale=own[0], flip_probability=own[1], jitter_probability=0.0)
     if options.crop_min is not None:
         view = replace(view, crop_scale=(options.crop_min, 1.0))
-    pooling = _pooling(model, options, before)
     warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
     decay = options.layer_decay if options.layer_decay is not None else (0.65 if vit else 1.0)
     drop_path = options.drop_path if options.drop_path is not None else (0.1 if deep else 0.0)
@@ -277,12 +279,7 @@ def fine_tuning(
         global_batch_size=options.batch or labelled_batch(images),
         seed=options.seed,
         # Fused blocks have no stochastic depth.
-        model=replace(
-            model,
-            pooling=pooling,
-            drop_path=drop_path,
-            blocks="modules" if drop_path else model.blocks,
-        ),
+        model=replace(model, drop_path=drop_path, blocks="modules" if drop_path else model.blocks),
         objective=SupervisedConfig(
             label_smoothing=options.label_smoothing,
             mixup=options.mixup,
@@ -312,6 +309,8 @@ def _pooling(model: ModelConfig, options: FineTuning, before: Config | None) -> 
                 "is not; leave it out"
             )
         return options.pooling
+    if model.pooling == "class_attention":
+        return "norm_mean"
     masked = before is not None and before.objective.masked
     return "mean_norm" if masked and with_class_token else model.pooling
 

@@ -236,6 +236,7 @@ class _Job:
             "settings": {
                 **asdict(settings),
                 "momentum": linear.SGD_MOMENTUM,
+                "protocol": "mae" if options.feature_norm else "moco_v3",
                 "feature_norm": options.feature_norm,
                 "copies": options.copies,
                 "crop_scale": view.crop_scale if options.copies else None,

@@ -33,7 +33,7 @@ class Protocol:
     Attributes:
         epochs: passes over the training images.
         lr: for a batch of 256 images; None: `official_lr`.
-        warmup_epochs: of the learning rate.
+        warmup_epochs: of the learning rate; in proportion for another number of epochs.
         label_smoothing: share of a target that is spread over all classes.
         nesterov: whether SGD has Nesterov's momentum.
         lars: whether the optimizer is LARS with a cosine over steps, not SGD with one over epochs.
@@ -150,7 +150,7 @@ def official_config(
             schedule="cosine" if protocol.lars else recipe.optim.schedule,
             lr=official_lr(source.encoder) if lr is None else lr,
             weight_decay=options.weight_decay,
-            warmup_epochs=protocol.warmup_epochs,
+            warmup_epochs=protocol.warmup_epochs * epochs / protocol.epochs,
             nesterov=protocol.nesterov,
         ),
         data=replace(
@@ -168,7 +168,7 @@ def official_config(
     return prepare(source, config, out)
 
 
-def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
+def official_result(source: EncoderSource, out: Path, options: OfficialOptions) -> dict[str, Any]:
     """The result of a finished run, for JSON.
 
     Which epoch the field publishes is not known, so there are both: `top1` is that of the last
@@ -198,6 +198,7 @@ def official_result(source: EncoderSource, out: Path) -> dict[str, Any]:
             "epochs": config.epochs,
             "batch_size": config.global_batch_size,
             "seed": config.seed,
+            "protocol": options.protocol,
             "optimizer": config.optim.name,
             "momentum": config.optim.sgd_momentum,
             "nesterov": config.optim.nesterov,

@@ -59,8 +59,10 @@ def test_a_masked_method_is_judged_by_a_classifier_and_another_one_by_knn(monkey
         if masked:
             start["finetune"], end["finetune"] = 0.4, 0.45
             end["linear"] = 0.35 if recipe.startswith("supmae") else 0.4
-        return {"start": start, "end": end, "images": 2560, "events": ["a spike"] * seed}
+        made = {"start": start, "end": end, "images": 2560, "cpu_s": 60 + 4 * (recipe in late)}
+        return made | {"events": ["a spike"] * seed}
 
+    late: list[str] = []
     monkeypatch.setattr(photographs, "measured", measured)
     monkeypatch.setattr(photographs, "prepare", lambda *_: Data(train="", test="", source="x"))
     given = {"methods": "mae,supmae,moby", "folder": str(tmp_path), "masked_gain": 0.06}
@@ -77,6 +79,10 @@ def test_a_masked_method_is_judged_by_a_classifier_and_another_one_by_knn(monkey
     knn, _, tuned = photographs.charts(result)
     assert (set(knn.bars), set(tuned.bars)) == ({"mae", "supmae", "moby"}, {"mae", "supmae"})
     assert photographs.methods_of()["moco_v3"] == "vit_nano7_e12_b256"
+
+    late.append("mae_nano7_e12_b256")
+    failed = photographs.run(photographs.DEFAULTS | given)["failed"]
+    assert failed["mae"] == "a run took 64.0 CPU-seconds"
 
 
 def test_the_accuracy_is_a_share_of_what_the_plain_side_gains():

@@ -160,8 +160,11 @@ def test_a_masked_encoder_is_fine_tuned_by_the_mean_of_its_patches(tmp_path: Pat
 
     config = prepared(base)
     assert config.model.pooling == "mean_norm"
+    assert config.model.positions == "learned"
     tuned = build_objective(with_ten_classes(config), torch.device("cpu"))
     start_from(config, tuned, World())
+    assert tuned.encoder.pos_embed.requires_grad
+    assert torch.equal(tuned.encoder.pos_embed, encoder.pos_embed)
     images = torch.randn(3, 3, 8, 8)
     tokens = encoder.blocks[1](
         *encoder.blocks[0](encoder._all_tokens(encoder.patch_tokens(images)))

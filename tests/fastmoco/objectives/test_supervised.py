@@ -22,6 +22,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.models import VisionTransformer
 from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.objectives.build import build_objective
+from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.objectives.interface import Coupling, Inputs, Progress
 from fastmoco.objectives.supervised import Mix, Supervised, mixed
 from fastmoco.recipes.supervised import SupervisedConfig
@@ -197,10 +198,24 @@ def test_a_linear_probe_trains_its_head_alone_and_continues(tmp_path: Path) -> N
 
 def test_the_norm_of_a_feature_is_that_of_torch_without_weight_and_bias() -> None:
     objective = objective_of(train_from="head", feature_norm=True)
-    assert objective.coupling is Coupling.TRUNK
-    config = config_of(train_from="head", feature_norm=True)
-    conformance.check_reference(config)
-    conformance.check_chunks(config)
+    assert objective.coupling is Coupling.HEADS
+    conformance.check_reference(config_of(train_from="head", feature_norm=True))
+    conformance.check_chunks(config_of(feature_norm=True))  # of an encoder that trains
+
+    # A frozen trunk passes once, in chunks.
+    whole, chunked = copy.deepcopy(objective), copy.deepcopy(objective)
+    view, labels = torch.rand(10, 3, SIDE, SIDE), torch.arange(10) % CLASSES
+    view = view.to(objective.encoder.head[1].weight.dtype)
+    whole(view, labels=labels).loss.backward()
+    ChunkedStep(chunked, chunk=4)(view, labels=labels)
+    for name, parameter in whole.encoder.head.named_parameters():
+        theirs = chunked.encoder.head.get_parameter(name).grad
+        assert parameter.grad is not None
+        assert theirs is not None
+        assert (parameter.grad - theirs).abs().max() <= 1e-12
+    means = [each.encoder.head[0].running_mean for each in (whole, chunked)]
+    assert (means[0] - means[1]).abs().max() <= 1e-12
+    assert means[0].abs().max() > 0
     norm, linear = objective.encoder.head
     assert {n for n, p in objective.named_parameters() if p.requires_grad} == {
         "encoder.head.1.weight",

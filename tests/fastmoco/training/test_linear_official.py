@@ -156,6 +156,9 @@ def test_the_probe_of_mae_has_its_numbers(run, digits, tmp_path) -> None:
     optim = config.optim
     assert (optim.name, optim.lr, optim.warmup_epochs, optim.weight_decay) == ("lars", 0.1, 10, 0)
     assert (optim.schedule, config.epochs, config.objective.feature_norm) == ("cosine", 90, True)
+    options = OfficialOptions(protocol="mae", epochs=9)
+    short = official_config(source, *digits, tmp_path / "short", options, recipe=linear_probe())
+    assert short.optim.warmup_epochs == pytest.approx(1)
     trainer = Trainer.build(config, tmp_path / "mae", World())
     before = trainer.objective.encoder.head[0].running_mean.clone()
     trainer.step(trainer.loader.next())
