@@ -39,8 +39,8 @@ def by_size(inputs: Inputs, encode: Callable[..., Tensor], *, least: int = 1) ->
     Raises:
         ValueError: if there are fewer.
     """
-    passed = [by_image(rows, inputs) for rows in each_size(inputs, encode, least)]
-    return torch.cat(passed, dim=1)
+    passed = [_by_view(rows, inputs) for rows in each_size(inputs, encode, least)]
+    return torch.cat(passed).transpose(0, 1)
 
 
 def each_size(inputs: Inputs, encode: Callable[..., Any], least: int) -> Iterator[Any]:
@@ -56,7 +56,12 @@ def each_size(inputs: Inputs, encode: Callable[..., Any], least: int) -> Iterato
 
 def by_image(rows: Tensor, inputs: Inputs) -> Tensor:
     """[n * b, ...] of n views of the images -> [b, n, ...]."""
-    return rows.view(-1, len(inputs.views[0]), *rows.shape[1:]).transpose(0, 1)
+    return _by_view(rows, inputs).transpose(0, 1)
+
+
+def _by_view(rows: Tensor, inputs: Inputs) -> Tensor:
+    """The same -> [n, b, ...]."""
+    return rows.view(-1, len(inputs.views[0]), *rows.shape[1:])
 
 
 def encoded_views(encode: Callable[..., Tensor], inputs: Inputs, *, together: bool) -> Tensor:
