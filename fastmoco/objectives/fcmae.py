@@ -15,37 +15,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmoco.config import Config
 from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.models.encoder import Coupling
 from fastmoco.models.grn import Scope
 from fastmoco.models.map_decoder import MapDecoder
-from fastmoco.models.masks import kept_count, mask_noise, mask_of, shuffled
+from fastmoco.models.masks import PatchMasks, mask_of
 from fastmoco.objectives.interface import (
     Features,
     Inputs,
-    Objective,
     Output,
-    ParameterGroup,
     Progress,
 )
 from fastmoco.objectives.masked import (
+    MaskedObjective,
     masked_loss,
     masked_view,
     pixel_targets,
     plain_masked_loss,
     watched,
 )
-from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.fcmae import FCMAEConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
 COUPLES = "objective.response_norms=batch takes norms over the whole batch of a process"
 
 
-class FCMAE(Objective):
+class FCMAE(MaskedObjective):
     """An encoder of the patches that are seen, and a decoder of all patches.
 
     The final norm of the encoder is not used in training and stays as it starts; an evaluation
@@ -70,8 +68,6 @@ class FCMAE(Objective):
             seen.
     """
 
-    view_count = 1
-
     def __init__(
         self,
         build_encoder: Callable[[], Any],
@@ -93,7 +89,6 @@ class FCMAE(Objective):
         self.encoder = encoder
         self.normalise_pixels = normalise_pixels
         self.scope: Scope = scope
-        self.seed = seed
         self.coupling = Coupling.NONE if scope == "image" else Coupling.TRUNK
         self.coupling_reason = "" if scope == "image" else COUPLES
         if encoder.image_size % encoder.stride:
@@ -101,7 +96,9 @@ class FCMAE(Objective):
                 f"model.image_size={encoder.image_size}: must be a multiple of {encoder.stride}, the "
                 "side of a hidden patch"
             )
-        self.kept = kept_count(self._patches, mask_ratio)
+        grid = encoder.image_size // encoder.stride
+        self.masks = PatchMasks(seed=seed, grid=grid, ratio=mask_ratio)
+        self.kept = self.masks.kept
         encoder.norm.requires_grad_(False)
         self.decoder = MapDecoder(
             in_dim=encoder.embed_dim,
@@ -140,13 +137,6 @@ class FCMAE(Objective):
             loss, figures = masked_loss(predictions, self.targets(view), mask, count)
         return Features((loss,), (figures, self._pooled(latents)) if target else ())
 
-    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
-        """The mean over images."""
-        with part(LOSS):
-            loss = features.online[0].mean()
-        figures, queries = features.target
-        return Output(loss, watched(figures, queries))
-
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same by the reference of each block, and the loss as a sum over the batch by a count
         over the batch."""
@@ -159,21 +149,6 @@ class FCMAE(Objective):
     def targets(self, view: Tensor) -> Tensor:
         """Pixels of the patches of images [b, 3, S, S], normalised if so: [b, L, 3 p^2]."""
         return pixel_targets(view, self.encoder.stride, normalised=self.normalise_pixels)
-
-    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Biases and tensors of one dimension do not decay; `GRN` and the mask token do."""
-        return decaying_matrices(name, parameter)
-
-    @property
-    def _patches(self) -> int:
-        """L."""
-        return int((self.encoder.image_size // self.encoder.stride) ** 2)
-
-    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The patches of the view that the encoder sees, also in evaluation mode."""
-        (view,) = views
-        noise = mask_noise(self.seed, len(view), self._patches, step=at.step, device=view.device)
-        return (shuffled(noise, self.kept),)
 
     def _seen(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """The view, the mask of its patches [b, L], and factors of stochastic depth.

@@ -26,12 +26,11 @@ from fastmoco.models.vit import VisionTransformer
 from fastmoco.objectives.interface import (
     Features,
     Inputs,
-    Objective,
     Output,
-    ParameterGroup,
     Progress,
 )
 from fastmoco.objectives.masked import (
+    MaskedObjective,
     masked_loss,
     masked_view,
     pixel_targets,
@@ -42,7 +41,6 @@ from fastmoco.objectives.masked import (
     require_vit,
     watched,
 )
-from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.mae import MAEConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -50,7 +48,7 @@ INITIAL_STD = 0.02
 """Deviation of the initial class token."""
 
 
-class MAE(Objective):
+class MAE(MaskedObjective):
     """An encoder of the patches that are seen, and a decoder of all patches.
 
     The encoder starts as MAE: every linear layer Xavier-uniform, q, k and v as one matrix; the
@@ -77,7 +75,6 @@ class MAE(Objective):
         ValueError: if the encoder is another one, or no patch would be seen, or none predicted.
     """
 
-    view_count: int = 1
     mask_count: int = 1
     """Views that are masked, the first ones."""
     absolute_errors: bool = False
@@ -146,26 +143,11 @@ class MAE(Objective):
             return Features((loss,))
         return Features((loss,), (figures, latents[:, 0].detach().clone()))
 
-    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
-        """The mean over images."""
-        with part(LOSS):
-            loss = features.online[0].mean()
-        figures, queries = features.target
-        return Output(loss, watched(figures, queries))
-
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same with nothing left out early: all patches are embedded, mask tokens are appended
         and put in their places, and the loss is a sum over the batch by a count over the batch."""
         loss, latents, figures = self._plain(inputs)
         return Output(loss, watched(figures, latents[:, 0].detach()))
-
-    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The patches of the first view that the encoder sees, also in evaluation mode."""
-        return (self.masks(views[0], step=at.step),)
-
-    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Biases and tensors of one dimension do not decay; class token and mask token do."""
-        return decaying_matrices(name, parameter)
 
     def view_flops(self, number: int, side: int, keep: float = 1.0) -> float:
         """FLOPs of a step for the view: forward and backward of the encoder on the patches that it
@@ -182,11 +164,6 @@ class MAE(Objective):
         view, kept = masked_view(inputs, views=self.view_count, masks=self.mask_count)
         require_size(self.encoder, view)
         return view, kept
-
-    @property
-    def _patches(self) -> int:
-        """L."""
-        return int((self.encoder.image_size // self.encoder.patch_size) ** 2)
 
     def _passed(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each image [b], what the encoder makes of the seen tokens [b, 1 + K, E], and

@@ -8,15 +8,56 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmoco.config import Config
 from fastmoco.models.encoder import Coupling
+from fastmoco.models.masks import PatchMasks
 from fastmoco.models.vit import VisionTransformer
-from fastmoco.objectives.interface import Inputs
+from fastmoco.objectives.interface import (
+    Features,
+    Inputs,
+    Objective,
+    Output,
+    ParameterGroup,
+    Progress,
+)
+from fastmoco.optim.groups import decaying_matrices
+from fastmoco_pipelines.loading.step_parts import LOSS, part
 
 FLOOR = 1e-6
 """Added to the variance of a patch."""
+
+
+class MaskedObjective(Objective):
+    """An objective that predicts what patches hide, with one number per image as its loss.
+
+    Attributes:
+        masks: draws the patches that stay.
+    """
+
+    view_count: int = 1
+    masks: PatchMasks
+
+    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
+        """The mean over images."""
+        with part(LOSS):
+            loss = features.online[0].mean()
+        figures, queries = features.target
+        return Output(loss, watched(figures, queries))
+
+    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
+        """Biases and tensors of one dimension do not decay; tokens and matrices do."""
+        return decaying_matrices(name, parameter)
+
+    @property
+    def _patches(self) -> int:
+        """L."""
+        return self.masks.grid**2
+
+    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
+        """The patches of the first view that stay, also in evaluation mode."""
+        return (self.masks(views[0], step=at.step),)
 
 
 def require_own_masks(config: Config) -> None:

@@ -28,12 +28,11 @@ from fastmoco.objectives.interface import (
     START,
     Features,
     Inputs,
-    Objective,
     Output,
-    ParameterGroup,
     Progress,
 )
 from fastmoco.objectives.masked import (
+    MaskedObjective,
     figures_of,
     masked_loss,
     require_own_masks,
@@ -42,7 +41,6 @@ from fastmoco.objectives.masked import (
     require_vit,
     watched,
 )
-from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.maskfeat import InitialWeights, MaskFeatConfig
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
@@ -55,7 +53,7 @@ WIDE_STD = 0.4
 positions of 0.02 are lost among them, and a masked patch is then predicted by its place alone."""
 
 
-class MaskFeat(Objective):
+class MaskFeat(MaskedObjective):
     """An encoder of all patches, of which some are replaced by one trained token, and a layer norm
     and a linear layer on the masked ones. The loss is the mean squared difference to their
     histograms.
@@ -79,7 +77,6 @@ class MaskFeat(Objective):
             would be masked, or all.
     """
 
-    view_count = 1
     exact_views = True
 
     def __init__(
@@ -196,13 +193,6 @@ class MaskFeat(Objective):
             return Features((loss,))
         return Features((loss,), (figures, tokens[:, 0].detach().clone()))
 
-    def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:
-        """The mean over images."""
-        with part(LOSS):
-            loss = features.online[0].mean()
-        figures, queries = features.target
-        return Output(loss, watched(figures, queries))
-
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same on one process: the decoder on masked rows alone, and a mean over all of them."""
         (view,), (shares,) = inputs.views, inputs.masks
@@ -217,9 +207,9 @@ class MaskFeat(Objective):
         """Histograms of the patches of images [b, 3, S, S]: [b, L, P], float32 or wider."""
         return hog_targets(view, self.encoder.patch_size, self.cell)
 
-    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Biases and tensors of one dimension do not decay; tokens and positions do."""
-        return decaying_matrices(name, parameter)
+    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
+        """No choice: the encoder has all patches, of which some are replaced."""
+        return ()
 
     @property
     def _grid(self) -> int:

@@ -20,34 +20,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmoco.config import Config
 from fastmoco.models.decoder import LinearDecoder
 from fastmoco.models.encoder import Coupling
-from fastmoco.models.masks import kept_count, mask_noise, shuffled
+from fastmoco.models.masks import PatchMasks
 from fastmoco.objectives.interface import (
     Features,
     Inputs,
-    Objective,
     Output,
-    ParameterGroup,
     Progress,
 )
 from fastmoco.objectives.masked import (
+    MaskedObjective,
     masked_view,
     require_own_masks,
     require_pooling,
     require_size,
     require_vit,
 )
-from fastmoco.optim.groups import decaying_matrices
 from fastmoco.recipes.mp3 import MP3Config
 from fastmoco_pipelines.loading.step_parts import LOSS, QUERY_FORWARD, part
 
 
-class MP3(Objective):
+class MP3(MaskedObjective):
     """An encoder without positions, and a layer norm and a linear layer that classify each patch by
     its number.
 
@@ -67,8 +64,6 @@ class MP3(Objective):
         ValueError: if the encoder is another one, or the context would be empty, or all patches.
     """
 
-    view_count = 1
-
     def __init__(
         self, build_encoder: Callable[[], Any], *, mask_ratio: float = 0.75, seed: int = 0
     ) -> None:
@@ -82,9 +77,10 @@ class MP3(Objective):
             )
         require_pooling(encoder, ("norm_mean", "mean"), "MP3 has no class token")
         self.encoder = encoder
-        self.seed = seed
         self.coupling = Coupling.NONE
-        self.kept = kept_count(self._patches, mask_ratio)
+        grid = encoder.image_size // encoder.patch_size
+        self.masks = PatchMasks(seed=seed, grid=grid, ratio=mask_ratio)
+        self.kept = self.masks.kept
         encoder.norm.requires_grad_(False)
         self.decoder = LinearDecoder(encoder.embed_dim, self._patches)
 
@@ -154,18 +150,3 @@ class MP3(Objective):
     def uninformed_loss(self, batch: int) -> float:
         """The logarithm of L: every place is as likely."""
         return math.log(self._patches)
-
-    def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
-        """Biases and tensors of one dimension do not decay."""
-        return decaying_matrices(name, parameter)
-
-    @property
-    def _patches(self) -> int:
-        """L."""
-        return int((self.encoder.image_size // self.encoder.patch_size) ** 2)
-
-    def _kept(self, views: tuple[Tensor, ...], at: Progress) -> tuple[Tensor, ...]:
-        """The context of the view, also in evaluation mode."""
-        (view,) = views
-        noise = mask_noise(self.seed, len(view), self._patches, step=at.step, device=view.device)
-        return (shuffled(noise, self.kept),)
