@@ -177,7 +177,7 @@ def describe_scale(options: PlanArguments, memory: int) -> dict[str, Any]:
         **_cluster_json(cluster_of(options, GPUS_PER_NODE, 1)),
         "steps": steps,
         "limits": limits,
-        "sets": _sets(options, counted, steps),
+        "sets": _sets(options, layout, steps),
     }
 
 
@@ -195,21 +195,20 @@ def _at_scale(
 
 
 def _sets(
-    options: PlanArguments, counted: Counted, steps: list[dict[str, Any]]
+    options: PlanArguments, layout: Layout, steps: list[dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Figures of sets, at the recipe's batch on 64 GPUs or the nearest number."""
-    from fastmoco.planning.scale.limits import feature_width, set_limits
+    from fastmoco.planning.scale.limits import set_limits
 
     config = options.config
     own = [step for step in steps if step["batch"] == config.global_batch_size]
     step = min(own or steps, key=lambda step: abs(step["gpus"] - 64))
     config = replace(config, global_batch_size=step["batch"])
     cluster = cluster_of(options, step["gpus"], step["nodes"])
-    width = feature_width(config)
     return {
         f"{images} images, {step['gpus']} GPUs": [
             row._asdict()
-            for row in set_limits(images, config, width, cluster, step["images_per_s"])
+            for row in set_limits(images, config, layout.width, cluster, step["images_per_s"])
         ]
         for images in SETS
     }

@@ -382,6 +382,33 @@ def count_step(config: Config, precision: str, images: int) -> WholeStep:
         )
 
 
+def trunk_passes(config: Config, precision: str) -> dict[str, int]:
+    """Forwards of the trunk of each network of an objective in a step that takes its images at once,
+    by the network's name; without networks that have no trunk.
+
+    Args:
+        config: its model, heads and views are used.
+        precision: "bf16", "fp32" or "fp64".
+    """
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    found: dict[str, int] = {}
+    with FakeTensorMode(), _default_dtype(dtype):
+        pieces = _pieces(config, precision, "sdpa", config.model.phases.items[0])
+
+        def count(name: str) -> Callable[..., None]:
+            def counted(*_: object) -> None:
+                found[name] += 1
+
+            return counted
+
+        for name, parts in pieces.objective.parts().items():
+            if len(parts.blocks):
+                found[name] = 0
+                parts.blocks[0].register_forward_hook(count(name))
+        pieces.features(SIZES[0])
+    return found
+
+
 def _pieces(
     config: Config, precision: str, attention: str, phase: Phase, *, levels: bool = False
 ) -> _Pieces:

@@ -99,6 +99,11 @@ VARIANTS = {
         objective={"train_from": "head"},
         ways=("ddp", "fsdp", "fsdp chunked"),
     ),
+    "batch norm before the classifier": Variant(
+        SupervisedConfig,
+        objective={"train_from": "head", "feature_norm": True},
+        ways=("ddp", "fsdp chunked"),
+    ),
 }
 """Options of the paper's ablations and of the linear probe."""
 

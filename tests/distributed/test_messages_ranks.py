@@ -25,12 +25,13 @@ def test_every_collective_of_a_real_step_is_counted(
     ranks: list[dict[str, object]], name: str
 ) -> None:
     config = config_of(name)
+    layout = layout_of(config, config.precision)
     chunk, kept = CASES[name].get("chunk", 0), CASES[name].get("kept", 0)
     plan = StepPlan(
         chunk=chunk,
         kept=kept,
         chunks=1,
-        kept_images=chunk * kept,
+        kept_images=IMAGES if layout.separate else chunk * kept,
         overhead=0.0,
         peak_bytes=0.0,
         reason="",
@@ -39,7 +40,7 @@ def test_every_collective_of_a_real_step_is_counted(
     counted: Counter[tuple[str, float]] = Counter()
     for message in step_messages(
         config,
-        layout_of(config, config.precision),
+        layout,
         Ranks(total=2, shards=shards, on_cpu=True),
         plan,
         config.precision,

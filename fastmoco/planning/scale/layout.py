@@ -14,7 +14,8 @@ from torch import nn
 from fastmoco.config import Config
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco.objectives.build import build_model
-from fastmoco.objectives.interface import Objective, Parts
+from fastmoco.objectives.interface import Coupling, Objective, Parts
+from fastmoco.planning.costs import trunk_passes
 
 
 class Shape(NamedTuple):
@@ -56,7 +57,9 @@ class Network:
     head_norms: tuple[int, ...]
     """Channels of each batch norm of the heads."""
     trunk_norms: tuple[int, ...]
-    """Channels of each batch norm of the trunk."""
+    """Channels of each batch norm of the trunk, that take their statistics over ranks."""
+    passes: int
+    """Forwards of the trunk in a step of a whole batch: one for each size of the crops it sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,13 @@ class Layout:
     networks: tuple[Network, ...]
     trained: tuple[int, ...]
     """Elements of each trained parameter."""
+    separate: bool
+    """Whether nothing couples images: heads and loss are then of a chunk (`Coupling.NONE`)."""
+    width: int
+    """Channels of the features of the encoder."""
+    per_rank: int
+    """Elements that differ between ranks on purpose (`Objective.per_rank`): the averages of batch
+    norms that take their statistics on a rank alone. 0: batch norms are of all ranks."""
     element: int
     """Bytes per element of the state."""
 
@@ -81,11 +91,24 @@ def layout_of(config: Config, precision: str) -> Layout:
         objective = build_model(config)
     averages = {id(average) for own, average in objective.averages().items() if own.requires_grad}
     parts = objective.parts()
+    passes = trunk_passes(config, precision)
+    buffers = dict(objective.named_buffers())
     return Layout(
         networks=tuple(
-            _network(name, network, parts[name], averages) for name, network in _networks(objective)
+            _network(
+                name,
+                network,
+                parts[name],
+                averages,
+                passes=passes.get(name, 1),
+                local=bool(objective.per_rank),
+            )
+            for name, network in _networks(objective)
         ),
         trained=tuple(p.numel() for p in objective.parameters() if p.requires_grad),
+        separate=objective.coupling is Coupling.NONE,
+        width=objective.encoder.embed_dim,
+        per_rank=sum(buffers[name].numel() for name in objective.per_rank),
         element=8 if precision == "fp64" else 4,
     )
 
@@ -95,7 +118,15 @@ def _networks(objective: Objective) -> list[tuple[str, nn.Module]]:
     return [(name, found[name]) for name in objective.parts()]
 
 
-def _network(name: str, network: nn.Module, parts: Parts, averages: set[int]) -> Network:
+def _network(
+    name: str,
+    network: nn.Module,
+    parts: Parts,
+    averages: set[int],
+    *,
+    passes: int,
+    local: bool,
+) -> Network:
     def sharded(parameter: nn.Parameter) -> bool:
         return parameter.requires_grad or id(parameter) in averages
 
@@ -121,5 +152,6 @@ def _network(name: str, network: nn.Module, parts: Parts, averages: set[int]) ->
         trunk=tuple(one for one in trunk if one),
         heads=tuple(one for one in heads if one),
         head_norms=tuple(norm.num_features for norm in norms if id(norm) in in_heads),
-        trunk_norms=tuple(norm.num_features for norm in norms if id(norm) not in in_heads),
+        trunk_norms=tuple(n.num_features for n in norms if not local and id(n) not in in_heads),
+        passes=passes,
     )

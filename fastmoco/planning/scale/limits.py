@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from fastmoco.config import Config
-from fastmoco.objectives.build import build_model
 from fastmoco.planning.scale.layout import Layout
 from fastmoco.planning.scale.messages import Ranks, step_messages
 from fastmoco.planning.scale.report import Cluster, Planned
@@ -97,12 +94,6 @@ def batch_limits(
         Limit("seconds of a step", report["step_s"], "s", "B"),
         Limit("peak learning rate", config.peak_lr, "", "N"),
     ]
-
-
-def feature_width(config: Config) -> int:
-    """Channels of the features of the encoder."""
-    with torch.device("meta"):
-        return int(build_model(config).encoder.embed_dim)
 
 
 def set_limits(

@@ -15,8 +15,11 @@ gradients once, in buckets. A batch norm of C channels and V separate batches se
     backward:  all-reduce of 2 V C elements
 
 Gathered keys are ranks * B * 2 D elements; in a ring each of ranks - 1 exchanges sends B * 2 D.
-Bytes are those of the whole: the result of an
-all-gather, the input of a reduce-scatter, the tensor of an all-reduce.
+Bytes are those of the whole: the result of an all-gather, the input of a reduce-scatter, the tensor
+of an all-reduce or a broadcast, what a rank receives of an all-to-all.
+
+Where nothing couples images, FSDP2 may prefetch a block once more than is counted after the first
+chunk: one gather in a step.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from fastmoco.planning.plan import StepPlan
 from fastmoco.planning.scale.layout import Layout, Network, Unit
 from fastmoco_pipelines.spec import each_view
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send"]
 Group = Literal["all", "shard", "copies"]
 Phase = Literal["forward", "heads", "backward", "end"]
 HEADS_BY_VIEW = ("moco_v3", "byol", "simsiam", "projector_momentum", "moby")
@@ -44,7 +47,7 @@ class Message(NamedTuple):
     """Equal collectives of one step."""
 
     part: str
-    """weights, gradients, keys, batch norms or agreement."""
+    """weights, gradients, keys (all that a loss exchanges), batch norms or agreement."""
     kind: Kind
     bytes: float
     number: float
@@ -92,12 +95,14 @@ def step_messages(
     found: list[Message] = []
     if ranks.shards > 1:
         for network in layout.networks:
-            found += _fsdp(network, ranks, sizes, gathered, layout.element)
+            found += _fsdp(
+                network, ranks, sizes, gathered, layout.element, separate=layout.separate
+            )
     else:
         found += _ddp(layout, chunked=bool(plan.chunk))
     for network in layout.networks:
         found += _batch_norms(config, network, ranks.total, layout.element)
-    found += _loss(config, ranks, images, gathered)
+    found += _loss(config, layout, ranks, gathered)
     found += _agreement(layout, ranks)
     return found
 
@@ -111,7 +116,13 @@ def _chunk_sizes(plan: StepPlan, images: int) -> tuple[int, int]:
 
 
 def _fsdp(
-    network: Network, ranks: Ranks, sizes: tuple[int, int], gathered: int, state: int
+    network: Network,
+    ranks: Ranks,
+    sizes: tuple[int, int],
+    gathered: int,
+    state: int,
+    *,
+    separate: bool,
 ) -> Iterator[Message]:
     """Gathers and reductions of one network."""
     n = ranks.shards
@@ -123,31 +134,39 @@ def _fsdp(
             size = unit.elements(n) * element
             yield Message("weights", "all_gather", size, count, "shard", phase)
 
-    def reduce(unit: Unit) -> Iterator[Message]:
+    def reduce(unit: Unit, count: int = 1) -> Iterator[Message]:
         size = unit.elements(n) * reduced
-        yield Message("gradients", "reduce_scatter", size, 1, "shard", "backward")
+        yield Message("gradients", "reduce_scatter", size, count, "shard", "backward")
         if ranks.copies > 1:
-            yield Message("gradients", "all_reduce", size / n, 1, "copies", "backward")
+            yield Message("gradients", "all_reduce", size / n, count, "copies", "backward")
 
     again = sizes[1]
-    passes = sum(sizes)
+    chunks = sum(sizes)
 
-    # Trunk: a forward for each chunk; of a trained one a backward for each, and a second forward
-    # for chunks without a graph.
-    rest = (network.rest,) if network.rest else ()
-    for unit in (*rest, *network.trunk):
-        yield from gather(unit, passes, "forward")
+    # Trunk: a forward for each chunk and size of crops; of a trained one a backward for each, and a
+    # second forward for chunks without a graph. Sums of earlier chunks are reduced in the backward
+    # of the last size, and those of the last chunk in that of the first one.
+    for unit in network.trunk:
+        yield from gather(unit, chunks * network.passes, "forward")
         if network.trained:
-            yield from gather(unit, again, "backward")
-            yield from gather(unit, passes, "backward")
-            yield from reduce(unit)
+            yield from gather(unit, again * network.passes, "backward")
+            yield from gather(unit, chunks * network.passes, "backward")
+            yield from reduce(unit, 2 if chunks > 1 and network.passes > 1 else 1)
+    if network.rest:  # stays gathered until a backward has passed all sizes
+        yield from gather(network.rest, chunks * network.passes, "forward")
+        if network.trained:
+            yield from gather(network.rest, again * network.passes, "backward")
+            yield from gather(network.rest, chunks, "backward")
+            yield from reduce(network.rest)
 
-    # Heads: once, on the whole batch. After a chunk that is computed again FSDP2 prefetches the
-    # head of its network once more, because its record of the forwards still has it.
+    # Heads: once, on the whole batch, or for each chunk where nothing couples images. After a chunk
+    # that is computed again FSDP2 prefetches the head of its network once more, because its record
+    # of the forwards still has it.
+    times = chunks if separate else 1
     for unit in network.heads:
-        yield from gather(unit, 1, "heads")
+        yield from gather(unit, times, "heads")
         if network.trained:
-            yield from gather(unit, 1 + (again > 0 and bool(network.trunk)), "backward")
+            yield from gather(unit, times + (again > 0 and bool(network.trunk)), "backward")
             yield from reduce(unit)
 
 
@@ -206,36 +225,60 @@ def _batch_norms(config: Config, network: Network, ranks: int, element: int) -> 
         yield from norm(channels, 1, views, "forward")
 
 
-def _loss(config: Config, ranks: Ranks, images: int, element: int) -> Iterator[Message]:
-    """What the loss exchanges. A CPU also compares how many rows each rank has."""
+def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterator[Message]:
+    """What the loss and the state of an objective exchange. A CPU also compares how many rows each
+    rank has."""
     objective: Any = config.objective
+    images = config.global_batch_size // ranks.total
+    width = config.model.projection_dim
+    wide = max(4, element)  # of queues and centres
 
-    def counts() -> Iterator[Message]:
+    def counts(phase: Phase = "heads") -> Iterator[Message]:
         if ranks.on_cpu:
-            yield Message("keys", "all_gather", ranks.total * 8, 1, "all", "heads")
+            yield Message("keys", "all_gather", ranks.total * 8, 1, "all", phase)
 
-    def gather(size: float) -> Iterator[Message]:
-        yield from counts()
-        yield Message("keys", "all_gather", ranks.total * size, 1, "all", "heads")
+    def gather(elements: int, size: int = element, phase: Phase = "heads") -> Iterator[Message]:
+        yield from counts(phase)
+        yield Message("keys", "all_gather", ranks.total * elements * size, 1, "all", phase)
 
-    has_keys = hasattr(objective, "keys")
+    # Keys of both views, or of one.
     method = _method(config)
-    if has_keys and ranks.ring:
+    if hasattr(objective, "keys") and ranks.ring:
         yield from counts()
-        size = images * 2 * config.model.projection_dim * element
-        yield Message("keys", "send", size, ranks.total - 1, "all", "heads")
-    elif has_keys or method in ("moco_v3", "simclr"):
-        yield from gather(images * 2 * config.model.projection_dim * element)
+        yield Message("keys", "send", 2 * images * width * element, ranks.total - 1, "all", "heads")
+    elif hasattr(objective, "keys") or method in ("moco_v3", "simclr"):
+        yield from gather(2 * images * width)
     if method == "simclr" and not getattr(objective, "local_gradient", False):
-        yield from gather(images * 2 * 2 * element)  # sums of both views' rows
-    if objective.kind == "sdssl" and method == "simclr":  # keys of the intermediate blocks
-        yield from gather(images * 2 * config.model.projection_dim * element)
-    if objective.kind == "cmae":  # keys of one view
-        yield from gather(images * config.model.projection_dim * element)
-    if objective.kind == "swav":  # scores of two crops: the largest, then column sums
+        yield from gather(2 * images * 2)  # sums of both views' rows
+    if objective.kind == "sdssl" and method == "simclr":  # of the intermediate blocks
+        yield from gather(2 * images * width)
+    if objective.kind in ("cmae", "macrl"):
+        yield from gather(images * width)
+
+    # Scores of two crops: the largest, then column sums; and how many patches all ranks mask.
+    if objective.kind == "swav":
         yield Message("keys", "all_reduce", 2 * element, 1, "all", "heads")
         size = 2 * objective.prototypes * element
         yield Message("keys", "all_reduce", size, objective.sinkhorn_iterations, "all", "heads")
+    if objective.kind == "maskfeat":
+        yield Message("keys", "all_reduce", 8, 1, "all", "forward")
+
+    # Images in another order, their features back, and running averages of rank 0.
+    if layout.per_rank:
+        pixels = 3 * config.data.view2.size**2
+        yield Message(
+            "batch norms", "broadcast", layout.per_rank * layout.element, 1, "all", "forward"
+        )
+        for elements in (pixels, layout.width):
+            yield Message("keys", "all_to_all", images * elements * element, 1, "all", "forward")
+
+    # At the end of a step: rows of a queue, and sums of outputs, of which centres are made.
+    queues = {"moco": 1, "moby": 2, "swav": 2 if getattr(objective, "queue", 0) else 0}
+    if count := queues.get(objective.kind, 0):
+        yield from gather(count * images * width, wide, "end")
+    if objective.kind in ("dino", "esvit"):
+        centres = 2 if getattr(objective, "region", False) else 1
+        yield Message("keys", "all_reduce", objective.prototypes * wide, centres, "all", "end")
 
 
 def _method(config: Config) -> str:
