@@ -23,21 +23,24 @@ def run_program(log: Path, *words: str) -> tuple[str, float]:
         SystemExit: if it fails, with the name of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = os.times()
-    with log.open("ab") as errors:
-        done = subprocess.run(
+    with (
+        log.open("ab") as errors,
+        subprocess.Popen(
             [sys.executable, *words],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment(ROOT),
-            check=False,
-        )
-    after = os.times()
-    if done.returncode:
+        ) as process,
+    ):
+        assert process.stdout is not None  # noqa: S101 - a type: it is a pipe
+        text = process.stdout.read().decode()
+        # Of this program alone: others may end at the same time.
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         shown = " ".join(words)[:300]
-        raise SystemExit(f"python {shown} ended with {done.returncode}; see {log}")
-    seconds = after.children_user + after.children_system
-    return done.stdout.decode(), seconds - before.children_user - before.children_system
+        raise SystemExit(f"python {shown} ended with {process.returncode}; see {log}")
+    return text, used.ru_utime + used.ru_stime
 
 
 def once(folder: Path, name: str, *words: str) -> dict[str, Any]:
