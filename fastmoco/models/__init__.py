@@ -4,6 +4,7 @@ from fastmoco.models.convnextv2 import CONVNEXTS as CONVNEXTS
 from fastmoco.models.convnextv2 import ConvNeXtV2 as ConvNeXtV2
 from fastmoco.models.heads import predictor as predictor
 from fastmoco.models.heads import projector as projector
+from fastmoco.models.positions import sincos_positions as sincos_positions
 from fastmoco.models.resnet import RESNETS as RESNETS
 from fastmoco.models.resnet import ResNet as ResNet
 from fastmoco.models.resnet import resnet18 as resnet18
@@ -13,7 +14,6 @@ from fastmoco.models.resnet import resnet_nano as resnet_nano
 from fastmoco.models.vit import ARCHITECTURES as ARCHITECTURES
 from fastmoco.models.vit import VisionTransformer as VisionTransformer
 from fastmoco.models.vit import deit_small as deit_small
-from fastmoco.models.vit import sincos_positions as sincos_positions
 from fastmoco.models.vit import vit_base as vit_base
 from fastmoco.models.vit import vit_conv_base as vit_conv_base
 from fastmoco.models.vit import vit_conv_small as vit_conv_small

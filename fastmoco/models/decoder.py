@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmoco.config.model import Positions
 from fastmoco.models.blocks import Block, LayerNorm, Linear, Recompute, sum_of, xavier_
 from fastmoco.models.encoder import Parts
-from fastmoco.models.vit import FIXED_POSITIONS
+from fastmoco.models.positions import FIXED_POSITIONS
 
 
 class LinearDecoder(nn.Module):

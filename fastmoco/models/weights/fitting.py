@@ -25,8 +25,9 @@ from torch import Tensor
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.encoder import trunk_of
+from fastmoco.models.positions import FIXED_POSITIONS
 from fastmoco.models.swin import resampled_bias, window_of
-from fastmoco.models.vit import ARCHITECTURES, FIXED_POSITIONS
+from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
     ViTSizes,

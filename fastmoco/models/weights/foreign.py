@@ -21,7 +21,7 @@ from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.config.model import Positions
 from fastmoco.models.encoder import Family
 from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
-from fastmoco.models.vit import FIXED_POSITIONS
+from fastmoco.models.positions import FIXED_POSITIONS
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,

@@ -25,7 +25,7 @@ from fastmoco.models import (
     vit_tiny,
 )
 from fastmoco.models.encoder import Coupling
-from fastmoco.models.vit import resized_positions
+from fastmoco.models.positions import resized_positions
 from fastmoco.objectives import MoCoV3
 from tests.golden_objective import read_sibling
 

@@ -18,7 +18,7 @@ from fastmoco.config.serial import from_json, to_json
 from fastmoco.distributed import BatchNorm
 from fastmoco.models import VisionTransformer
 from fastmoco.models.masks import blocks2x2, mask_of
-from fastmoco.models.vit import sincos_positions
+from fastmoco.models.positions import sincos_positions
 from fastmoco.objectives.build import OBJECTIVES, build_objective, encoder_builder
 from fastmoco.objectives.cmae import CMAE
 from fastmoco.objectives.interface import START, Inputs, Progress

@@ -20,7 +20,7 @@ from fastmoco.distributed import World
 from fastmoco.errors import RunError
 from fastmoco.models import VisionTransformer
 from fastmoco.models.masks import mask_of, shuffled
-from fastmoco.models.vit import column_first_positions
+from fastmoco.models.positions import column_first_positions
 from fastmoco.objectives.build import OBJECTIVES, build_objective, encoder_builder
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.objectives.interface import START, Inputs

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.positions import sincos_positions
 from fastmoco.models.resnet import resnet18, resnet_nano
-from fastmoco.models.vit import VisionTransformer, sincos_positions
+from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.fitting import fit_encoder, resample_positions
 from fastmoco.models.weights.foreign import EncoderWeights, find_encoder, fixed_positions
 from fastmoco.models.weights.reading import RawWeights
