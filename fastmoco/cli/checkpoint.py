@@ -70,8 +70,8 @@ def consolidate(
     Args:
         path: Folder of a run, for its newest sound checkpoint, or of one checkpoint.
         out: The file to write; it must not exist.
-        encoder: Write only the encoder that the run evaluates, without its projector: for DINO the
-            momentum encoder, else the trained one; default the full state.
+        encoder: Write only the encoder that the run evaluates, without its projector: for DINO,
+            EsViT and ExtreMA the momentum encoder, else the trained one; default the full state.
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
     """
     from fastmoco.checkpoint import consolidate as write

@@ -38,7 +38,7 @@ def eval_knn(
         k: Numbers of neighbours; each is combined with each temperature, in one search.
         temperature: The weight of a neighbour is exp(cosine / temperature).
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         out: A file for the JSON too.

@@ -56,7 +56,7 @@ def embed(
         dtype: Of the features in the file.
         limit: Only this many images, spread evenly over the set; 0: all.
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """
@@ -121,7 +121,7 @@ def neighbours(
         out: Draw a picture too: each query and its neighbours, with cosines and file names.
         json: Print JSON instead of text.
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """
@@ -216,7 +216,7 @@ def outliers(
         out: Draw a picture too: each image and the most similar one.
         json: Print JSON instead of text.
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
     """

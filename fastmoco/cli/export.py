@@ -31,7 +31,7 @@ def export(
         to: The format. hf writes a folder, the others a file.
         out: A new file or folder; a report is written beside it.
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         images: Images to compare features of: shards or a folder of images. Default: those of the
             run.

@@ -30,9 +30,9 @@ def eval_finetune(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
-    epochs: float = 100,
+    epochs: float | None = None,
     batch: int = 0,
-    lr: float = 5e-4,
+    lr: float | None = None,
     weight_decay: float = 0.05,
     warmup_epochs: float | None = None,
     layer_decay: float | None = None,
@@ -48,7 +48,7 @@ def eval_finetune(
     """Accuracy of an encoder that is trained on with labels (fine-tuning).
 
     A run of its own, which the same command continues and which several processes may share. The
-    defaults are those of MAE for ViT-B, without RandAugment. Prints one line of JSON, with an
+    defaults are those of MAE for a ViT of its size, without RandAugment. Prints one line of JSON, with an
     interval of 95 % (Wilson) about each accuracy.
 
     Args:
@@ -58,19 +58,20 @@ def eval_finetune(
         test: Labelled shards to classify, or a folder with one folder of images per class.
         out: Folder of the fine-tuning and its result, finetune.json.
         which: The trained encoder (base), or its moving average (default: the one that the
-            method evaluates: for DINO the average, else the trained one).
+            method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images (default: 100; 50 for ViT-L).
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
-        lr: Learning rate of the head for a batch of 256 images.
+        lr: Learning rate of the head for a batch of 256 images (default: 5e-4; 1e-3 for ViT-L).
         weight_decay: Weight decay of AdamW, except of biases, norms, class token and positions.
-        warmup_epochs: Epochs of warm-up; default: a twentieth of the epochs.
+        warmup_epochs: Epochs of warm-up; default: 5 of 100, and of the 50 of ViT-L.
         layer_decay: Factor of the rate from a layer to the one before it (default: 0.65 for a
-            ViT, otherwise 1).
+            ViT, 0.75 for ViT-L, otherwise 1).
         layer_decay_by: Layers of a ConvNeXt V2: its blocks, or its stages with a layer for three
             blocks of the third (group).
-        drop_path: Rate of stochastic depth of the last block (default: 0.1; 0 for a ResNet).
+        drop_path: Rate of stochastic depth of the last block (default: 0.1; 0.2 for ViT-L,
+            0 for a ResNet).
         label_smoothing: Share of the target that is spread over all classes.
         mixup: Parameter of the Beta distribution of mixup; 0: none.
         cutmix: That of cutmix; 0: none.

@@ -119,12 +119,12 @@ def resampled_bias(table: Tensor, window: int) -> Tensor:
         window: M of the result.
 
     Returns:
-        [(2 M - 1)^2, A] float32; the table itself where the window is its own.
+        [(2 M - 1)^2, A], at least float32; the table itself where the window is its own.
     """
     old, new = math.isqrt(len(table)), 2 * window - 1
     if old == new:
         return table
-    picture = table.float().T.reshape(1, -1, old, old)
+    picture = table.to(torch.promote_types(table.dtype, torch.float32)).T.reshape(1, -1, old, old)
     resized = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)
     return resized.flatten(2)[0].T.contiguous()
 

@@ -32,11 +32,14 @@ FLOOR = 1e-6
 class MaskedObjective(Objective):
     """An objective that predicts what patches hide, with one number per image as its loss.
 
+    Views stay in float32 in a run in bf16, because the targets are made of them.
+
     Attributes:
         masks: draws the patches that stay.
     """
 
     view_count: int = 1
+    exact_views = True
     masks: PatchMasks
 
     def compare(self, features: Features, at: Progress, *, accuracy: bool = False) -> Output:

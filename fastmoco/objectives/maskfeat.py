@@ -77,8 +77,6 @@ class MaskFeat(MaskedObjective):
             would be masked, or all.
     """
 
-    exact_views = True
-
     def __init__(
         self,
         build_encoder: Callable[[], Any],

@@ -64,6 +64,8 @@ class MP3(MaskedObjective):
         ValueError: if the encoder is another one, or the context would be empty, or all patches.
     """
 
+    exact_views = False
+
     def __init__(
         self, build_encoder: Callable[[], Any], *, mask_ratio: float = 0.75, seed: int = 0
     ) -> None:

@@ -291,7 +291,8 @@ class Supervised(Objective):
 
     def parameter_group(self, name: str, parameter: nn.Parameter) -> ParameterGroup:
         """Layer decay as BEiT, MAE and ConvNeXt V2 define it; no weight decay of tensors of one dimension, of
-        the class token, of positions and of `GRN`, as the methods' fine-tuning has it."""
+        the class token, of positions, those of a Swin too, and of `GRN`, as the methods' fine-tuning
+        has it."""
         depth = max(self._layers.values(), default=0)
         own = name.removeprefix("encoder.")
         layer = depth + 1 if "." in own else 0
@@ -299,6 +300,7 @@ class Supervised(Objective):
             if own.startswith(module):
                 layer = number
         plain = parameter.ndim <= 1 or own in ("cls_token", "pos_embed") or ".grn." in own
+        plain = plain or own.endswith(".relative_position_bias_table")
         return ParameterGroup(
             lr_scale=self.layer_decay ** (depth + 1 - layer),
             weight_decay_scale=0.0 if plain else 1.0,

@@ -175,18 +175,39 @@ def supervised_nano7_e12_b256() -> Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FineTuningSize:
+    """What follows from the size of an encoder in a fine-tuning: the numbers of MAE for ViT-B, and of
+    all encoders that are not in `FINE_TUNING_SIZES`."""
+
+    epochs: float = 100
+    warmup_epochs: float = 5
+    lr: float = 5e-4
+    """For a batch of 256 images."""
+    layer_decay: float = 0.65
+    """Of a ViT."""
+    drop_path: float = 0.1
+
+
+FINE_TUNING_SIZES = {
+    "vit_large": FineTuningSize(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)
+}
+"""By architecture, as MAE has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """Options of a fine-tuning, with the numbers of MAE for ViT-B (He et al. 2022, appendix A.2).
+    """Options of a fine-tuning, with the numbers of MAE (He et al. 2022, appendix A.2).
 
     Attributes:
-        epochs: passes over the training images.
+        epochs: passes over the training images; None: `FineTuningSize`.
         batch: images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
-        lr: for a batch of 256 images.
+        lr: for a batch of 256 images; None: `FineTuningSize`.
         weight_decay: of AdamW.
-        warmup_epochs: None: a twentieth of the run, which is 5 of 100.
-        layer_decay: None: 0.65 for a ViT, else 1; a Swin and a ResNet have no layers to decay by.
+        warmup_epochs: None: 5 of the epochs of `FineTuningSize`, in proportion for other epochs.
+        layer_decay: None: `FineTuningSize` for a ViT, else 1; a Swin and a ResNet have no layers to
+            decay by.
         layer_decay_by: layers of a ConvNeXt V2, "block" or "group".
-        drop_path: None: 0.1, 0 for a ResNet.
+        drop_path: None: `FineTuningSize`, 0 for a ResNet.
         label_smoothing: share of a target that is spread over all classes.
         mixup: 0: none.
         cutmix: 0: none.
@@ -198,9 +219,9 @@ class FineTuning:
         seed: of head, order, views and mixing.
     """
 
-    epochs: float = 100
+    epochs: float | None = None
     batch: int = 0
-    lr: float = 5e-4
+    lr: float | None = None
     weight_decay: float = 0.05
     warmup_epochs: float | None = None
     layer_decay: float | None = None
@@ -266,16 +287,24 @@ def fine_tuning(
         view = replace(view, crop_scale=own[0], flip_probability=own[1], jitter_probability=0.0)
     if options.crop_min is not None:
         view = replace(view, crop_scale=(options.crop_min, 1.0))
-    warmup = options.epochs / 20 if options.warmup_epochs is None else options.warmup_epochs
-    decay = options.layer_decay if options.layer_decay is not None else (0.65 if vit else 1.0)
-    drop_path = options.drop_path if options.drop_path is not None else (0.1 if deep else 0.0)
+    size = FINE_TUNING_SIZES.get(model.architecture, FineTuningSize())
+    epochs = size.epochs if options.epochs is None else options.epochs
+    warmup = options.warmup_epochs
+    if warmup is None:
+        warmup = epochs * size.warmup_epochs / size.epochs
+    decay = options.layer_decay
+    if decay is None:
+        decay = size.layer_decay if vit else 1.0
+    drop_path = options.drop_path
+    if drop_path is None:
+        drop_path = size.drop_path if deep else 0.0
     data = one_view(view)
     if before is not None:
         names = [option.name for option in fields(LoaderOptions)]
         data = replace(data, **{name: getattr(before.data, name) for name in names})
     return Config(
         recipe="finetune",
-        epochs=options.epochs,
+        epochs=epochs,
         global_batch_size=options.batch or labelled_batch(images),
         seed=options.seed,
         # Fused blocks have no stochastic depth.
@@ -288,7 +317,11 @@ def fine_tuning(
             layer_decay_by=options.layer_decay_by,
             head_std=2e-5,
         ),
-        optim=OptimConfig(lr=options.lr, weight_decay=options.weight_decay, warmup_epochs=warmup),
+        optim=OptimConfig(
+            lr=size.lr if options.lr is None else options.lr,
+            weight_decay=options.weight_decay,
+            warmup_epochs=warmup,
+        ),
         data=replace(data, shards=train, shuffle_window=None),
         knn=KnnConfig(every_epochs=0, resize=image.resize),
         accuracy=AccuracyConfig(test_shards=test),

@@ -69,7 +69,8 @@ class FastOptions:
         crop_min: smallest share of an image's area in an augmented copy; None: `probe_view`.
         holdout: share of the training images on which the pair is chosen.
         seed: of the classifiers, the order, the copies and the held-out images.
-        feature_norm: whether features are normalised by mean and variance of the training images.
+        protocol: "moco_v3", or "mae": features are normalised by mean and variance of the training
+            images, and copies have its views.
         precision: of the encoder.
         cache: folder of cached features, which all processes must see.
     """
@@ -82,7 +83,7 @@ class FastOptions:
     crop_min: float | None = None
     holdout: float = 0.1
     seed: int = 0
-    feature_norm: bool = False
+    protocol: Literal["moco_v3", "mae"] = "moco_v3"
     precision: Literal["fp32", "bf16"] = "fp32"
     cache: Path
 
@@ -177,7 +178,8 @@ class _Job:
         options = self.options
         self._require_memory(len(options.pairs), classes)
         # Features: of the images as they are, and of augmented copies.
-        view = probe_view(self.source.image, self.source.config, options.crop_min)
+        source = self.source
+        view = probe_view(source.image, source.config, options.crop_min, protocol=options.protocol)
         identity = feature_key(self.source, self._precision, self.world)
         plain = self._cached("training set", train, identity)
         test_cache = self._cached("test set", test, identity)
@@ -192,7 +194,7 @@ class _Job:
         ]
         table = FeatureTable(plain, copies, self.world.device)
         test_table = FeatureTable(test_cache, [], self.world.device)
-        if options.feature_norm:
+        if normalised := options.protocol == "mae":
             test_table.normalise(table)
             table.normalise(table)
 
@@ -236,8 +238,8 @@ class _Job:
             "settings": {
                 **asdict(settings),
                 "momentum": linear.SGD_MOMENTUM,
-                "protocol": "mae" if options.feature_norm else "moco_v3",
-                "feature_norm": options.feature_norm,
+                "protocol": options.protocol,
+                "feature_norm": normalised,
                 "copies": options.copies,
                 "crop_scale": view.crop_scale if options.copies else None,
                 "flip_probability": view.flip_probability if options.copies else None,

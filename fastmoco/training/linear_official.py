@@ -56,7 +56,17 @@ PROTOCOLS = {
 }
 """Protocols by name. That of MoBY (Xie et al. 2021) also keeps the frozen trunk in training mode with
 stochastic depth; here every trunk is in evaluation mode. That of MAE (He et al. 2022) has a batch of
-16,384, for ViT-L and ViT-H 50 epochs, and batch norms of each process alone; here they are of all."""
+16,384 and batch norms of each process alone; here they are of all."""
+EPOCHS_OF_LARGE = {"mae": 50}
+"""Passes of a protocol where the encoder is a ViT-L; the warm-up stays as long."""
+
+
+def protocol_of(name: str, architecture: str) -> Protocol:
+    """The protocol for an architecture."""
+    found = PROTOCOLS[name]
+    if architecture == "vit_large":
+        found = replace(found, epochs=EPOCHS_OF_LARGE.get(name, found.epochs))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +124,8 @@ def official_config(
         ShardError: if a set cannot be opened.
         OSError: if the folder cannot be written.
     """
-    protocol = PROTOCOLS[options.protocol]
+    model = model_config(source)
+    protocol = protocol_of(options.protocol, model.architecture)
     epochs = protocol.epochs if options.epochs is None else options.epochs
     for name, value, least in (
         ("epochs", epochs, 1),
@@ -125,7 +136,7 @@ def official_config(
             raise ValueError(f"{name}={value}: must be at least {least}")
     before = source.config
     data = before.data if before is not None else DataConfig()
-    view = probe_view(source.image, before, options.crop_min)
+    view = probe_view(source.image, before, options.crop_min, protocol=options.protocol)
     with probe_sets(train, test, data) as sets:
         images = len(sets.train.shards)
         for note in sets.notes:
@@ -142,7 +153,7 @@ def official_config(
         global_batch_size=batch,
         log_every_steps=log_every(images // batch),
         seed=options.seed,
-        model=model_config(source),
+        model=model,
         objective=replace(recipe.objective, **changes),
         optim=replace(
             recipe.optim,

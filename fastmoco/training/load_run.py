@@ -22,7 +22,8 @@ def load_run(
     """Load the model of a checkpoint: the newest of a run, its best, or any.
 
     `objective.encoder` is the trained encoder, `objective.evaluation_encoder` the one that is
-    evaluated: for DINO the momentum encoder, else the same. In eval mode it maps [B, 3, H, W] images, normalised
+    evaluated: for DINO, EsViT and ExtreMA the momentum encoder, else the same. In eval mode it maps
+    [B, 3, H, W] images, normalised
     by mean and standard deviation of `config.data.view1`, to [B, E] class-token features. It does
     not apply its `head`, the projector.
 

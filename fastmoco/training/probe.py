@@ -27,9 +27,15 @@ def official_lr(encoder: nn.Module) -> float:
 
 
 def probe_view(
-    image: EvalSpec, config: Config | None = None, crop_min: float | None = None
+    image: EvalSpec,
+    config: Config | None = None,
+    crop_min: float | None = None,
+    *,
+    protocol: str = "moco_v3",
 ) -> ViewSpec:
-    """The view of the official protocol: a random crop and a flip, without changes of color.
+    """The view of an official protocol: a random crop and a flip, without changes of color. In that
+    of MAE crops are resized by a bicubic filter, and a window that is larger than its image is cut
+    down to it; other protocols have those of torchvision.
 
     The crops of the protocol cover 8 % of a photograph or more. For images of at most 64 pixels,
     which are not resized for the test either, crops and flips are those of the run's first view:
@@ -39,11 +45,14 @@ def probe_view(
         image: how a test image is shown.
         config: of the run; None: the protocol's crops and flips for any size.
         crop_min: smallest share of an image's area, in place of either.
+        protocol: "moco_v3", "moby" or "mae".
     """
     scale, flip = own_crops(image.size, config) or ((OFFICIAL_CROP, 1.0), 0.5)
     return ViewSpec(
         size=image.size,
         crop_scale=scale if crop_min is None else (crop_min, 1.0),
+        crop_misfit="clip" if protocol == "mae" else "retry",
+        interpolation="bicubic" if protocol == "mae" else "bilinear",
         flip_probability=flip,
         jitter_probability=0.0,
         brightness=0.0,

@@ -119,6 +119,10 @@ class ViewSpec:
     ViT, 0.2 for ResNet)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of the crop window, drawn uniformly in the logarithm."""
+    crop_misfit: Literal["retry", "clip"] = "retry"
+    """What becomes of a drawn window that is higher or wider than the image. `retry`: another is
+    drawn, ten in all, then the center is taken, as in torchvision. `clip`: the window is cut down to
+    the image, as in MAE's linear probe."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     shares_crop: bool = False
@@ -176,6 +180,8 @@ class ViewSpec:
         )
         low, high = self.crop_ratio
         require(0 < low <= high, "crop_ratio", self.crop_ratio, "needs 0 < smallest <= largest")
+        rule = 'is "retry" or "clip"'
+        require(self.crop_misfit in ("retry", "clip"), "crop_misfit", self.crop_misfit, rule)
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             value = getattr(self, f"{name}_probability")
             require(0 <= value <= 1, f"{name}_probability", value, "a probability lies in [0, 1]")
@@ -467,7 +473,7 @@ def require_views(groups: Sequence[ViewSpec], name: str) -> None:
     first, *others = (group for group in groups if group.copies)
     rule = "shares_crop of each group: the first view has its own crop, set it to false there"
     require(not first.shares_crop, name, tuple(group.shares_crop for group in groups), rule)
-    for field_name in ("crop_scale", "crop_ratio", "flip_probability"):
+    for field_name in ("crop_scale", "crop_ratio", "crop_misfit", "flip_probability"):
         wanted = getattr(first, field_name)
         values = [getattr(group, field_name) for group in others if group.shares_crop]
         rule = f"{field_name} of the groups with shares_crop: must be the first view's, {wanted}"

@@ -25,6 +25,8 @@ from fastmoco.models.positions import FIXED_POSITIONS
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,
+    OF_DINO,
+    SIGNS,
     class_rows,
     find_format,
     some,
@@ -79,7 +81,7 @@ class EncoderWeights:
         beside: names of the file that are no part of the encoder, and what they are.
         heads: attention heads; None if the file does not show them, and for a trunk without.
         image: how images are resized, cropped and normalised.
-        networks: all tensors of a file of several networks by our names, head included.
+        networks: all tensors of a checkpoint of moco-v3 or of fastmoco by our names, head included.
         facts: what the file states: arch, epoch, header.
         notes: what a user should know, in sentences.
     """
@@ -139,7 +141,8 @@ def find_encoder(
     kind, networks, others = _networks(names)
     tensors: Mapping[str, Tensor] = names
     if networks:
-        which = which or which_of(raw.header.get(EVALUATED, ""))
+        evaluated = ENCODERS["momentum"][:-1] if kind == OF_DINO else raw.header.get(EVALUATED, "")
+        which = which or which_of(evaluated)
         beginning = ENCODERS[which]
         tensors = {
             name.removeprefix(beginning): tensor
@@ -153,8 +156,8 @@ def find_encoder(
         raise CheckpointError(
             f"{source} contains no encoder that is known here: its first tensors are "
             f"{', '.join(list(raw.tensors)[:4])}. Known are ViTs of moco-v3, timm, torchvision and "
-            "Hugging Face, ResNets of moco-v3, torchvision, timm and Hugging Face, and published "
-            "Swins and ConvNeXt V2"
+            "Hugging Face, ResNets of moco-v3, torchvision, timm and Hugging Face, published Swins "
+            "and ConvNeXt V2, and checkpoints of DINO, EsViT and MoBY"
         )
     known, prefix = found
     stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -187,7 +190,7 @@ def find_encoder(
         trunk=renamed.trunk,
         beside=beside,
         image=EvalSpec(),
-        networks=networks,
+        networks={} if kind in (OF_DINO, "MoBY") else networks,
         facts=_facts(raw),
         notes=tuple(_notes(format_name, raw)),
     )
@@ -249,7 +252,8 @@ def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict
         What kind of file it is, its networks, and the names that belong to none.
     """
     for kind, beginnings in NETWORKS.items():
-        if not any(name.startswith(tuple(beginnings)) for name in names):
+        signs = SIGNS.get(kind, tuple(beginnings))
+        if not any(name.startswith(signs) for name in names):
             continue
         found, others = {}, {}
         for name, tensor in names.items():
@@ -292,7 +296,8 @@ def _facts(raw: RawWeights) -> dict[str, Any]:
 
 def _what(name: str) -> str:
     """What a tensor of another network is."""
-    return "predictor" if name.startswith("predictor.") else "the other encoder"
+    heads = (head for head in ("predictor", "projector") if name.startswith(head))
+    return next(heads, "the other encoder")
 
 
 def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> EncoderWeights:

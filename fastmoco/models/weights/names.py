@@ -130,8 +130,11 @@ HEAD_OF_DINO = {
     "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
     "head.last_layer.weight_v": "last layer",
+    "head_dense.mlp.{i}.{b}": "projector of regions",
+    "head_dense.last_layer.weight_g": "last layer of regions",
+    "head_dense.last_layer.weight_v": "last layer of regions",
 }
-"""The head of DINO, as a full state of fastmoco has it."""
+"""The head of DINO, as a full state of fastmoco has it, and the second one of EsViT's code."""
 
 TIMM_VIT = Format(
     name="timm ViT",
@@ -302,7 +305,22 @@ FORMATS = (
 
 FULL_STATE = "full state of fastmoco"
 """How the file of all tensors of a checkpoint is called."""
+OF_DINO = "student and teacher"
+"""How a checkpoint of DINO or of EsViT is called."""
 NETWORKS = {
+    OF_DINO: {
+        "student.backbone.": "encoder.",
+        "teacher.backbone.": "momentum_encoder.",
+        "student.": "encoder.",
+        "teacher.": "momentum_encoder.",
+    },
+    "MoBY": {
+        "encoder_k.": "momentum_encoder.",
+        "encoder.": "encoder.",
+        "projector_k.": "projector_k.",
+        "projector.": "projector.",
+        "predictor.": "predictor.",
+    },
     "moco-v3": {
         "base_encoder.fc.": "encoder.head.",
         "momentum_encoder.fc.": "momentum_encoder.head.",
@@ -319,6 +337,8 @@ NETWORKS = {
 """Files of several networks: what their names begin with, and what ours begin with; the first that
 fits counts. A name without one of these beginnings is no part of a network. The projector is called
 as the classifier that it replaces: `fc` in a ResNet of moco-v3."""
+SIGNS = {"MoBY": "encoder_k."}
+"""Of kinds of such files, whose other names begin as those of other kinds: what one name begins with."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of all names."""

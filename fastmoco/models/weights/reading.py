@@ -18,6 +18,7 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.checkpoint.pickle_machine import UnknownNameError
 from fastmoco.checkpoint.safetensors_file import read_safetensors
 from fastmoco.checkpoint.torch_file import distinct_bytes, is_tensor_of_another_kind, read_torch
+from fastmoco.models.weights.names import unwrapped
 from fastmoco_pipelines.files.small import UnfitFileError, open_regular, read_json
 from fastmoco_pipelines.files.whole import hash_file
 
@@ -26,6 +27,8 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WRAPPED_IN = ("state_dict", "model")
 """Keys under which a torch file has its tensors, beside others."""
+PAIR = ("student", "teacher")
+"""Keys under which a checkpoint of DINO or EsViT has those of two networks."""
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 MOST_JSON_BYTES = 10 * 2**20
@@ -146,7 +149,8 @@ def _read_torch(path: Path) -> RawWeights:
 
 
 def _unpacked(path: Path, content: object) -> RawWeights:
-    """The tensors of a file, which may be under `state_dict` or `model`."""
+    """The tensors of a file, which may be under `state_dict` or `model`, or be those of `student` and
+    `teacher`, which are then in front of their names."""
     container: dict[str, Any] = {}
     keys: list[str] = []
     while isinstance(content, Mapping) and len(keys) <= 2:
@@ -162,10 +166,16 @@ def _unpacked(path: Path, content: object) -> RawWeights:
         container["keys"] = sorted(map(str, content))
         keys.append(key)
         content = content[key]
+    if isinstance(content, Mapping) and all(_is_state(content.get(key)) for key in PAIR):
+        content = {
+            f"{key}.{name}": tensor
+            for key in PAIR
+            for name, tensor in unwrapped(content[key]).items()
+        }
     if not isinstance(content, Mapping) or not _has_tensors(content):
         raise CheckpointError(
-            f"{path} contains no weights: a dictionary of tensors by name, at the top or under "
-            "state_dict or model. Save model.state_dict(), not the model"
+            f"{path} contains no weights: a dictionary of tensors by name, at the top, under "
+            "state_dict or model, or under student and teacher. Save model.state_dict(), not the model"
         )
     unfit = [str(key) for key, value in content.items() if is_tensor_of_another_kind(value)]
     if unfit:
@@ -175,6 +185,11 @@ def _unpacked(path: Path, content: object) -> RawWeights:
     if odd:
         raise CheckpointError(f"{path}: {odd[:5]} in its state dict are no tensors")
     return RawWeights(path=path, tensors=tensors, container=container, wrapped_in=".".join(keys))
+
+
+def _is_state(content: object) -> bool:
+    """Whether this is a dictionary of tensors by name."""
+    return isinstance(content, Mapping) and _has_tensors(content)
 
 
 def _has_tensors(content: Mapping[Any, Any]) -> bool:

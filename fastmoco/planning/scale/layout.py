@@ -51,8 +51,10 @@ class Network:
     trained: bool
     rest: Unit | None
     """None if the network has no such parameters."""
+    stem: tuple[Unit, ...]
+    """What turns pixels into tokens, where that trains."""
     trunk: tuple[Unit, ...]
-    """Stem and blocks."""
+    """Blocks."""
     heads: tuple[Unit, ...]
     head_norms: tuple[int, ...]
     """Channels of each batch norm of the heads."""
@@ -138,7 +140,8 @@ def _network(
         shapes = tuple(Shape(p.shape[0] if p.ndim else 1, p.numel()) for p in own)
         return Unit(shapes=shapes, wide=getattr(module, "gathers_wide", False)) if own else None
 
-    trunk = [unit(module) for module in (*parts.blocks, *parts.stem.values())]
+    trunk = [unit(module) for module in parts.blocks]
+    stem = [unit(module) for module in parts.stem.values()]
     heads = [unit(module) for module in parts.heads.values() if module is not network]
     rest = unit(network)
     if any(module is network for module in parts.heads.values()):
@@ -149,6 +152,7 @@ def _network(
         name=name,
         trained=any(p.requires_grad for p in network.parameters()),
         rest=rest,
+        stem=tuple(one for one in stem if one),
         trunk=tuple(one for one in trunk if one),
         heads=tuple(one for one in heads if one),
         head_norms=tuple(norm.num_features for norm in norms if id(norm) in in_heads),

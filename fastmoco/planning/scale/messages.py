@@ -14,12 +14,12 @@ gradients once, in buckets. A batch norm of C channels and V separate batches se
     forward:   all-gather of ranks * (2 V C + 1) elements
     backward:  all-reduce of 2 V C elements
 
-Gathered keys are ranks * B * 2 D elements; in a ring each of ranks - 1 exchanges sends B * 2 D.
+Gathered keys of two views are ranks * B * 2 D elements; in a ring each of ranks - 1 exchanges sends
+B * 2 D. What else the loss of a method exchanges is in `_loss`.
 Bytes are those of the whole: the result of an all-gather, the input of a reduce-scatter, the tensor
 of an all-reduce or a broadcast, what a rank receives of an all-to-all.
 
-Where nothing couples images, FSDP2 may prefetch a block once more than is counted after the first
-chunk: one gather in a step.
+In chunks FSDP2 may prefetch a unit once more or less than is counted: one gather in a step.
 """
 
 from __future__ import annotations
@@ -152,12 +152,13 @@ def _fsdp(
             yield from gather(unit, again * network.passes, "backward")
             yield from gather(unit, chunks * network.passes, "backward")
             yield from reduce(unit, 2 if chunks > 1 and network.passes > 1 else 1)
-    if network.rest:  # stays gathered until a backward has passed all sizes
-        yield from gather(network.rest, chunks * network.passes, "forward")
+    # Stem and rest stay gathered until a backward has passed all sizes: nothing before them waits.
+    for unit in (*network.stem, *((network.rest,) if network.rest else ())):
+        yield from gather(unit, chunks * network.passes, "forward")
         if network.trained:
-            yield from gather(network.rest, again * network.passes, "backward")
-            yield from gather(network.rest, chunks, "backward")
-            yield from reduce(network.rest)
+            yield from gather(unit, again * network.passes, "backward")
+            yield from gather(unit, chunks, "backward")
+            yield from reduce(unit)
 
     # Heads: once, on the whole batch, or for each chunk where nothing couples images. After a chunk
     # that is computed again FSDP2 prefetches the head of its network once more, because its record
@@ -221,8 +222,8 @@ def _batch_norms(config: Config, network: Network, ranks: int, element: int) -> 
 
     for channels in network.head_norms:
         yield from norm(channels, separate, 1, "heads")
-    for channels in network.trunk_norms:  # views pass one after the other
-        yield from norm(channels, 1, views, "forward")
+    for channels in network.trunk_norms:
+        yield from norm(channels, 1, network.passes, "forward")
 
 
 def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterator[Message]:
@@ -231,7 +232,7 @@ def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterato
     objective: Any = config.objective
     images = config.global_batch_size // ranks.total
     width = config.model.projection_dim
-    wide = max(4, element)  # of queues and centres
+    wide = max(4, element)  # bytes of sums, of rows of a queue and of features of a ResNet
 
     def counts(phase: Phase = "heads") -> Iterator[Message]:
         if ranks.on_cpu:
@@ -249,16 +250,16 @@ def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterato
     elif hasattr(objective, "keys") or method in ("moco_v3", "simclr"):
         yield from gather(2 * images * width)
     if method == "simclr" and not getattr(objective, "local_gradient", False):
-        yield from gather(2 * images * 2)  # sums of both views' rows
+        yield from gather(2 * images * 2, wide)  # sums of both views' rows
     if objective.kind == "sdssl" and method == "simclr":  # of the intermediate blocks
         yield from gather(2 * images * width)
-    if objective.kind in ("cmae", "macrl"):
+    if objective.kind == "cmae":
         yield from gather(images * width)
 
     # Scores of two crops: the largest, then column sums; and how many patches all ranks mask.
     if objective.kind == "swav":
-        yield Message("keys", "all_reduce", 2 * element, 1, "all", "heads")
-        size = 2 * objective.prototypes * element
+        yield Message("keys", "all_reduce", 2 * wide, 1, "all", "heads")
+        size = 2 * objective.prototypes * wide
         yield Message("keys", "all_reduce", size, objective.sinkhorn_iterations, "all", "heads")
     if objective.kind == "maskfeat":
         yield Message("keys", "all_reduce", 8, 1, "all", "forward")
@@ -269,11 +270,11 @@ def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterato
         yield Message(
             "batch norms", "broadcast", layout.per_rank * layout.element, 1, "all", "forward"
         )
-        for elements in (pixels, layout.width):
-            yield Message("keys", "all_to_all", images * elements * element, 1, "all", "forward")
+        for size in (pixels * element, layout.width * wide):
+            yield Message("keys", "all_to_all", images * size, 1, "all", "forward")
 
     # At the end of a step: rows of a queue, and sums of outputs, of which centres are made.
-    queues = {"moco": 1, "moby": 2, "swav": 2 if getattr(objective, "queue", 0) else 0}
+    queues = {"moco": 1, "moby": 2, "macrl": 1, "swav": 2 if getattr(objective, "queue", 0) else 0}
     if count := queues.get(objective.kind, 0):
         yield from gather(count * images * width, wide, "end")
     if objective.kind in ("dino", "esvit"):

@@ -6,7 +6,10 @@ trip around n - 1 edges of it:
     all_gather, reduce_scatter:  (n - 1) / n * S / W + L
     all_reduce, as a ring:       2 (n - 1) / n * S / W + 2 L
     all_reduce, as a tree:       2 S / W + 2 ceil(log2 n) * latency
-    send, to the next of a ring:  S / W + latency
+    broadcast, in blocks:        S / W + ceil(log2 n) * latency
+    all_to_all of S on a rank:   (n - 1) / n * S / link + latency, and between nodes of g ranks
+                                 g (nodes - 1) / nodes * S / network + latency if that is longer
+    send, to the next of a ring: S / W + latency
 
 An all-reduce takes the faster of ring and tree. In a machine of several nodes a ring has one edge
 through the network for every node and goes through links inside nodes otherwise, so
@@ -79,11 +82,17 @@ class Fabric:
         share = (ranks - 1) / ranks
         if kind in ("all_gather", "reduce_scatter"):
             return share * size / bandwidth + around
+        latency = self.network.latency_s if nodes > 1 else self.link.latency_s
+        if kind == "broadcast":
+            return size / bandwidth + math.ceil(math.log2(ranks)) * latency
+        if kind == "all_to_all":
+            inside = share * size / self.link.bytes_per_s
+            leaving = (ranks / nodes) * (nodes - 1) / nodes * size / self.network.bytes_per_s
+            return max(inside, leaving) + latency
         if kind == "all_reduce":
-            latency = self.network.latency_s if nodes > 1 else self.link.latency_s
             tree = 2 * size / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
             return min(2 * share * size / bandwidth + 2 * around, tree)
-        return size / bandwidth + (self.network if nodes > 1 else self.link).latency_s
+        return size / bandwidth + latency
 
     def _group(self, group: str, ranks: Ranks) -> tuple[int, int, int]:
         """Ranks of a group, nodes that they are on, and groups that share a node's network."""
@@ -139,7 +148,8 @@ class MeasuredLines:
 
     Attributes:
         lines: by kind of collective; "weights" and "gradients" instead of the kind for what FSDP2
-            sends, whose copies and hooks then count.
+            sends, whose copies and hooks then count. A kind without a line takes that of
+            all-gathers.
     """
 
     lines: Mapping[str, Line]
@@ -148,4 +158,4 @@ class MeasuredLines:
         """Of one of the equal collectives of a message."""
         sharded = message.part in ("weights", "gradients") and message.group == "shard"
         key = message.part if sharded and message.part in self.lines else message.kind
-        return self.lines[key].at(message.bytes)
+        return self.lines.get(key, self.lines["all_gather"]).at(message.bytes)

@@ -133,7 +133,7 @@ def _draw_crops(
     spec: ViewSpec,
 ) -> NDArray[np.int32]:
     """torchvision's RandomResizedCrop: the first of ten tries that fits, else the central fallback;
-    [B, 4].
+    [B, 4]. With `crop_misfit="clip"` the first try, cut down to the image.
 
     Args:
         bits: [4, B]: area and ratio of the first try, then top and left.
@@ -143,6 +143,10 @@ def _draw_crops(
         spec: the view's crop ranges.
     """
     crop_height, crop_width, fits = _crop_size(_unit(bits[0]), _unit(bits[1]), sizes, spec)
+    if spec.crop_misfit == "clip":
+        crop_height = np.clip(crop_height, 1, sizes[:, 0])
+        crop_width = np.clip(crop_width, 1, sizes[:, 1])
+        fits = np.ones_like(fits)
     lost = np.flatnonzero(~fits)
     hopeless = lost[:0]
     if len(lost):

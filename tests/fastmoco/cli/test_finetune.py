@@ -124,6 +124,11 @@ def test_defaults_are_those_of_mae_and_of_the_encoder() -> None:
         0,
     )
     assert made(vit, FineTuning(), images=1437).global_batch_size == 64
+    assert made(vit, FineTuning(epochs=20)).optim.warmup_epochs == 1
+    large = made(replace(vit, architecture="vit_large"), FineTuning())
+    assert isinstance(large.objective, SupervisedConfig)
+    assert (large.epochs, large.optim.warmup_epochs, large.optim.lr) == (50, 5, 1e-3)
+    assert (large.objective.layer_decay, large.model.drop_path) == (0.75, 0.2)
     fused = replace(vit, blocks="fused")
     assert made(fused, FineTuning()).model.blocks == "modules"
     assert made(fused, FineTuning(drop_path=0.0)).model.blocks == "fused"

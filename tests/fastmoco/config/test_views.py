@@ -103,10 +103,11 @@ def test_an_image_size_carries_a_shared_crop_along():
     # A config that was stored before there were shared crops.
     stored = to_json(config)
     for view in ("view1", "view2"):
-        for name in ("shares_crop", "base_size", "shift"):
+        for name in ("shares_crop", "base_size", "shift", "crop_misfit"):
             del stored["data"][view][name]
     old = from_json(stored).data
     assert (old.view1.base_size, old.view2.shift, old.view2.shares_crop) == (0, 0, False)
+    assert old.view1.crop_misfit == "retry"
     assert from_json(to_json(config)) == config
 
 

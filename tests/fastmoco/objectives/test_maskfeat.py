@@ -17,19 +17,16 @@ from torch import Tensor
 
 from fastmoco.config import resolve
 from fastmoco.config.serial import from_json, to_json
-from fastmoco.distributed import World
 from fastmoco.models import VisionTransformer
 from fastmoco.models.encoder import trunk_of
 from fastmoco.models.masks import block_masks, masked_shares
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.objectives.maskfeat import MaskFeat
-from fastmoco.objectives.prepare import view_preparation
 from fastmoco.optim import learning_rate
 from fastmoco.optim.schedule import run_end
 from fastmoco.recipes import RECIPES, get_recipe
 from fastmoco.recipes.maskfeat import MaskFeatConfig
-from fastmoco.training.forward_backward import ForwardBackward
 from tests.golden_objective import Data, error, read_sibling_b
 
 CPU = torch.device("cpu")
@@ -210,23 +207,6 @@ def test_it_starts_as_published_and_the_final_norm_stays() -> None:
     assert objective.decoder.pred.bias.detach().abs().max() == 0
     assert "mask_token" in encoder.state_dict()
     assert "mask_token" not in trunk_of(encoder.state_dict())
-
-
-def test_views_are_not_rounded_to_bf16() -> None:
-    objective = small()
-    assert objective.exact_views
-    config = get_recipe("maskfeat_digits")
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    specs = (config.data.view1,)
-    (plain,), (exact,), (wide,) = (
-        view_preparation(specs, "bf16")((levels,)),
-        view_preparation(specs, "bf16", exact=True)((levels,)),
-        view_preparation(specs, "fp32")((levels,)),
-    )
-    assert (plain.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-    assert torch.equal(exact, wide)
-    step = ForwardBackward(replace(config, device="cpu"), objective, World(), "bf16")
-    assert step.prepare((levels,))[0].dtype == torch.float32
 
 
 def test_recipes_carry_the_published_numbers_and_travel_through_json() -> None:

@@ -62,6 +62,19 @@ def test_a_large_all_reduce_is_a_ring_and_a_small_one_a_tree() -> None:
     assert FABRIC.seconds(of("all_reduce", 4), ranks) == pytest.approx(tree)
 
 
+def test_an_exchange_of_all_with_all_leaves_a_node_through_one_network() -> None:
+    node = replace(FABRIC, nodes=1)
+    inside = 7 / 8 * 1e9 / 400e9 + 2e-6
+    assert node.seconds(of("all_to_all", 1e9), Ranks(total=8)) == pytest.approx(inside)
+    leaving = 8 * 3 / 4 * 1e9 / 50e9 + 5e-6
+    assert FABRIC.seconds(of("all_to_all", 1e9), Ranks(total=32)) == pytest.approx(leaving)
+    assert FABRIC.seconds(of("broadcast", 1e9), Ranks(total=32)) == pytest.approx(
+        1e9 / 50e9 + 5 * 5e-6
+    )
+    lines = MeasuredLines({"all_gather": Line(1.0, 2.0)})
+    assert lines.seconds(of("all_to_all", 3.0), Ranks(total=2)) == 7
+
+
 def test_hybrid_shards_stay_in_a_node_and_copies_share_its_network() -> None:
     ranks = Ranks(total=32, shards=8)
     inside = 7 / 8 * 1e9 / 400e9 + 7 * 2e-6

@@ -91,16 +91,16 @@ def found(digits, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     return measure(digits, options(cache, copies=2)), cache
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_it_is_the_result_of_plain_steps(norm, digits, tmp_path) -> None:
-    result = measure(digits, options(tmp_path, feature_norm=norm))
+@pytest.mark.parametrize("protocol", ["moco_v3", "mae"])
+def test_it_is_the_result_of_plain_steps(protocol, digits, tmp_path) -> None:
+    result = measure(digits, options(tmp_path, protocol=protocol))
     whole = []
     for shards in digits:
         spec = EvalLoaderSpec(shards=shards, image=IMAGE, batch_size=256, threads=1)
         with build_eval_loader(spec) as loader:
             whole.append(embed(source().encoder, loader))
     (train, labels), (test, test_labels) = whole
-    if norm:
+    if protocol == "mae":
         variance, mean = torch.var_mean(train, dim=0)
         train, test = ((rows - mean) / (variance + 1e-6).sqrt() for rows in (train, test))
     settings = LinearSettings(epochs=4, batch_size=128)
@@ -254,6 +254,9 @@ def test_the_crops_of_photographs_are_the_protocols_and_of_small_images_the_runs
     assert (small.crop_scale, small.flip_probability) == ((0.5, 1.0), 0.0)
     assert (small.size, small.mean) == (8, IMAGE.mean)
     assert probe_view(IMAGE, small_run, 0.3).crop_scale == (0.3, 1.0)
+    assert (small.interpolation, small.crop_misfit) == ("bilinear", "retry")
+    of_mae = probe_view(EvalSpec(size=224, resize=256), small_run, protocol="mae")
+    assert of_mae == replace(photograph, interpolation="bicubic", crop_misfit="clip")
 
 
 def test_one_class_is_refused(digits, tmp_path) -> None:

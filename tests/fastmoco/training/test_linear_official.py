@@ -25,7 +25,12 @@ from fastmoco.recipes.supervised import linear_probe
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.linear_fast import probe_view
-from fastmoco.training.linear_official import OfficialOptions, official_config, require_unchanged
+from fastmoco.training.linear_official import (
+    OfficialOptions,
+    official_config,
+    protocol_of,
+    require_unchanged,
+)
 from fastmoco.training.source_model import log_every
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
@@ -159,6 +164,10 @@ def test_the_probe_of_mae_has_its_numbers(run, digits, tmp_path) -> None:
     options = OfficialOptions(protocol="mae", epochs=9)
     short = official_config(source, *digits, tmp_path / "short", options, recipe=linear_probe())
     assert short.optim.warmup_epochs == pytest.approx(1)
+    assert (config.data.view1.interpolation, config.data.view1.crop_misfit) == ("bicubic", "clip")
+    large = protocol_of("mae", "vit_large")
+    assert (large.epochs, large.warmup_epochs, large.lr) == (50, 10, 0.1)
+    assert protocol_of("moco_v3", "vit_large").epochs == 90
     trainer = Trainer.build(config, tmp_path / "mae", World())
     before = trainer.objective.encoder.head[0].running_mean.clone()
     trainer.step(trainer.loader.next())

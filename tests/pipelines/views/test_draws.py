@@ -67,6 +67,8 @@ def plain_draw(
         low, high = (math.log(limit) for limit in spec.crop_ratio)
         ratio = math.exp(low + (high - low) * ratio_draw)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if spec.crop_misfit == "clip":
+            w, h = min(max(1, w), width), min(max(1, h), height)
         if 0 < w <= width and 0 < h <= height:
             top, left = halves[2] * (height - h + 1) >> 32, halves[3] * (width - w + 1) >> 32
             break
@@ -108,7 +110,8 @@ def test_philox_equals_numpy() -> None:
             assert np.array_equal(words[(slice(None), *place)], stream.random_raw(4))
 
 
-def test_draws_equal_the_plain_version() -> None:
+@pytest.mark.parametrize("misfit", ["retry", "clip"])
+def test_draws_equal_the_plain_version(misfit) -> None:
     # Photographs, slivers (every try fails, both fallbacks), and images of a few pixels (many tries
     # fail).
     shapes = [
@@ -124,12 +127,13 @@ def test_draws_equal_the_plain_version() -> None:
     ]
     ids = np.arange(360) * 1_000_003
     sizes = np.array([shapes[i % len(shapes)] for i in range(len(ids))], dtype=np.int32)
+    spec = dataclasses.replace(VIEW, crop_misfit=misfit)
     for view in (1, 2):
-        draws = draw(ids=ids, sizes=sizes, view=view, seed=2**63 - 1)
+        draws = draw(spec, ids=ids, sizes=sizes, view=view, seed=2**63 - 1)
         for i, sample in enumerate(ids.tolist()):
             height, width = (int(n) for n in sizes[i])
             plain = plain_draw(
-                VIEW, seed=2**63 - 1, epoch=3, sample=sample, view=view, height=height, width=width
+                spec, seed=2**63 - 1, epoch=3, sample=sample, view=view, height=height, width=width
             )
             for name, value in plain.items():
                 drawn = getattr(draws, name)[i]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.models.encoder_file import load_encoder
+from fastmoco.models.swin import swin_nano
 from fastmoco.models.vit import VisionTransformer, vit_nano
 from fastmoco.models.weights.building import describe, load_foreign
 from fastmoco.models.weights.foreign import find_encoder
@@ -61,6 +62,50 @@ def test_both_encoders_of_an_official_checkpoint(tmp_path: Path, kind: str, whic
     unused = set(loaded.weights.beside.values())
     assert unused == {"projector", "predictor", "the other encoder"}
     assert len(loaded.weights.beside) + len(state) == len(checkpoint["state_dict"])
+
+
+def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """A checkpoint of the code of DINO, EsViT or MoBY with two encoders."""
+    base, momentum = encoders["base"], encoders["momentum"]
+    if kind == "moby":
+        parts = {"encoder.": base, "encoder_k.": momentum}
+        state = {before + name: t for before, part in parts.items() for name, t in part.items()}
+        for head in ("projector", "projector_k", "predictor"):
+            state[f"{head}.linear_hidden.0.weight"] = torch.rand(4, 4)
+        return {"model": state | {"queue1": torch.rand(4, 8), "queue_ptr": torch.zeros(1)}}
+    trunk = "backbone." if kind == "dino" else ""
+    heads = ["head"] if kind == "dino" else ["head", "head_dense"]
+    beside = {
+        f"{head}.{name}": torch.rand(3, 3)
+        for head in heads
+        for name in ("mlp.0.weight", "last_layer.weight_g", "last_layer.weight_v")
+    }
+
+    def network(before: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = {trunk + name: tensor for name, tensor in tensors.items()} | beside
+        return {before + name: tensor for name, tensor in named.items()}
+
+    pair = {"student": network("module.", base), "teacher": network("", momentum)}
+    return {**pair, "epoch": 3, "dino_loss": {"center": torch.zeros(1, 4)}, "optimizer": {}}
+
+
+@pytest.mark.parametrize("kind", ["dino", "esvit", "moby"])
+def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str) -> None:
+    encoders: dict[str, dict[str, Tensor]] = {}
+    for number, which in enumerate(("base", "momentum")):
+        torch.manual_seed(number)
+        encoder = (
+            vit_nano(image_size=32, patch_size=8) if kind == "dino" else swin_nano(image_size=224)
+        )
+        encoders[which] = dict(encoder.state_dict())
+    path = save(tmp_path / "checkpoint.pth", of_two(kind, encoders))
+    for which in ("base", "momentum", None):
+        loaded = load_foreign(path, which, heads=4 if kind == "dino" else None)  # type: ignore[arg-type]
+        evaluated = which or ("base" if kind == "moby" else "momentum")
+        assert loaded.weights.which == evaluated
+        assert loaded.weights.family == ("vit" if kind == "dino" else "swin")
+        for name, tensor in loaded.encoder.state_dict().items():
+            assert torch.equal(tensor, encoders[evaluated][name]), name
 
 
 def test_the_features_are_those_of_the_encoder(tmp_path: Path) -> None:
