@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import ModelConfig
@@ -198,6 +199,11 @@ def test_a_bias_table_is_resampled_for_another_window() -> None:
     # The middle of either grid is the offset of a token to itself; heads stay apart.
     middle = table.view(13, 13, 3)[6, 6], wide.view(27, 27, 3)[13, 13]
     assert torch.allclose(*middle, atol=1e-6)
+    exact = resampled_bias(table.double(), 14)
+    picture = table.double().T.reshape(1, 3, 13, 13)
+    bicubic = interpolate(picture, size=(27, 27), mode="bicubic", align_corners=False)
+    assert torch.equal(exact, bicubic[0].flatten(1).T)
+    assert 0 < (wide - exact).abs().max() <= 1e-5
     ramp = torch.arange(13.0).repeat(13)[:, None]
     found = resampled_bias(ramp, 14).view(27, 27)
     assert torch.allclose(

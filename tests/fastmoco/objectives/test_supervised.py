@@ -21,6 +21,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
 from fastmoco.models import VisionTransformer
 from fastmoco.models.convnextv2 import ConvNeXtV2
+from fastmoco.models.swin import swin_nano
 from fastmoco.objectives.build import build_objective
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.objectives.interface import Coupling, Inputs, Progress
@@ -128,6 +129,20 @@ def test_rates_fall_by_layer_and_vectors_do_not_decay() -> None:
         name
         for name, parameter in objective.named_parameters()
         if parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
+    }
+
+
+def test_bias_tables_of_a_swin_do_not_decay() -> None:
+    objective = Supervised(partial(swin_nano, image_size=SIDE), classes=3)
+    decays = {
+        name
+        for name, parameter in objective.named_parameters()
+        if objective.parameter_group(name, parameter).weight_decay_scale
+    }
+    assert decays == {
+        name
+        for name, parameter in objective.named_parameters()
+        if parameter.ndim > 1 and "relative_position_bias_table" not in name
     }
 
 
