@@ -341,6 +341,7 @@ _CALLS: Calls = {
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "collections.OrderedDict": _dictionary,
     "collections.Counter": _dictionary,
+    "yacs.config.CfgNode": _dictionary,  # options of a run of MoBY, beside its weights
     "_codecs.encode": _encoded,
     **dict.fromkeys(DTYPES),
     **dict.fromkeys(_STORAGES),
@@ -364,6 +365,7 @@ _CALLS: Calls = {
             "builtins.bytearray",
             "builtins.complex",
             "__builtin__.set",
+            "argparse.Namespace",
         )
     ),
 }

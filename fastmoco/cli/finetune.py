@@ -48,8 +48,8 @@ def eval_finetune(
     """Accuracy of an encoder that is trained on with labels (fine-tuning).
 
     A run of its own, which the same command continues and which several processes may share. The
-    defaults are those of MAE for a ViT of its size, without RandAugment. Prints one line of JSON, with an
-    interval of 95 % (Wilson) about each accuracy.
+    defaults are those of MAE for the size of the ViT (docs/evaluation.md), without RandAugment.
+    Prints one line of JSON, with an interval of 95 % (Wilson) about each accuracy.
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, of one checkpoint, or a file of
@@ -63,9 +63,9 @@ def eval_finetune(
         heads: Attention heads, for a file of a ViT that does not show them.
         epochs: Passes over the training images (default: 100; 50 for ViT-L).
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
-        lr: Learning rate of the head for a batch of 256 images (default: 5e-4; 1e-3 for ViT-L).
+        lr: Rate of the head for 256 images (default: 5e-4; 1e-3 for ViT-L).
         weight_decay: Weight decay of AdamW, except of biases, norms, class token and positions.
-        warmup_epochs: Epochs of warm-up; default: 5 of 100, and of the 50 of ViT-L.
+        warmup_epochs: Epochs of warm-up (default: 1 of 20; 1 of 10 for ViT-L).
         layer_decay: Factor of the rate from a layer to the one before it (default: 0.65 for a
             ViT, 0.75 for ViT-L, otherwise 1).
         layer_decay_by: Layers of a ConvNeXt V2: its blocks, or its stages with a layer for three

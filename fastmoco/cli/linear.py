@@ -64,7 +64,7 @@ def eval_linear(
         lr: Learning rate for a batch of 256 images (default: of the protocol; moco_v3: 3 for a ViT,
             0.1 for a ResNet); with --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
-        epochs: Passes over the images (default: 90, moby 100, mae on ViT-L 50).
+        epochs: Passes over the images (default: 90, moby 100, mae of ViT-L 50).
         batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached
             (default: 10). With as many as epochs it trains on the images of the official protocol;

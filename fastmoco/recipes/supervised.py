@@ -176,8 +176,8 @@ def supervised_nano7_e12_b256() -> Config:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningSize:
-    """What follows from the size of an encoder in a fine-tuning: the numbers of MAE for ViT-B, and of
-    all encoders that are not in `FINE_TUNING_SIZES`."""
+    """What follows from the size of an encoder in a fine-tuning: the numbers of MAE for ViT-B, which
+    all encoders have that are not in `FINE_TUNING_SIZES`."""
 
     epochs: float = 100
     warmup_epochs: float = 5
@@ -189,7 +189,8 @@ class FineTuningSize:
 
 
 FINE_TUNING_SIZES = {
-    "vit_large": FineTuningSize(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)
+    "vit_large": FineTuningSize(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "vit_huge": FineTuningSize(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
 }
 """By architecture, as MAE has them."""
 

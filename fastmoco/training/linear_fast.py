@@ -105,6 +105,15 @@ class FastOptions:
         return list(dict.fromkeys(every))
 
 
+def _named(augmented: Augmented) -> dict[str, Any]:
+    """What names the features of augmented copies: caches from before there was a choice of
+    `crop_misfit` keep their names."""
+    found = asdict(augmented)
+    if found["view"]["crop_misfit"] == "retry":
+        del found["view"]["crop_misfit"]
+    return found
+
+
 def fast_linear(
     source: EncoderSource,
     train: str,
@@ -242,6 +251,8 @@ class _Job:
                 "feature_norm": normalised,
                 "copies": options.copies,
                 "crop_scale": view.crop_scale if options.copies else None,
+                "crop_misfit": view.crop_misfit if options.copies else None,
+                "interpolation": view.interpolation if options.copies else None,
                 "flip_probability": view.flip_probability if options.copies else None,
                 "holdout": options.holdout,
                 "holdout_images": len(judged),
@@ -268,7 +279,7 @@ class _Job:
             {
                 **identity,
                 "set": opened.shards.digest,
-                "augmented": None if augmented is None else asdict(augmented),
+                "augmented": None if augmented is None else _named(augmented),
             },
             sample_ids=np.arange(len(opened.shards), dtype=np.int64),
             row_bytes=4 * self.source.encoder.embed_dim,

@@ -58,13 +58,13 @@ PROTOCOLS = {
 stochastic depth; here every trunk is in evaluation mode. That of MAE (He et al. 2022) has a batch of
 16,384 and batch norms of each process alone; here they are of all."""
 EPOCHS_OF_LARGE = {"mae": 50}
-"""Passes of a protocol where the encoder is a ViT-L; the warm-up stays as long."""
+"""Passes of a protocol where the encoder is a ViT-L or ViT-H; the warm-up stays as long."""
 
 
 def protocol_of(name: str, architecture: str) -> Protocol:
     """The protocol for an architecture."""
     found = PROTOCOLS[name]
-    if architecture == "vit_large":
+    if architecture in ("vit_large", "vit_huge"):
         found = replace(found, epochs=EPOCHS_OF_LARGE.get(name, found.epochs))
     return found
 
@@ -217,6 +217,8 @@ def official_result(source: EncoderSource, out: Path, options: OfficialOptions) 
             "label_smoothing": getattr(config.objective, "label_smoothing", 0.0),
             "feature_norm": getattr(config.objective, "feature_norm", False),
             "crop_scale": config.data.view1.crop_scale,
+            "crop_misfit": config.data.view1.crop_misfit,
+            "interpolation": config.data.view1.interpolation,
             "flip_probability": config.data.view1.flip_probability,
             "precision": config.precision,
             "image": asdict(source.image),

@@ -46,7 +46,13 @@ def probe_view(
         config: of the run; None: the protocol's crops and flips for any size.
         crop_min: smallest share of an image's area, in place of either.
         protocol: "moco_v3", "moby" or "mae".
+
+    Raises:
+        ValueError: for another protocol.
     """
+    known = ("moco_v3", "moby", "mae")
+    if protocol not in known:
+        raise ValueError(f"protocol={protocol!r}: must be one of {', '.join(known)}")
     scale, flip = own_crops(image.size, config) or ((OFFICIAL_CROP, 1.0), 0.5)
     return ViewSpec(
         size=image.size,

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "chunk": 3,
         "kept": 1,
     },
+    "ddp of SwAV with a queue": {"strategy": "ddp", "recipe": "swav_digits", "queue": 32},
     "fsdp of SwAV with norms in the trunk, in bf16": {
         "strategy": "fsdp",
         "recipe": "swav_crops_digits",
@@ -73,7 +74,9 @@ def config_of(name: str) -> Config:
     recipe = get_recipe(options.get("recipe", "quickstart_digits"))
     chunk = options.get("chunk", "none")
     if recipe.objective.kind == "swav":  # otherwise frozen in the first steps
-        recipe = replace(recipe, objective=replace(recipe.objective, freeze_prototypes_steps=0))
+        queue = {"queue": options.get("queue", 0), "queue_start_epoch": 0}
+        objective = replace(recipe.objective, freeze_prototypes_steps=0, **queue)
+        recipe = replace(recipe, objective=objective)
     if small := options.get("small"):  # two crops of another size
         crops = replace(recipe.data.view1, copies=2, size=small)
         recipe = replace(recipe, data=replace(recipe.data, more_views=(crops,)))

@@ -32,10 +32,12 @@ from fastmoco.models.weights.foreign import (
     fixed_positions,
     require_heads,
 )
-from fastmoco.models.weights.names import reads_by_class_attention
+from fastmoco.models.weights.names import OF_DINO, reads_by_class_attention
 from fastmoco.models.weights.reading import read_weights
 
 FIRST_TABLE = "layers.0.blocks.0.attn.relative_position_bias_table"
+EPS_OF_ESVIT = 1e-6
+"""What the layer norms of EsViT's Swin add to the variance."""
 
 
 class ForeignEncoder(NamedTuple):
@@ -154,6 +156,8 @@ def _describe_named(weights: EncoderWeights, kind: type[NamedDescription]) -> Na
                 raise CheckpointError(
                     f"{weights.source}: norm_eps={eps!r} in its header is no number"
                 ) from error
+        elif weights.format == OF_DINO:
+            more["norm_eps"] = EPS_OF_ESVIT
     for name in kind.known:
         description = kind(architecture=name, image=weights.image, **more)
         try:

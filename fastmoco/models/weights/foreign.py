@@ -127,7 +127,8 @@ def find_encoder(
     Args:
         raw: the file.
         which: "base" or "momentum"; None: the one that the file has, of a full state of fastmoco
-            the one that its run evaluates, and else the base encoder.
+            the one that its run evaluates, of student and teacher the teacher, and else the base
+            encoder.
         heads: attention heads of a ViT, if the caller knows them.
 
     Raises:
@@ -138,7 +139,7 @@ def find_encoder(
     names = unwrapped(raw.tensors)
 
     # One network of several, or the only one.
-    kind, networks, others = _networks(names)
+    kind, networks, others = _networks(names, source)
     tensors: Mapping[str, Tensor] = names
     if networks:
         evaluated = ENCODERS["momentum"][:-1] if kind == OF_DINO else raw.header.get(EVALUATED, "")
@@ -245,15 +246,20 @@ def fixed_positions(positions: Tensor, grid: int) -> Positions | None:
     return None
 
 
-def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+def _networks(
+    names: Mapping[str, Tensor], source: str
+) -> tuple[str, dict[str, Tensor], dict[str, str]]:
     """The networks of a checkpoint by our names; empty for a file of one network.
 
     Returns:
         What kind of file it is, its networks, and the names that belong to none.
+
+    Raises:
+        CheckpointError: if two tensors have one name.
     """
     for kind, beginnings in NETWORKS.items():
-        signs = SIGNS.get(kind, tuple(beginnings))
-        if not any(name.startswith(signs) for name in names):
+        signs = SIGNS.get(kind, (tuple(beginnings),))
+        if not all(any(name.startswith(sign) for name in names) for sign in signs):
             continue
         found, others = {}, {}
         for name, tensor in names.items():
@@ -261,7 +267,13 @@ def _networks(names: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], dict
             if theirs is None:
                 others[name] = "no part of a network"
             else:
-                found[beginnings[theirs] + name.removeprefix(theirs)] = tensor
+                ours = beginnings[theirs] + name.removeprefix(theirs)
+                if ours in found:
+                    raise CheckpointError(
+                        f"{source} ({kind}): has two tensors of one name, {name} with and without a "
+                        "part in front; save one network"
+                    )
+                found[ours] = tensor
         return kind, found, others
     return "", {}, {}
 

@@ -337,8 +337,9 @@ NETWORKS = {
 """Files of several networks: what their names begin with, and what ours begin with; the first that
 fits counts. A name without one of these beginnings is no part of a network. The projector is called
 as the classifier that it replaces: `fc` in a ResNet of moco-v3."""
-SIGNS = {"MoBY": "encoder_k."}
-"""Of kinds of such files, whose other names begin as those of other kinds: what one name begins with."""
+SIGNS = {"MoBY": ("encoder.", "encoder_k.")}
+"""What some names of a file must begin with, each of these, to be of that kind. Of other kinds any of
+`NETWORKS` is enough."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of all names."""

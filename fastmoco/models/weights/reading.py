@@ -149,8 +149,8 @@ def _read_torch(path: Path) -> RawWeights:
 
 
 def _unpacked(path: Path, content: object) -> RawWeights:
-    """The tensors of a file, which may be under `state_dict` or `model`, or be those of `student` and
-    `teacher`, which are then in front of their names."""
+    """The tensors of a file, which may be under `state_dict` or `model`, or under `student` and
+    `teacher`: these words are then in front of their names."""
     container: dict[str, Any] = {}
     keys: list[str] = []
     while isinstance(content, Mapping) and len(keys) <= 2:
@@ -158,20 +158,13 @@ def _unpacked(path: Path, content: object) -> RawWeights:
         key = next(wrapped, None)
         if key is None:
             break
-        container |= {
-            str(name): value
-            for name, value in content.items()
-            if isinstance(value, str | int | float) or _is_scalar(value)
-        }
+        container |= _facts_of(content)
         container["keys"] = sorted(map(str, content))
         keys.append(key)
         content = content[key]
-    if isinstance(content, Mapping) and all(_is_state(content.get(key)) for key in PAIR):
-        content = {
-            f"{key}.{name}": tensor
-            for key in PAIR
-            for name, tensor in unwrapped(content[key]).items()
-        }
+    if isinstance(content, Mapping) and any(_is_state(content.get(key)) for key in PAIR):
+        container |= _facts_of(content)
+        content = _of_both(path, content)
     if not isinstance(content, Mapping) or not _has_tensors(content):
         raise CheckpointError(
             f"{path} contains no weights: a dictionary of tensors by name, at the top, under "
@@ -185,6 +178,36 @@ def _unpacked(path: Path, content: object) -> RawWeights:
     if odd:
         raise CheckpointError(f"{path}: {odd[:5]} in its state dict are no tensors")
     return RawWeights(path=path, tensors=tensors, container=container, wrapped_in=".".join(keys))
+
+
+def _facts_of(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Texts and numbers of a dictionary."""
+    return {
+        str(name): value
+        for name, value in content.items()
+        if isinstance(value, str | int | float) or _is_scalar(value)
+    }
+
+
+def _of_both(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
+    """The tensors of student and teacher, with these words in front of their names.
+
+    Raises:
+        CheckpointError: if one of the two is missing.
+    """
+    for key in PAIR:
+        if not _is_state(content.get(key)):
+            raise CheckpointError(
+                f"{path} has no weights under {key!r}, and a checkpoint of DINO has them under "
+                f"{' and '.join(PAIR)}: take the whole checkpoint, or save those of one network alone"
+            )
+    return {
+        f"{key}.{name}": tensor
+        for key in PAIR
+        for name, tensor in unwrapped(
+            {str(name): tensor for name, tensor in content[key].items()}
+        ).items()
+    }
 
 
 def _is_state(content: object) -> bool:

@@ -103,7 +103,7 @@ def layout_of(config: Config, precision: str) -> Layout:
                 parts[name],
                 averages,
                 passes=passes.get(name, 1),
-                local=bool(objective.per_rank),
+                exchanges=objective.trunk_trains and not objective.per_rank,
             )
             for name, network in _networks(objective)
         ),
@@ -127,7 +127,7 @@ def _network(
     averages: set[int],
     *,
     passes: int,
-    local: bool,
+    exchanges: bool,
 ) -> Network:
     def sharded(parameter: nn.Parameter) -> bool:
         return parameter.requires_grad or id(parameter) in averages
@@ -156,6 +156,6 @@ def _network(
         trunk=tuple(one for one in trunk if one),
         heads=tuple(one for one in heads if one),
         head_norms=tuple(norm.num_features for norm in norms if id(norm) in in_heads),
-        trunk_norms=tuple(n.num_features for n in norms if not local and id(n) not in in_heads),
+        trunk_norms=tuple(n.num_features for n in norms if exchanges and id(n) not in in_heads),
         passes=passes,
     )

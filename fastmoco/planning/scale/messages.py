@@ -273,7 +273,7 @@ def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterato
         for size in (pixels * element, layout.width * wide):
             yield Message("keys", "all_to_all", images * size, 1, "all", "forward")
 
-    # At the end of a step: rows of a queue, and sums of outputs, of which centres are made.
+    # At the end of a step: rows of a queue (of SwAV from `queue_start_epoch` on), and sums of outputs, of which centres are made.
     queues = {"moco": 1, "moby": 2, "macrl": 1, "swav": 2 if getattr(objective, "queue", 0) else 0}
     if count := queues.get(objective.kind, 0):
         yield from gather(count * images * width, wide, "end")

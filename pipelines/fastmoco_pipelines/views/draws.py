@@ -198,7 +198,8 @@ def draw_views(
     sample, epoch, view + 256 * place); each word gives two 32-bit numbers, low half first. The crop
     window follows torchvision's RandomResizedCrop: up to ten tries of area = H * W * U(crop_scale)
     and ratio = exp(U(log crop_ratio)), rounded to whole pixels, the first that fits at a uniform
-    place; failing all, the largest central window within the ratio limits. Window and flip of a
+    place; failing all, the largest central window within the ratio limits. With `crop_misfit="clip"` it is
+    the first, cut down to the image. Window and flip of a
     view with `shares_crop` are those of view 1, from its stream.
 
     Args:

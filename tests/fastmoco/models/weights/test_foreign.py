@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +67,13 @@ def test_both_encoders_of_an_official_checkpoint(tmp_path: Path, kind: str, whic
     assert len(loaded.weights.beside) + len(state) == len(checkpoint["state_dict"])
 
 
+class CfgNode(dict):
+    """As that of yacs, in which MoBY's checkpoints have the options of their run."""
+
+
+CfgNode.__module__ = "yacs.config"
+
+
 def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """A checkpoint of the code of DINO, EsViT or MoBY with two encoders."""
     base, momentum = encoders["base"], encoders["momentum"]
@@ -72,7 +82,8 @@ def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         state = {before + name: t for before, part in parts.items() for name, t in part.items()}
         for head in ("projector", "projector_k", "predictor"):
             state[f"{head}.linear_hidden.0.weight"] = torch.rand(4, 4)
-        return {"model": state | {"queue1": torch.rand(4, 8), "queue_ptr": torch.zeros(1)}}
+        state |= {"queue1": torch.rand(4, 8), "queue_ptr": torch.zeros(1)}
+        return {"model": state, "config": CfgNode(MODEL=CfgNode(TYPE="moby"))}
     trunk = "backbone." if kind == "dino" else ""
     heads = ["head"] if kind == "dino" else ["head", "head_dense"]
     beside = {
@@ -86,11 +97,12 @@ def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         return {before + name: tensor for name, tensor in named.items()}
 
     pair = {"student": network("module.", base), "teacher": network("", momentum)}
-    return {**pair, "epoch": 3, "dino_loss": {"center": torch.zeros(1, 4)}, "optimizer": {}}
+    more = {"args": Namespace(arch="swin", warmup=[10]), "dino_loss": {"center": torch.zeros(1, 4)}}
+    return {**pair, **more, "epoch": 3, "optimizer": {}}
 
 
 @pytest.mark.parametrize("kind", ["dino", "esvit", "moby"])
-def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str) -> None:
+def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str, monkeypatch) -> None:
     encoders: dict[str, dict[str, Tensor]] = {}
     for number, which in enumerate(("base", "momentum")):
         torch.manual_seed(number)
@@ -98,7 +110,10 @@ def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str) -> No
             vit_nano(image_size=32, patch_size=8) if kind == "dino" else swin_nano(image_size=224)
         )
         encoders[which] = dict(encoder.state_dict())
+    monkeypatch.setitem(sys.modules, "yacs", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "yacs.config", SimpleNamespace(CfgNode=CfgNode))
     path = save(tmp_path / "checkpoint.pth", of_two(kind, encoders))
+    monkeypatch.undo()
     for which in ("base", "momentum", None):
         loaded = load_foreign(path, which, heads=4 if kind == "dino" else None)  # type: ignore[arg-type]
         evaluated = which or ("base" if kind == "moby" else "momentum")
@@ -106,6 +121,44 @@ def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str) -> No
         assert loaded.weights.family == ("vit" if kind == "dino" else "swin")
         for name, tensor in loaded.encoder.state_dict().items():
             assert torch.equal(tensor, encoders[evaluated][name]), name
+        assert loaded.weights.facts == ({} if kind == "moby" else {"epoch": 3})
+        epsilon = {"dino": 1e-6, "esvit": 1e-6, "moby": 1e-5}[kind]
+        assert loaded.encoder.norm.eps == epsilon
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"teacher": {"a": torch.ones(1)}},
+            "no weights under 'student'.*under student and teacher",
+        ),
+        (
+            {"student": {1: torch.ones(1)}, "teacher": {2: torch.ones(1)}},
+            "no encoder that is known",
+        ),
+        (
+            {"student": {"a": torch.ones(1)}, "teacher": {"backbone.a": torch.ones(1), "a": 0}},
+            "are no tensors",
+        ),
+        (
+            {
+                "student": {"a": torch.ones(1)},
+                "teacher": {"backbone.a": torch.ones(1), "a": torch.ones(1)},
+            },
+            "two tensors of one name",
+        ),
+    ],
+)
+def test_a_pair_that_is_no_checkpoint_is_refused(tmp_path: Path, content, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        load_foreign(save(tmp_path / "checkpoint.pth", content))
+
+
+def test_a_checkpoint_of_moco_v2_is_not_called_moby(tmp_path: Path) -> None:
+    state = {f"{name}.conv1.weight": torch.ones(2, 3, 7, 7) for name in ("encoder_q", "encoder_k")}
+    with pytest.raises(CheckpointError, match="no encoder that is known"):
+        load_foreign(save(tmp_path / "moco_v2.pth", state))
 
 
 def test_the_features_are_those_of_the_encoder(tmp_path: Path) -> None:
