@@ -1,7 +1,7 @@
 """Runs that kill themselves with -9 at an exact place, or are stopped by a test, and are started
 again.
 
-Each start is a process forked from a server that has imported the trainer once.
+Each start is a process forked from a server that has imported everything once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from tests.held_steps import hold
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fastmoco.cli.main", "fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"]
+    [
+        *("fastmoco.cli.main", "fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"),
+        # What a run imports later takes longer than a few steps.
+        *("torch.utils.tensorboard", "torch.distributed.checkpoint"),
+    ]
 )
 PATIENCE_S = 200
 
