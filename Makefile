@@ -14,8 +14,8 @@ quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minut
 
 # One thread a worker: threads that wait for each other by spinning are slow beside any other job. One worker more than
 # two cores: many tests wait for processes. Bytecode is kept, also where the machine says otherwise: hundreds of tests start
-# an interpreter, which else compiles every module again.
-TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN)/python -m pytest --dist loadfile
+# an interpreter, which else compiles every module again. The order of files is that of tests/conftest.py.
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## every test that this machine can run, but for the long ones
 	$(TESTS) -n 3 -m "not long"

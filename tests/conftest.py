@@ -30,6 +30,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
+FIRST = (
+    "faults/test_fault_table.py",
+    "tests/test_launch.py",
+    "objectives/test_conformance.py",
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_method_table.py",
+    "training/test_rollback.py",
+    "training/test_resume_everywhere.py",
+    "cli/test_tune.py",
+    "planning/test_costs.py",
+)
+"""Files that take minutes. They are begun before the others: a worker takes a file as a whole, and the
+last one would be alone with it."""
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +103,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if f"mark.{mark}" not in collection_path.read_text() else None
 
 
+def _place(item: pytest.Item) -> int:
+    path = str(item.path)
+    return next((place for place, end in enumerate(FIRST) if path.endswith(end)), len(FIRST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests are skipped, and counted, without a CUDA device."""
+    """Long files come first. GPU tests are skipped, and counted, without a CUDA device."""
+    items.sort(key=_place)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
