@@ -34,6 +34,7 @@ from fastmoco.models.weights.names import (
     unwrapped,
 )
 from fastmoco.models.weights.reading import RawWeights
+from fastmoco.models.weights.sparse import dense, is_sparse
 from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
@@ -152,13 +153,16 @@ def find_encoder(
         }
         if not tensors:
             raise CheckpointError(f"{source} ({kind}) has no {which} encoder")
+    sparse = not networks and is_sparse(tensors)
+    if sparse:
+        tensors, others = dense(tensors, source)
     found = find_format(tensors)
     if found is None:
         raise CheckpointError(
             f"{source} contains no encoder that is known here: its first tensors are "
             f"{', '.join(list(raw.tensors)[:4])}. Known are ViTs of moco-v3, timm, torchvision and "
             "Hugging Face, ResNets of moco-v3, torchvision, timm and Hugging Face, published Swins "
-            "and ConvNeXt V2, and checkpoints of DINO, EsViT and MoBY"
+            "and ConvNeXt V2, and checkpoints of DINO, EsViT, MoBY and FCMAE"
         )
     known, prefix = found
     stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -174,6 +178,8 @@ def find_encoder(
 
     # What it is called, and what else is in the file.
     format_name = kind or _named(known.name, raw, renamed.beside)
+    if sparse:
+        format_name = "ConvNeXt V2 of FCMAE"
     if which == "momentum" and not networks:
         raise CheckpointError(
             f"{source} ({format_name}) has one encoder, and does not say that it is the momentum "

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
+from fastmoco.models.convnextv2 import convnextv2_micro
 from fastmoco.models.encoder_file import load_encoder
 from fastmoco.models.swin import swin_nano
 from fastmoco.models.vit import VisionTransformer, vit_nano
@@ -153,6 +154,60 @@ def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str, monke
 def test_a_pair_that_is_no_checkpoint_is_refused(tmp_path: Path, content, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_foreign(save(tmp_path / "checkpoint.pth", content))
+
+
+def sparse_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A dense ConvNeXt V2 as FCMAE's code has it: in a kernel [K^2, ...] the row varies fastest."""
+    found = {}
+    for name, tensor in state.items():
+        if name in ("norm.weight", "norm.bias"):
+            continue
+        stem = name.startswith("downsample_layers.0.")
+        if tensor.ndim == 4 and name.endswith("weight") and not stem:
+            out, inside, side, _ = tensor.shape
+            shape = (side**2, out) if inside == 1 else (side**2, inside, out)
+            kernel = torch.empty(shape)
+            for row in range(side):
+                for column in range(side):
+                    at = tensor[:, :, row, column]
+                    kernel[column * side + row] = at[:, 0] if inside == 1 else at.T
+            name, tensor = name.replace("weight", "kernel"), kernel
+        elif ".grn." in name:
+            tensor = tensor.reshape(1, -1)
+        elif not stem:
+            conv = "dwconv" in name or (name.startswith("downsample") and ".1." in name[18:])
+            if conv:
+                tensor = tensor.reshape(1, -1)
+            else:
+                layer = "linear" if "pwconv" in name else "ln"
+                before, _, last = name.rpartition(".")
+                name = f"{before}.{layer}.{last}"
+        found[f"encoder.{name}"] = tensor
+    return found
+
+
+def test_an_encoder_of_sparse_layers_becomes_a_dense_one(tmp_path: Path) -> None:
+    encoder = convnextv2_micro(image_size=64).eval()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if not name.startswith("norm."):
+                parameter.normal_(std=0.2)
+    state = sparse_names(dict(encoder.state_dict()))
+    assert state["encoder.stages.0.0.dwconv.kernel"].shape == (49, 16)
+    assert state["encoder.downsample_layers.1.1.kernel"].ndim == 3
+    state |= {"mask_token": torch.zeros(1, 8, 1, 1), "proj.weight": torch.zeros(8, 8, 1, 1)}
+    state |= {"decoder.0.dwconv.weight": torch.zeros(8, 1, 7, 7), "pred.bias": torch.zeros(8)}
+    loaded = load_foreign(save(tmp_path / "fcmae.pt", {"model": state}))
+    assert loaded.weights.format == "ConvNeXt V2 of FCMAE"
+    assert set(loaded.weights.beside) == {n for n in state if not n.startswith("encoder.")}
+    for name, tensor in loaded.encoder.state_dict().items():
+        assert torch.equal(tensor, encoder.state_dict()[name]), name
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded.encoder(images), encoder(images))
+
+    state["encoder.stages.0.0.dwconv.kernel"] = torch.zeros(48, 16)
+    with pytest.raises(CheckpointError, match=r"dwconv\.kernel of shape \(48, 16\) is no kernel"):
+        load_foreign(save(tmp_path / "odd.pt", {"model": state}))
 
 
 def test_a_checkpoint_of_moco_v2_is_not_called_moby(tmp_path: Path) -> None:
