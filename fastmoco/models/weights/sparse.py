@@ -77,9 +77,8 @@ def _convolution(kernel: Tensor, named: str) -> Tensor:
         raise CheckpointError(
             f"{named} of shape {tuple(kernel.shape)} is no kernel [K^2, C, C'] or [K^2, C]"
         )
-    depthwise = kernel.ndim == 2
-    columns_rows = kernel.unflatten(0, (side, side))
-    if depthwise:
+    columns_rows = kernel.reshape(side, side, *kernel.shape[1:])
+    if kernel.ndim == 2:
         return columns_rows.permute(2, 1, 0)[:, None].contiguous()
     return columns_rows.permute(3, 2, 1, 0).contiguous()
 
