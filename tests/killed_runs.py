@@ -1,7 +1,7 @@
 """Runs that kill themselves with -9 at an exact place, or are stopped by a test, and are started
 again.
 
-Each start is a process forked from a server that has imported everything once.
+Each start is a process forked from a server that has imported once what a run needs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FIRST
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [
     ROOT / "fastmoco",
@@ -68,6 +70,11 @@ def test_the_folder_readme_names_every_file(folder):
         if path.name != "__init__.py" and str(path.relative_to(package)) not in readme
     ]
     assert not missing
+
+
+def test_the_files_that_begin_first_exist():
+    known = [path.as_posix() for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [sum(path.endswith(end) for path in known) for end in FIRST] == [1] * len(FIRST)
 
 
 def test_the_map_of_fastmoco_names_every_room_and_no_other():

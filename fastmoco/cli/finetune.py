@@ -65,7 +65,7 @@ def eval_finetune(
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
         lr: Rate of the head for 256 images (default: 5e-4; 1e-3 for ViT-L).
         weight_decay: Weight decay of AdamW, except of biases, norms, class token and positions.
-        warmup_epochs: Epochs of warm-up (default: 1 of 20; 1 of 10 for ViT-L).
+        warmup_epochs: Epochs of warm-up (default: epochs / 20; / 10 for ViT-L).
         layer_decay: Factor of the rate from a layer to the one before it (default: 0.65 for a
             ViT, 0.75 for ViT-L, otherwise 1).
         layer_decay_by: Layers of a ConvNeXt V2: its blocks, or its stages with a layer for three

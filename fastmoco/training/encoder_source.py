@@ -74,9 +74,8 @@ def load_source(
         source: folder of a run, or of one checkpoint in it; or weights of moco-v3, timm,
             torchvision, Hugging Face or fastmoco: a file, or a folder of Hugging Face.
         device: of the encoder.
-        which: the encoder of a run, or of a checkpoint of moco-v3. Other files have one. None: of a
-            run the one that its objective evaluates (`Objective.evaluated`), of a file as of
-            `find_encoder`.
+        which: the encoder of a run, or of a checkpoint with two. None: of a run the one that its
+            objective evaluates (`Objective.evaluated`), of a file as of `find_encoder`.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
 

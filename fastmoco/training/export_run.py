@@ -162,8 +162,8 @@ def _official(found: EncoderSource, description: Description, source: Path) -> d
     """All networks of a run or of an official checkpoint in the official format."""
     if not found.networks:
         raise CheckpointError(
-            f"{source} is one encoder; the official format also has momentum encoder and predictor, "
-            "so it needs a run or a checkpoint of moco-v3. Use --to timm, torchvision or hf"
+            f"{source} has not the networks of MoCo v3; the official format has encoder, momentum "
+            "encoder and predictor, so it needs a run or a checkpoint of moco-v3. Use --to timm, torchvision or hf"
         )
     facts = found.facts
     per_epoch = float(found.header.get("epochs_done", 0))

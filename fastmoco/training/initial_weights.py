@@ -27,6 +27,7 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.fitting import Fit, fit_encoder
 from fastmoco.models.weights.foreign import EncoderWeights, find_encoder
+from fastmoco.models.weights.names import OF_DINO
 from fastmoco.models.weights.reading import is_weights, read_weights
 from fastmoco.objectives.interface import Objective
 from fastmoco_pipelines.files.whole import at_home, hash_file
@@ -62,6 +63,7 @@ class InitialWeights:
             "file": self.weights.source,
             "sha256": self.sha256,
             "format": self.weights.format,
+            "encoder": self.weights.which,
             "filled": list(self.filled),
             "tensors": self.fit.counts(),
         }
@@ -70,8 +72,9 @@ class InitialWeights:
         """For the log."""
         names = " and ".join(name.replace("_", " ") for name in self.filled)
         verb = "start" if len(self.filled) > 1 else "starts"
+        which = f", {self.weights.which} encoder" if self.weights.format == OF_DINO else ""
         first = (
-            f"{names} {verb} from {self.weights.source} ({self.weights.format}, SHA-256 "
+            f"{names} {verb} from {self.weights.source} ({self.weights.format}{which}, SHA-256 "
             f"{self.sha256[:16]}):"
         )
         return [first, *self.fit.lines(), *self.weights.notes, *self.fit.notes]

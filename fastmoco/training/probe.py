@@ -17,6 +17,8 @@ from fastmoco.models.resnet import ResNet
 from fastmoco_pipelines.spec import CacheSpec, EvalSpec, ViewSpec
 from fastmoco_pipelines.text import redact
 
+PROTOCOLS = ("moco_v3", "moby", "mae")
+"""Names of official protocols."""
 VIT_LR, RESNET_LR = 3.0, 0.1
 """Rates of the official release for a batch of 256 images; its weight decay is 0."""
 
@@ -50,9 +52,8 @@ def probe_view(
     Raises:
         ValueError: for another protocol.
     """
-    known = ("moco_v3", "moby", "mae")
-    if protocol not in known:
-        raise ValueError(f"protocol={protocol!r}: must be one of {', '.join(known)}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r}: must be one of {', '.join(PROTOCOLS)}")
     scale, flip = own_crops(image.size, config) or ((OFFICIAL_CROP, 1.0), 0.5)
     return ViewSpec(
         size=image.size,

@@ -58,7 +58,7 @@ def load_foreign(
     heads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> ForeignEncoder:
-    """Load an encoder from a file of weights: moco-v3, timm, torchvision, Hugging Face, fastmoco.
+    """Load an encoder from a file of weights of another package or of fastmoco (docs/weights.md).
 
     Args:
         path: a file, or a folder of Hugging Face.

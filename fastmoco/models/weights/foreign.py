@@ -22,6 +22,7 @@ from fastmoco.config.model import Positions
 from fastmoco.models.encoder import Family
 from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
 from fastmoco.models.positions import FIXED_POSITIONS
+from fastmoco.models.weights.fcmae_file import dense, is_of_fcmae
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,
@@ -34,7 +35,6 @@ from fastmoco.models.weights.names import (
     unwrapped,
 )
 from fastmoco.models.weights.reading import RawWeights
-from fastmoco.models.weights.sparse import dense, is_sparse
 from fastmoco_pipelines.files.small import json_of
 from fastmoco_pipelines.spec import IMAGENET_MEAN, IMAGENET_STD, EvalSpec
 
@@ -61,10 +61,15 @@ HEADS = {
 """Heads of sizes for which timm, DeiT, Hugging Face and MoCo v3 agree. They do not for ViT-S of 384
 channels and 12 blocks: 6 heads in timm and DeiT, 12 in MoCo v3."""
 MOCO_V3_HEADS = {**HEADS, (384, 12, "patch"): 12}
+DEIT_HEADS = {**HEADS, (384, 12, "patch"): 6}
+"""Of DINO and MoBY."""
 TIMM_HEADS_BY_NAME = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
 """Heads of timm's `vit_small_...`, where its config does not give them."""
 IMAGE_SIZE = 224
 """Pixels per side of the images of a trunk whose weights do not depend on it: all but a ViT."""
+FCMAE = "ConvNeXt V2 of FCMAE"
+NORM = ("encoder.norm.weight", "module.norm.weight")
+"""How the name of its final norm may end."""
 PROBE_KEYS = {"best_acc1", "optimizer"}
 """Keys of a linear-probe file of moco-v3 beside those of every checkpoint."""
 
@@ -153,8 +158,8 @@ def find_encoder(
         }
         if not tensors:
             raise CheckpointError(f"{source} ({kind}) has no {which} encoder")
-    sparse = not networks and is_sparse(tensors)
-    if sparse:
+    if not networks and is_of_fcmae(tensors):
+        kind = FCMAE
         tensors, others = dense(tensors, source)
     found = find_format(tensors)
     if found is None:
@@ -171,15 +176,13 @@ def find_encoder(
     renamed = to_ours(stripped, known)
     if renamed.unknown:
         raise CheckpointError(
-            f"{source} ({known.name}): {some(renamed.unknown)}: no part of a "
+            f"{source} ({kind or known.name}): {some(renamed.unknown)}: no part of a "
             f"plain {TRUNK_NAMES[known.family]}: it is another architecture, "
             "which fastmoco does not have"
         )
 
     # What it is called, and what else is in the file.
     format_name = kind or _named(known.name, raw, renamed.beside)
-    if sparse:
-        format_name = "ConvNeXt V2 of FCMAE"
     if which == "momentum" and not networks:
         raise CheckpointError(
             f"{source} ({format_name}) has one encoder, and does not say that it is the momentum "
@@ -199,7 +202,7 @@ def find_encoder(
         image=EvalSpec(),
         networks={} if kind in (OF_DINO, "MoBY") else networks,
         facts=_facts(raw),
-        notes=tuple(_notes(format_name, raw)),
+        notes=tuple(_notes(format_name, raw, known.family)),
     )
     return _described(weights, raw, heads)
 
@@ -276,8 +279,8 @@ def _networks(
                 ours = beginnings[theirs] + name.removeprefix(theirs)
                 if ours in found:
                     raise CheckpointError(
-                        f"{source} ({kind}): has two tensors of one name, {name} with and without a "
-                        "part in front; save one network"
+                        f"{source} ({kind}): has two tensors of one name, with and without "
+                        f"{theirs!r} in front: {name}; save one network"
                     )
                 found[ours] = tensor
         return kind, found, others
@@ -295,7 +298,14 @@ def _named(name: str, raw: RawWeights, beside: Mapping[str, str]) -> str:
     return name
 
 
-def _notes(format_name: str, raw: RawWeights) -> list[str]:
+def _notes(format_name: str, raw: RawWeights, family: Family) -> list[str]:
+    if format_name == FCMAE and not any(name.endswith(NORM) for name in raw.tensors):
+        return [f"{raw.path} has no final norm: its weights are 1 and 0, as before any training"]
+    if format_name == OF_DINO and family == "swin":
+        return [
+            "layer norms add 1e-6 to the variance, as in EsViT: a run that starts from this file "
+            "needs --model.norm-eps 1e-6"
+        ]
     if format_name != "linear probe of moco-v3":
         return []
     return [
@@ -360,8 +370,11 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
         foreign = weights.format != FULL_STATE
         if not of_moco_v3 and foreign and positions is not None and sizes.grid:
             of_moco_v3 = fixed_positions(positions, sizes.grid) == "sincos"
-        found = (MOCO_V3_HEADS if of_moco_v3 else HEADS).get(key)
-        if found is not None and key not in HEADS:
+        known = MOCO_V3_HEADS if of_moco_v3 else HEADS
+        if weights.format in (OF_DINO, "MoBY"):
+            known = DEIT_HEADS
+        found = known.get(key)
+        if found is not None and key not in HEADS and known is MOCO_V3_HEADS:
             notes.append(f"{found} attention heads, as in MoCo v3 (timm and DeiT have 6)")
     if found is not None and (found < 1 or sizes.width % found):
         raise CheckpointError(

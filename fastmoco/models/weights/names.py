@@ -130,9 +130,13 @@ HEAD_OF_DINO = {
     "head.mlp.{i}.{b}": "projector",
     "head.last_layer.weight_g": "last layer",
     "head.last_layer.weight_v": "last layer",
+    "head.last_layer.parametrizations.weight.original{i}": "last layer",
+    "head.mlp.{b}": "projector",
     "head_dense.mlp.{i}.{b}": "projector of regions",
     "head_dense.last_layer.weight_g": "last layer of regions",
     "head_dense.last_layer.weight_v": "last layer of regions",
+    "head_dense.last_layer.parametrizations.weight.original{i}": "last layer of regions",
+    "head_dense.mlp.{b}": "projector of regions",
 }
 """The head of DINO, as a full state of fastmoco has it, and the second one of EsViT's code."""
 

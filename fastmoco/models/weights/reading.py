@@ -183,7 +183,7 @@ def _unpacked(path: Path, content: object) -> RawWeights:
 def _facts_of(content: Mapping[Any, Any]) -> dict[str, Any]:
     """Texts and numbers of a dictionary."""
     return {
-        str(name): value
+        str(name): value.item() if isinstance(value, Tensor) else value
         for name, value in content.items()
         if isinstance(value, str | int | float) or _is_scalar(value)
     }
@@ -199,7 +199,7 @@ def _of_both(path: Path, content: Mapping[Any, Any]) -> dict[str, Any]:
         if not _is_state(content.get(key)):
             raise CheckpointError(
                 f"{path} has no weights under {key!r}, and a checkpoint of DINO has them under "
-                f"{' and '.join(PAIR)}: take the whole checkpoint, or save those of one network alone"
+                f"{' and '.join(PAIR)}: take the whole checkpoint"
             )
     return {
         f"{key}.{name}": tensor

@@ -129,6 +129,8 @@ def test_defaults_are_those_of_mae_and_of_the_encoder() -> None:
     assert isinstance(large.objective, SupervisedConfig)
     assert (large.epochs, large.optim.warmup_epochs, large.optim.lr) == (50, 5, 1e-3)
     assert (large.objective.layer_decay, large.model.drop_path) == (0.75, 0.2)
+    huge = made(replace(vit, architecture="vit_huge", patch_size=14), FineTuning())
+    assert (huge.epochs, huge.optim.lr, huge.model.drop_path) == (50, 1e-3, 0.3)
     fused = replace(vit, blocks="fused")
     assert made(fused, FineTuning()).model.blocks == "modules"
     assert made(fused, FineTuning(drop_path=0.0)).model.blocks == "fused"

@@ -17,6 +17,7 @@ from fastmoco.planning.scale.messages import Message, Ranks, step_messages
 from fastmoco.planning.scale.network import Fabric, Line, Link, MeasuredLines, fit_line
 from fastmoco.planning.scale.step import Machine, Work, gpu, step_time
 from fastmoco.recipes import quickstart_digits
+from fastmoco.recipes.supervised import SupervisedConfig, supervised_digits
 
 WHOLE = StepPlan(chunk=0, kept=0, chunks=1, overhead=0.0, peak_bytes=0.0, reason="")
 FABRIC = Fabric(
@@ -112,6 +113,25 @@ def test_hybrid_sharding_reduces_each_shard_between_copies(config: Config, layou
     within = {m.bytes for m in sent if m.kind == "reduce_scatter"}
     between = {m.bytes for m in sent if m.group == "copies"}
     assert {size / 2 for size in within} == between != set()
+
+
+def test_a_frozen_trunk_exchanges_no_statistics() -> None:
+    config = supervised_digits()
+    model = replace(config.model, architecture="resnet_nano", patch_size=16)
+    trains, frozen = (
+        replace(config, model=model, objective=SupervisedConfig(classes=3, train_from=part))
+        for part in ("everything", "head")
+    )
+    norms = [
+        [
+            m
+            for m in step_messages(c, layout_of(c, "fp32"), Ranks(total=4), WHOLE, "fp32")
+            if m.part == "batch norms"
+        ]
+        for c in (trains, frozen)
+    ]
+    assert norms[0]
+    assert not norms[1]
 
 
 def test_chunks_gather_weights_again_but_reduce_gradients_once(

@@ -28,9 +28,10 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.recipes import quickstart_digits
 from fastmoco.training import embed_run, linear_fast
 from fastmoco.training.encoder_source import EncoderSource
-from fastmoco.training.linear_fast import FastOptions, _SavedState, fast_linear
+from fastmoco.training.linear_fast import FastOptions, _named, _SavedState, fast_linear
 from fastmoco.training.probe import probe_view
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
+from fastmoco_pipelines.loading.eval_loader import Augmented
 from fastmoco_pipelines.spec import EvalSpec
 from tests.distributed.launching import launch
 
@@ -257,6 +258,10 @@ def test_the_crops_of_photographs_are_the_protocols_and_of_small_images_the_runs
     assert (small.interpolation, small.crop_misfit) == ("bilinear", "retry")
     of_mae = probe_view(EvalSpec(size=224, resize=256), small_run, protocol="mae")
     assert of_mae == replace(photograph, interpolation="bicubic", crop_misfit="clip")
+    # Caches of features from before there was that choice keep their names.
+    before, now = (_named(Augmented(view=v, seed=0, epoch=0))["view"] for v in (photograph, of_mae))
+    assert "crop_misfit" not in before
+    assert now["crop_misfit"] == "clip"
 
 
 def test_one_class_is_refused(digits, tmp_path) -> None:

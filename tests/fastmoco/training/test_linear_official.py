@@ -22,10 +22,11 @@ from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import embed
 from fastmoco.optim.build import build_optimizer
 from fastmoco.recipes.supervised import linear_probe
-from fastmoco.training import setup
+from fastmoco.training import probe, setup
 from fastmoco.training.encoder_source import load_source
 from fastmoco.training.linear_fast import probe_view
 from fastmoco.training.linear_official import (
+    PROTOCOLS,
     OfficialOptions,
     official_config,
     protocol_of,
@@ -165,8 +166,12 @@ def test_the_probe_of_mae_has_its_numbers(run, digits, tmp_path) -> None:
     short = official_config(source, *digits, tmp_path / "short", options, recipe=linear_probe())
     assert short.optim.warmup_epochs == pytest.approx(1)
     assert (config.data.view1.interpolation, config.data.view1.crop_misfit) == ("bicubic", "clip")
-    large = protocol_of("mae", "vit_large")
-    assert (large.epochs, large.warmup_epochs, large.lr) == (50, 10, 0.1)
+    for architecture in ("vit_large", "vit_huge"):
+        large = protocol_of("mae", architecture)
+        assert (large.epochs, large.warmup_epochs, large.lr) == (50, 10, 0.1)
+    assert tuple(PROTOCOLS) == probe.PROTOCOLS
+    with pytest.raises(ValueError, match="protocol='mea': must be one of moco_v3, moby, mae"):
+        probe.probe_view(EvalSpec(size=224), protocol="mea")
     assert protocol_of("moco_v3", "vit_large").epochs == 90
     trainer = Trainer.build(config, tmp_path / "mae", World())
     before = trainer.objective.encoder.head[0].running_mean.clone()

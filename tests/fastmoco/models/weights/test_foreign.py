@@ -92,6 +92,7 @@ def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         for head in heads
         for name in ("mlp.0.weight", "last_layer.weight_g", "last_layer.weight_v")
     }
+    beside["head.last_layer.parametrizations.weight.original0"] = torch.rand(3, 1)
 
     def network(before: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         named = {trunk + name: tensor for name, tensor in tensors.items()} | beside
@@ -99,7 +100,7 @@ def of_two(kind: str, encoders: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
 
     pair = {"student": network("module.", base), "teacher": network("", momentum)}
     more = {"args": Namespace(arch="swin", warmup=[10]), "dino_loss": {"center": torch.zeros(1, 4)}}
-    return {**pair, **more, "epoch": 3, "optimizer": {}}
+    return {**pair, **more, "epoch": torch.tensor(3), "optimizer": {}}
 
 
 @pytest.mark.parametrize("kind", ["dino", "esvit", "moby"])
@@ -122,7 +123,8 @@ def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str, monke
         assert loaded.weights.family == ("vit" if kind == "dino" else "swin")
         for name, tensor in loaded.encoder.state_dict().items():
             assert torch.equal(tensor, encoders[evaluated][name]), name
-        assert loaded.weights.facts == ({} if kind == "moby" else {"epoch": 3})
+        assert json.dumps(loaded.weights.facts) == ("{}" if kind == "moby" else '{"epoch": 3}')
+        assert ("norm-eps 1e-6" in " ".join(loaded.weights.notes)) == (kind == "esvit")
         epsilon = {"dino": 1e-6, "esvit": 1e-6, "moby": 1e-5}[kind]
         assert loaded.encoder.norm.eps == epsilon
 
@@ -154,6 +156,19 @@ def test_both_encoders_of_the_code_of_a_sibling(tmp_path: Path, kind: str, monke
 def test_a_pair_that_is_no_checkpoint_is_refused(tmp_path: Path, content, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_foreign(save(tmp_path / "checkpoint.pth", content))
+
+
+@pytest.mark.parametrize("kind", ["dino", "moby"])
+def test_a_vit_s_of_a_sibling_has_six_heads(kind: str) -> None:
+    trunk = blank_vit(384, 12)
+    if kind == "dino":
+        tensors = {f"{which}.{n}": t for which in ("student", "teacher") for n, t in trunk.items()}
+    else:
+        tensors = {
+            f"{which}.{n}": t for which in ("encoder", "encoder_k") for n, t in trunk.items()
+        }
+    found = find_encoder(raw(tensors))
+    assert (found.heads, found.which) == (6, "momentum" if kind == "dino" else "base")
 
 
 def sparse_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,9 +220,27 @@ def test_an_encoder_of_sparse_layers_becomes_a_dense_one(tmp_path: Path) -> None
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded.encoder(images), encoder(images))
 
+    assert "has no final norm" in " ".join(loaded.weights.notes)
+
+    # The same with dense layers, as it is published, and behind `encoder.`.
+    plain = {n: t for n, t in encoder.state_dict().items() if not n.startswith("norm.")}
+    for name, content in {
+        "plain": plain,
+        "behind": {f"encoder.{n}": t for n, t in plain.items()},
+    }.items():
+        again = load_foreign(save(tmp_path / f"{name}.pt", {"model": content}))
+        assert torch.equal(again.encoder(images), encoder(images))
+
     state["encoder.stages.0.0.dwconv.kernel"] = torch.zeros(48, 16)
     with pytest.raises(CheckpointError, match=r"dwconv\.kernel of shape \(48, 16\) is no kernel"):
         load_foreign(save(tmp_path / "odd.pt", {"model": state}))
+    for name, words in (
+        (f"encoder.stages.{'9' * 5000}.0.pwconv2.bias", "another architecture"),
+        ("encoder.stages.0.0.norm.weight", "two tensors that are stages.0.0.norm.weight"),
+    ):
+        odd = sparse_names(dict(encoder.state_dict())) | {name: torch.zeros(16)}
+        with pytest.raises(CheckpointError, match=words):
+            load_foreign(save(tmp_path / "odd.pt", {"model": odd}))
 
 
 def test_a_checkpoint_of_moco_v2_is_not_called_moby(tmp_path: Path) -> None:

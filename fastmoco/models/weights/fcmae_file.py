@@ -1,5 +1,5 @@
-"""Files of FCMAE's official code, whose encoder is made of sparse layers: the same tensors as those of a
-dense ConvNeXt V2, with other names and shapes.
+"""Files of FCMAE's code: a ConvNeXt V2 without a final norm, of dense layers as it is published, or of
+the sparse ones of a pre-training, which have other names and shapes.
 
 Legend: K side of a convolution, C and C' channels.
 """
@@ -15,23 +15,26 @@ from torch import Tensor
 
 from fastmoco.checkpoint import CheckpointError
 
-SIGN = re.compile(r"(.*\.)?stages\.\d+\.\d+\.dwconv\.kernel")
 ENCODER = "encoder."
+SIGN = re.compile(r"(encoder\.)?stages\.[0-9]{1,4}\.[0-9]{1,4}\.dwconv\.(kernel|weight)")
+LAST = re.compile(r"stages\.([0-9]{1,4})\.([0-9]{1,4})\.pwconv2\.bias")
 BESIDE = ("decoder.", "pred.", "proj.", "mask_token")
 """How names of what is no part of the encoder begin."""
 
 
-def is_sparse(names: Mapping[str, Tensor]) -> bool:
-    """Whether some tensor is the kernel of a sparse convolution."""
-    return any(SIGN.fullmatch(name) for name in names)
+def is_of_fcmae(names: Mapping[str, Tensor]) -> bool:
+    """Whether these are a ConvNeXt V2 with sparse kernels, behind `encoder.`, or without a norm."""
+    blocks = [name for name in names if SIGN.fullmatch(name)]
+    odd = any(name.endswith("kernel") or name.startswith(ENCODER) for name in blocks)
+    return bool(blocks) and (odd or "norm.weight" not in names)
 
 
 def dense(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The encoder by the names and shapes of a dense one, and what else there is.
+    """The encoder by the names and shapes of a published one, and what else there is.
 
     A kernel is [K^2, C, C'], or [K^2, C] of a depthwise convolution; in its first dimension the row
-    varies fastest. Biases and the factors of `GRN` have a dimension of 1 in front. There is no final
-    norm: it is that of the start, 1 and 0.
+    varies fastest. Biases and the factors of `GRN` have a dimension of 1 in front. Where there is no
+    final norm, its weights are those of a start, 1 and 0.
 
     Args:
         tensors: of the file.
@@ -59,13 +62,16 @@ def dense(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor]
         elif ours.endswith(".bias"):
             tensor = tensor.reshape(-1)
         if ours in found:
-            raise CheckpointError(f"{source}: has two tensors that are {ours}, one of them {name}")
+            raise CheckpointError(
+                f"{source}: has two tensors that are {ours}, one of them {name}; save one encoder"
+            )
         found[ours] = tensor
 
-    # Fine-tuning begins with a norm that changes nothing.
-    last = [name for name in found if name.endswith(".pwconv2.bias")]
-    if last and "norm.weight" not in found:
-        width = len(found[max(last, key=_place)])
+    # A norm is as wide as the last block.
+    blocks = [match for name in found if (match := LAST.fullmatch(name))]
+    if blocks and "norm.weight" not in found:
+        last = max(blocks, key=lambda match: (int(match[1]), int(match[2])))
+        width = found[last[0]].numel()
         found |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     return found, beside
 
@@ -75,14 +81,10 @@ def _convolution(kernel: Tensor, named: str) -> Tensor:
     side = math.isqrt(len(kernel)) if kernel.ndim else 0
     if kernel.ndim not in (2, 3) or side**2 != len(kernel):
         raise CheckpointError(
-            f"{named} of shape {tuple(kernel.shape)} is no kernel [K^2, C, C'] or [K^2, C]"
+            f"{named} of shape {tuple(kernel.shape)} is no kernel [K^2, C, C'] or [K^2, C]; copy or "
+            "save the file again"
         )
     columns_rows = kernel.reshape(side, side, *kernel.shape[1:])
     if kernel.ndim == 2:
         return columns_rows.permute(2, 1, 0)[:, None].contiguous()
     return columns_rows.permute(3, 2, 1, 0).contiguous()
-
-
-def _place(name: str) -> tuple[int, ...]:
-    """Stage and block of a name."""
-    return tuple(int(number) for number in re.findall(r"\d+", name)[:2])
