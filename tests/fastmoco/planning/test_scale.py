@@ -117,7 +117,9 @@ def test_hybrid_sharding_reduces_each_shard_between_copies(config: Config, layou
 
 def test_a_frozen_trunk_exchanges_no_statistics() -> None:
     config = supervised_digits()
-    model = replace(config.model, architecture="resnet_nano", patch_size=16)
+    model = replace(
+        config.model, architecture="resnet_nano", patch_size=16, freeze_patch_embed=True
+    )
     trains, frozen = (
         replace(config, model=model, objective=SupervisedConfig(classes=3, train_from=part))
         for part in ("everything", "head")
