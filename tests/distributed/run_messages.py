@@ -64,8 +64,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Also seen to be equal, and left out to save time: all other recipes with DDP, with FSDP2 whole, in
 chunks and in bf16; on ResNets; with a patch projection that trains; FSDP2 with all chunks kept, and
-with none. In chunks one unit may be gathered once more than is counted (MP3, ExtreMA, supervised), or once less
-(SwAV, whose patch projection trains). With DDP a bucket of FCMAE closes one tensor later. MoCo in bf16 sends views in float32 where they come so."""
+with none. In chunks one unit may be gathered once more than is counted (MP3, ExtreMA, supervised),
+or once less (SwAV, whose patch projection trains). With DDP a bucket of FCMAE closes one tensor
+later. MoCo in bf16 sends views in float32 where they come so."""
 
 
 def config_of(name: str) -> Config:
