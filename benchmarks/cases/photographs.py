@@ -90,9 +90,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `methods`: for each its `recipe`, `trunk`, whether it is `masked` and needs `labels`, by
         score the seeds' mean, min and max with random weights (`start`), with trained ones (`end`)
-        and of the difference (`gain`), the `images` that it saw, its CPU-seconds (`cpu_s`), and what each seed has (`seeds`);
-        `budget_s`; `source`, digest of the source files; `failed`, reasons by
-        method; `unstable`, first sign of instability by run; or `skipped_because`.
+        and of the difference (`gain`), the `images` that it saw, its CPU-seconds (`cpu_s`), and what
+        each seed has (`seeds`); `budget_s`; `source`, digest of the source files; `failed`, reasons
+        by method; `unstable`, first sign of instability by run; or `skipped_because`.
 
     Raises:
         ValueError: for an unknown method.

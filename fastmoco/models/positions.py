@@ -30,12 +30,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     # In float32 throughout, which makes the table bit-equal to that of the released checkpoints.
     quarter = width // 4
     w = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
-    angle = torch.arange(grid, dtype=torch.float32)[:, None] * w
-    waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-    by_row = waves[:, None, :].expand(grid, grid, -1)
-    by_column = waves[None, :, :].expand(grid, grid, -1)
-    table = torch.cat([by_row, by_column], dim=2).reshape(grid * grid, width)
-    return torch.cat([table.new_zeros(1, width), table])
+    return _table(*_waves(grid, w))
 
 
 def column_first_positions(grid: int, width: int) -> Tensor:
@@ -54,12 +49,21 @@ def column_first_positions(grid: int, width: int) -> Tensor:
     # In float64 and rounded once, as the released checkpoints.
     quarter = width // 4
     w = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * w
+    by_row, by_column = _waves(grid, w)
+    return _table(by_column, by_row).float()
+
+
+def _waves(grid: int, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Sines and cosines by row, and by column, of frequencies [E / 4]: each [grid, grid, E / 2]."""
+    angle = torch.arange(grid, dtype=w.dtype)[:, None] * w
     waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-    by_row = waves[:, None, :].expand(grid, grid, -1)
-    by_column = waves[None, :, :].expand(grid, grid, -1)
-    table = torch.cat([by_column, by_row], dim=2).reshape(grid * grid, width)
-    return torch.cat([table.new_zeros(1, width), table]).float()
+    return waves[:, None, :].expand(grid, grid, -1), waves[None, :, :].expand(grid, grid, -1)
+
+
+def _table(first: Tensor, second: Tensor) -> Tensor:
+    """[1 + grid * grid, E] of two halves [grid, grid, E / 2], behind a row of zeros."""
+    table = torch.cat([first, second], dim=2).flatten(0, 1)
+    return torch.cat([table.new_zeros(1, table.shape[1]), table])
 
 
 FIXED_POSITIONS: dict[Positions, Callable[[int, int], Tensor]] = {

@@ -46,6 +46,8 @@ MLP_RATIO = 4
 APART = -100.0
 """Added to the score of two tokens of a shifted window that are no neighbours on the map. Not minus
 infinity: at extreme scores some weight is left, as in the published encoders."""
+BIAS_TABLE = "relative_position_bias_table"
+"""End of the names of tables of relative positions."""
 STD = 0.02
 """Deviation of linear weights and bias tables at the start. The cut at 2, a hundred times as much,
 changes nothing."""

@@ -26,6 +26,7 @@ from fastmoco.config import Config
 from fastmoco.distributed.sync_batch_norm import BatchNorm
 from fastmoco.models.convnextv2 import ConvNeXtV2
 from fastmoco.models.encoder import family_of
+from fastmoco.models.swin import BIAS_TABLE
 from fastmoco.objectives.interface import (
     Coupling,
     Features,
@@ -299,8 +300,8 @@ class Supervised(Objective):
         for module, number in self._layers.items():
             if own.startswith(module):
                 layer = number
-        plain = parameter.ndim <= 1 or own in ("cls_token", "pos_embed") or ".grn." in own
-        plain = plain or own.endswith(".relative_position_bias_table")
+        token_or_position = own in ("cls_token", "pos_embed") or own.endswith(BIAS_TABLE)
+        plain = parameter.ndim <= 1 or token_or_position or ".grn." in own
         return ParameterGroup(
             lr_scale=self.layer_decay ** (depth + 1 - layer),
             weight_decay_scale=0.0 if plain else 1.0,

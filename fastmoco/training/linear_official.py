@@ -32,6 +32,7 @@ class Protocol:
 
     Attributes:
         epochs: passes over the training images.
+        epochs_of_large: for a ViT-L or ViT-H, with as long a warm-up; None: as for others.
         lr: for a batch of 256 images; None: `official_lr`.
         warmup_epochs: of the learning rate; in proportion for another number of epochs.
         label_smoothing: share of a target that is spread over all classes.
@@ -41,6 +42,7 @@ class Protocol:
     """
 
     epochs: int
+    epochs_of_large: int | None = None
     lr: float | None = None
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
@@ -52,20 +54,22 @@ class Protocol:
 PROTOCOLS = {
     "moco_v3": Protocol(epochs=90),
     "moby": Protocol(epochs=100, lr=0.5, warmup_epochs=5, label_smoothing=0.1, nesterov=True),
-    "mae": Protocol(epochs=90, lr=0.1, warmup_epochs=10, lars=True, feature_norm=True),
+    "mae": Protocol(
+        epochs=90, epochs_of_large=50, lr=0.1, warmup_epochs=10, lars=True, feature_norm=True
+    ),
 }
 """Protocols by name. That of MoBY (Xie et al. 2021) also keeps the frozen trunk in training mode with
 stochastic depth; here every trunk is in evaluation mode. That of MAE (He et al. 2022) has a batch of
 16,384 and batch norms of each process alone; here they are of all."""
-EPOCHS_OF_LARGE = {"mae": 50}
-"""Passes of a protocol where the encoder is a ViT-L or ViT-H; the warm-up stays as long."""
+LARGE = ("vit_large", "vit_huge")
+"""Architectures with `Protocol.epochs_of_large`."""
 
 
 def protocol_of(name: str, architecture: str) -> Protocol:
     """The protocol for an architecture."""
     found = PROTOCOLS[name]
-    if architecture in ("vit_large", "vit_huge"):
-        found = replace(found, epochs=EPOCHS_OF_LARGE.get(name, found.epochs))
+    if architecture in LARGE and found.epochs_of_large:
+        return replace(found, epochs=found.epochs_of_large)
     return found
 
 

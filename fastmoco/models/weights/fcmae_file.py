@@ -33,8 +33,7 @@ def dense(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor]
     """The encoder by the names and shapes of a published one, and what else there is.
 
     A kernel is [K^2, C, C'], or [K^2, C] of a depthwise convolution; in its first dimension the row
-    varies fastest. Biases and the factors of `GRN` have a dimension of 1 in front. Where there is no
-    final norm, its weights are those of a start, 1 and 0.
+    varies fastest. Biases and the factors of `GRN` have a dimension of 1 in front.
 
     Args:
         tensors: of the file.
@@ -66,14 +65,18 @@ def dense(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor]
                 f"{source}: has two tensors that are {ours}, one of them {name}; save one encoder"
             )
         found[ours] = tensor
-
-    # A norm is as wide as the last block.
-    blocks = [match for name in found if (match := LAST.fullmatch(name))]
-    if blocks and "norm.weight" not in found:
-        last = max(blocks, key=lambda match: (int(match[1]), int(match[2])))
-        width = found[last[0]].numel()
-        found |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     return found, beside
+
+
+def start_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The final norm that an encoder without one begins with, 1 and 0; empty if it has one, or no
+    block that shows its width."""
+    blocks = [match for name in tensors if (match := LAST.fullmatch(name))]
+    if "norm.weight" in tensors or not blocks:
+        return {}
+    last = max(blocks, key=lambda match: (int(match[1]), int(match[2])))
+    width = tensors[last[0]].numel()
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
 
 
 def _convolution(kernel: Tensor, named: str) -> Tensor:

@@ -26,7 +26,7 @@ from fastmoco.checkpoint import CheckpointError
 from fastmoco.config.model import NAMES as TRUNK_NAMES
 from fastmoco.models.encoder import trunk_of
 from fastmoco.models.positions import FIXED_POSITIONS
-from fastmoco.models.swin import resampled_bias, window_of
+from fastmoco.models.swin import BIAS_TABLE, resampled_bias, window_of
 from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
@@ -44,7 +44,6 @@ from fastmoco.models.weights.names import (
     some,
 )
 
-BIAS_TABLE = "relative_position_bias_table"
 Positions = Literal["sincos", "sincos_columns", "learned", "none", "stored"]
 """Positions of the encoder that is filled: of a config; or "stored", which takes those of the
 file."""

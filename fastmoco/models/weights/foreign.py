@@ -22,11 +22,12 @@ from fastmoco.config.model import Positions
 from fastmoco.models.encoder import Family
 from fastmoco.models.encoder_file import EVALUATED, TORCHVISION, stated_image, three
 from fastmoco.models.positions import FIXED_POSITIONS
-from fastmoco.models.weights.fcmae_file import dense, is_of_fcmae
+from fastmoco.models.weights.fcmae_file import dense, is_of_fcmae, start_norm
 from fastmoco.models.weights.names import (
     FULL_STATE,
     NETWORKS,
     OF_DINO,
+    OF_MOBY,
     SIGNS,
     class_rows,
     find_format,
@@ -68,8 +69,6 @@ TIMM_HEADS_BY_NAME = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16
 IMAGE_SIZE = 224
 """Pixels per side of the images of a trunk whose weights do not depend on it: all but a ViT."""
 FCMAE = "ConvNeXt V2 of FCMAE"
-NORM = ("encoder.norm.weight", "module.norm.weight")
-"""How the name of its final norm may end."""
 PROBE_KEYS = {"best_acc1", "optimizer"}
 """Keys of a linear-probe file of moco-v3 beside those of every checkpoint."""
 
@@ -143,6 +142,7 @@ def find_encoder(
     """
     source = str(raw.path)
     names = unwrapped(raw.tensors)
+    notes: list[str] = []
 
     # One network of several, or the only one.
     kind, networks, others = _networks(names, source)
@@ -161,6 +161,11 @@ def find_encoder(
     if not networks and is_of_fcmae(tensors):
         kind = FCMAE
         tensors, others = dense(tensors, source)
+        if norm := start_norm(tensors):
+            tensors |= norm
+            notes.append(
+                f"{source} has no final norm: its weights are 1 and 0, as before any training"
+            )
     found = find_format(tensors)
     if found is None:
         raise CheckpointError(
@@ -200,9 +205,9 @@ def find_encoder(
         trunk=renamed.trunk,
         beside=beside,
         image=EvalSpec(),
-        networks={} if kind in (OF_DINO, "MoBY") else networks,
+        networks={} if kind in (OF_DINO, OF_MOBY) else networks,
         facts=_facts(raw),
-        notes=tuple(_notes(format_name, raw, known.family)),
+        notes=(*notes, *_notes(format_name, raw, known.family)),
     )
     return _described(weights, raw, heads)
 
@@ -299,8 +304,6 @@ def _named(name: str, raw: RawWeights, beside: Mapping[str, str]) -> str:
 
 
 def _notes(format_name: str, raw: RawWeights, family: Family) -> list[str]:
-    if format_name == FCMAE and not any(name.endswith(NORM) for name in raw.tensors):
-        return [f"{raw.path} has no final norm: its weights are 1 and 0, as before any training"]
     if format_name == OF_DINO and family == "swin":
         return [
             "layer norms add 1e-6 to the variance, as in EsViT: a run that starts from this file "
@@ -371,7 +374,7 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
         if not of_moco_v3 and foreign and positions is not None and sizes.grid:
             of_moco_v3 = fixed_positions(positions, sizes.grid) == "sincos"
         known = MOCO_V3_HEADS if of_moco_v3 else HEADS
-        if weights.format in (OF_DINO, "MoBY"):
+        if weights.format in (OF_DINO, OF_MOBY):
             known = DEIT_HEADS
         found = known.get(key)
         if found is not None and key not in HEADS and known is MOCO_V3_HEADS:

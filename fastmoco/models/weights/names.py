@@ -311,6 +311,8 @@ FULL_STATE = "full state of fastmoco"
 """How the file of all tensors of a checkpoint is called."""
 OF_DINO = "student and teacher"
 """How a checkpoint of DINO or of EsViT is called."""
+OF_MOBY = "MoBY"
+"""How one of MoBY is."""
 NETWORKS = {
     OF_DINO: {
         "student.backbone.": "encoder.",
@@ -318,7 +320,7 @@ NETWORKS = {
         "student.": "encoder.",
         "teacher.": "momentum_encoder.",
     },
-    "MoBY": {
+    OF_MOBY: {
         "encoder_k.": "momentum_encoder.",
         "encoder.": "encoder.",
         "projector_k.": "projector_k.",
@@ -341,7 +343,7 @@ NETWORKS = {
 """Files of several networks: what their names begin with, and what ours begin with; the first that
 fits counts. A name without one of these beginnings is no part of a network. The projector is called
 as the classifier that it replaces: `fc` in a ResNet of moco-v3."""
-SIGNS = {"MoBY": ("encoder.", "encoder_k.")}
+SIGNS = {OF_MOBY: ("encoder.", "encoder_k.")}
 """What some names of a file must begin with, each of these, to be of that kind. Of other kinds any of
 `NETWORKS` is enough."""
 

@@ -134,7 +134,7 @@ def _fsdp(
             size = unit.elements(n) * element
             yield Message("weights", "all_gather", size, count, "shard", phase)
 
-    def reduce(unit: Unit, count: int = 1) -> Iterator[Message]:
+    def reduce(unit: Unit, count: int) -> Iterator[Message]:
         size = unit.elements(n) * reduced
         yield Message("gradients", "reduce_scatter", size, count, "shard", "backward")
         if ranks.copies > 1:
@@ -143,22 +143,25 @@ def _fsdp(
     again = sizes[1]
     chunks = sum(sizes)
 
-    # Trunk: a forward for each chunk and size of crops; of a trained one a backward for each, and a
-    # second forward for chunks without a graph. Sums of earlier chunks are reduced in the backward
+    def passed(unit: Unit, backwards: int, reductions: int) -> Iterator[Message]:
+        """A forward for each chunk and size of crops; of a trained network backwards, and a second
+        forward for chunks without a graph."""
+        yield from gather(unit, chunks * network.passes, "forward")
+        if network.trained:
+            yield from gather(unit, again * network.passes, "backward")
+            yield from gather(unit, backwards, "backward")
+            yield from reduce(unit, reductions)
+
+    # Blocks: a backward for each chunk and size. Sums of earlier chunks are reduced in the backward
     # of the last size, and those of the last chunk in that of the first one.
     for unit in network.trunk:
-        yield from gather(unit, chunks * network.passes, "forward")
-        if network.trained:
-            yield from gather(unit, again * network.passes, "backward")
-            yield from gather(unit, chunks * network.passes, "backward")
-            yield from reduce(unit, 2 if chunks > 1 and network.passes > 1 else 1)
+        twice = chunks > 1 and network.passes > 1
+        yield from passed(unit, chunks * network.passes, 2 if twice else 1)
+
     # Stem and rest stay gathered until a backward has passed all sizes: nothing before them waits.
-    for unit in (*network.stem, *((network.rest,) if network.rest else ())):
-        yield from gather(unit, chunks * network.passes, "forward")
-        if network.trained:
-            yield from gather(unit, again * network.passes, "backward")
-            yield from gather(unit, chunks, "backward")
-            yield from reduce(unit)
+    rest = (network.rest,) if network.rest else ()
+    for unit in (*network.stem, *rest):
+        yield from passed(unit, chunks, 1)
 
     # Heads: once, on the whole batch, or for each chunk where nothing couples images. After a chunk
     # that is computed again FSDP2 prefetches the head of its network once more, because its record
@@ -168,7 +171,7 @@ def _fsdp(
         yield from gather(unit, times, "heads")
         if network.trained:
             yield from gather(unit, times + (again > 0 and bool(network.trunk)), "backward")
-            yield from reduce(unit)
+            yield from reduce(unit, 1)
 
 
 def _ddp(layout: Layout, *, chunked: bool) -> Iterator[Message]:
@@ -273,7 +276,8 @@ def _loss(config: Config, layout: Layout, ranks: Ranks, element: int) -> Iterato
         for size in (pixels * element, layout.width * wide):
             yield Message("keys", "all_to_all", images * size, 1, "all", "forward")
 
-    # At the end of a step: rows of a queue (of SwAV from `queue_start_epoch` on), and sums of outputs, of which centres are made.
+    # At the end of a step: rows of a queue (of SwAV from `queue_start_epoch` on), and sums of outputs,
+    # of which centres are made.
     queues = {"moco": 1, "moby": 2, "macrl": 1, "swav": 2 if getattr(objective, "queue", 0) else 0}
     if count := queues.get(objective.kind, 0):
         yield from gather(count * images * width, wide, "end")
