@@ -355,7 +355,8 @@ class Trainer:
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of the global batch (`TrainStep`)."""
         at = self.progress(self.step_count)
-        result = self.train_step(batch, at, accuracy=self._logs(at.step + 1))
+        logged = self._logs(at.step + 1)
+        result = self.train_step(batch, at, accuracy=logged, figures=logged)
         self.step_count += 1
         return result
 
@@ -460,7 +461,12 @@ class Trainer:
             if decay is not None:
                 schedules["weight_decay"] = decay
             self.recorder.log(
-                number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
+                number,
+                result.loss,
+                result.output.watch,
+                lr=result.lr,
+                schedules=schedules,
+                figures=result.figures,
             )
 
         # Roll back before the guard may end the run: a spike can cause the bad steps after it.
