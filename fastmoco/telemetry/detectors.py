@@ -205,9 +205,13 @@ class NarrowingDetector:
     """Event when the features have lost most of the directions that they used: dimensional
     collapse."""
 
-    def __init__(self, *, share: float = 0.25, least: float = 8.0, patience: int = 3) -> None:
+    def __init__(
+        self, *, share: float = 0.25, least: float = 4.0, patience: int = 3, after: int = 0
+    ) -> None:
         """Set the rule: an event after `patience` consecutive values of `effective_rank` below
-        `share` of the largest one, once that was at least `least`."""
+        `share` of the largest one, once that was at least `least`. Values before step `after` do not
+        count: heads that were not trained yet use many directions."""
+        self._after = after
         self._share = share
         self._least = least
         self._patience = patience
@@ -217,7 +221,8 @@ class NarrowingDetector:
     def observe(self, step: int, rank: float) -> Event | None:
         """Take one value; return the event when the patience ends, once until recovery. Its size is
         the value."""
-        self._best = max(self._best, rank)  # NaN leaves it
+        if step >= self._after:
+            self._best = max(self._best, rank)  # NaN leaves it
         low = self._best >= self._least and not rank >= self._share * self._best
         self._low = self._low + 1 if low else 0
         if self._low != self._patience:

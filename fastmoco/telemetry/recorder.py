@@ -45,12 +45,12 @@ SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
 BOUNDS = {
     "update_ratio": (
-        0.1,
+        0.05,
         "a step changes the weights of {layer} by {{value}} of their norm (bound {{bound}}): "
         "lower --optim.lr",
     ),
     "batch_norm_drift": (
-        1.0,
+        3.0,
         "the running statistics of the momentum encoder's batch norms are {{value}} standard "
         "deviations from the encoder's (bound {{bound}})",
     ),
@@ -121,7 +121,7 @@ class Recorder:
         self._warm = max(warmup, WARM_STEPS)
         self._spikes = SpikeEvents()
         self._collapse: CollapseDetector | None = None
-        self._narrowing = NarrowingDetector()
+        self._narrowing = NarrowingDetector(after=self._warm)
         self._forgetting = ForgettingDetector()
         self._uninformed = UninformedDetector(uninformed_loss, after=self._warm)
         self._bounds: dict[str, BoundDetector] = {}
