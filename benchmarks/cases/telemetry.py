@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -28,7 +29,7 @@ from benchmarks.shown import markdown, number
 from fastmoco.config import Config, KnnConfig
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe, with_image_size
-from fastmoco.training import step
+from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.trainer import Trainer
 
 NAME = "telemetry"
@@ -112,11 +113,8 @@ def _measured(config: Config, rounds: int) -> dict[str, Any]:
         trainer = Trainer.build(config, Path(folder) / "run", World())
         stack.callback(trainer.close)
         stack.enter_context(clock.around(trainer))
-        sides = {"with": lambda: _with(trainer), "without": lambda: _without(trainer)}
-        for side in sides.values():
-            side()
-        clock.intervals.clear()
-        clock.begin()
+        _with(trainer)
+        _without(trainer)
 
         def measured_with() -> float:
             clock.begin()
@@ -124,7 +122,8 @@ def _measured(config: Config, rounds: int) -> dict[str, Any]:
             clock.end(seconds)
             return seconds
 
-        seconds = interleave({**sides, "with": measured_with}, rounds=rounds)
+        sides = {"with": measured_with, "without": lambda: _without(trainer)}
+        seconds = interleave(sides, rounds=rounds)
     steps = config.log_every_steps
     return {
         "images": config.global_batch_size,
@@ -197,31 +196,28 @@ class _Clock:
     @contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
         """Measure the calls of a trainer while the context is open."""
-        ratios_of, norms_of = trainer.train_step._ratios, step.gradient_norms
-        total = step.gradient_norms
 
         def norms(parameters: Any, places: Any) -> Any:
             parameters = list(parameters)
             began = time.process_time()
-            found = norms_of(parameters, places)
+            found = gradient_norms(parameters, places)
             self._add("norms by place", time.process_time() - began)
             if places:  # without the pass over the gradients that the guard needs
                 began = time.process_time()
-                total(parameters, {})
+                gradient_norms(parameters, {})
                 again = time.process_time() - began
                 self._add("norms by place", -again)
                 self.own_s += again
             return found
 
-        step.gradient_norms = norms
-        ratios_of.begin = self._of("figures of weights", ratios_of.begin)  # type: ignore[method-assign]
-        inner = trainer.train_step
-        inner._figures = self._of("figures of weights", inner._figures)  # type: ignore[method-assign]
-        trainer._record = self._of("records", trainer._record)  # type: ignore[method-assign]
-        try:
+        inner, weights = trainer.train_step, "figures of weights"
+        with (
+            patch("fastmoco.training.step.gradient_norms", norms),
+            patch.object(inner._ratios, "begin", self._of(weights, inner._ratios.begin)),
+            patch.object(inner, "_figures", self._of(weights, inner._figures)),
+            patch.object(trainer, "_record", self._of("records", trainer._record)),
+        ):
             yield
-        finally:
-            step.gradient_norms = norms_of
 
     def _of(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def measured(*arguments: Any) -> Any:

@@ -180,20 +180,24 @@ class CollapseDetector:
                 heads give nearly one output for all images.
         """
         self._after = after
+        self._told = False
         self._healthy = dim**-0.5
         self._floor = floor
         self._patience = patience
         self._low = 0
 
     def observe(self, step: int, std: float) -> Event | None:
-        """Take one value; return the event when the patience ends, once until recovery. Its size is
-        the value as a share of the healthy one."""
+        """Take one value; return the event when the patience ends, once until a value is at twice the
+        floor. Its size is the value as a share of the healthy one."""
         low = not std >= self._floor * self._healthy  # NaN counts as low
         if not low:
             self._after = 0
+        if std >= 2 * self._floor * self._healthy:
+            self._told = False
         self._low = self._low + 1 if low and step >= self._after else 0
-        if self._low != self._patience:
+        if self._low < self._patience or self._told:
             return None
+        self._told = True
         text = (
             f"features are collapsing, their deviation over the batch is {std:.2g} "
             f"and would be {self._healthy:.2g} if they were evenly spread"

@@ -386,8 +386,8 @@ def test_a_head_that_starts_with_one_output_is_given_the_warm_up() -> None:
     told = [step for step in range(10, 20) if detector.observe(step, 1e-4)]
     assert told == [12]
     spread = CollapseDetector(dim=64, after=10)
-    values = [0.1, 1e-4, 1e-4, 1e-4]
-    assert [step for step, std in enumerate(values) if spread.observe(step, std)] == [3]
+    values = [0.1, *[1e-4] * 5, *[0.0126] * 3, *[1e-4] * 5, 0.03, *[1e-4] * 5]
+    assert [step for step, std in enumerate(values) if spread.observe(step, std)] == [3, 17]
 
 
 def test_lost_directions_are_told_against_the_most_after_the_warm_up() -> None:
