@@ -53,7 +53,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             ranks=True,
         ),
         _words("recipes", "recipe_commands:recipes", "List the recipes."),
-        _words("print-config", "recipe_commands:print_config", "Print a recipe's config as JSON."),
+        _words(
+            "print-config",
+            "recipe_commands:print_config",
+            "Print a config, as a file to train from.",
+        ),
         _words("plan", "recipe_commands:plan", "Memory, FLOPs and largest batches on given GPUs."),
         _words(
             "profile",

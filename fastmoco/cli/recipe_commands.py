@@ -1,10 +1,9 @@
-"""The commands that take a recipe and overrides: `train`, `print-config`, `plan`, `profile` and
-`tune`; and `recipes`.
+"""The commands that take a recipe, or a config file, and overrides: `train`, `print-config`, `plan`,
+`profile` and `tune`; and `recipes`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -19,19 +18,22 @@ from fastmoco.cli import plan as cli_plan
 from fastmoco.cli import profile as cli_profile
 from fastmoco.cli import tune as cli_tune
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.config_text import Format, config_text
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import Described, describe, docstring
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.cli.profile import ProfileArguments
+from fastmoco.cli.suggest import near_options
 from fastmoco.cli.tune import TuneArguments
+from fastmoco.cli.words import typed_path
 from fastmoco.config import Config
 from fastmoco.config.limits import require_limits
-from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, with_image_size
+from fastmoco.recipes.files import is_config_file, near_fields, read_config
 from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.text import first_sentence
 
@@ -62,8 +64,13 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigArguments:
-    """Print the config of a recipe with these overrides as JSON."""
+    """Print the config of a recipe with these overrides, as a file that every command takes in place
+    of a recipe."""
 
+    format: Format = "yaml"
+    """How it is written."""
+    comments: bool = True
+    """Write the help of each field above it. JSON has no comments."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -109,16 +116,45 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
             f"name a recipe: fastmoco {verb} RECIPE {shlex.join(args)}; `fastmoco recipes` lists them"
         )
         return None
-    with one_line(EXIT_REFUSED, ValueError):
-        base = get_recipe(recipe)
-    with worded(wording(kind, base, rest)), one_line(EXIT_REFUSED, ValueError):
+    base = base_config(recipe)
+    origin = recipe if is_config_file(recipe) else "the recipe"
+    with worded(wording(kind, base, rest, origin)), one_line(EXIT_REFUSED, ValueError):
         config = _follow_image_size(base, rest)
-    return parse(kind, f"{verb} {recipe}", rest, default=_defaults(kind, config), follows=FOLLOWS)
+    return parse(
+        kind,
+        f"{verb} {shlex.quote(recipe)}",
+        rest,
+        default=_defaults(kind, config),
+        follows=FOLLOWS,
+        origin=origin,
+    )
 
 
-def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[Exception], str]:
-    """How errors of fields are shown for these words."""
-    return lambda error: Wording(describe(kind, _defaults(kind, config)), args, FOLLOWS)(error)
+def base_config(word: str) -> Config:
+    """The config of a recipe, or of a file.
+
+    Raises:
+        SystemExit: with 2, after a message, if there is none.
+    """
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        if not is_config_file(word):
+            return get_recipe(word)
+        return read_config(Path(word), near=_near, meant=typed_path)
+
+
+def _near(name: str, config: Config) -> list[str]:
+    """Fields that an unknown key of a file may mean: as options, also by words of other scripts."""
+    found = [option.name for option in near_options(name, describe(Config, config))]
+    return found or near_fields(name, config)
+
+
+def wording(
+    kind: type[P], config: Config, args: list[str], origin: str = "the recipe"
+) -> Callable[[Exception], str]:
+    """How errors of fields are shown for these words; `origin`: where values come from that were not
+    typed."""
+    described = describe(kind, _defaults(kind, config))
+    return lambda error: Wording(described, args, FOLLOWS, origin)(error)
 
 
 def _defaults(kind: type[P], config: Config) -> P:
@@ -148,8 +184,8 @@ def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
     about = ""
     config = Config()
     if recipe is not None:
-        with one_line(EXIT_REFUSED, ValueError):
-            config = get_recipe(recipe)
+        config = base_config(recipe)
+    if recipe in RECIPES:
         about = f"{recipe}: {first_sentence(docstring(RECIPES[recipe]))}"
         about += f" {EXPECTED[recipe]}" if recipe in EXPECTED else ""
     return of_config(
@@ -199,11 +235,11 @@ def recipes(args: list[str]) -> int:
 
 
 def print_config(args: list[str]) -> int:
-    """Print the config of a recipe with overrides, as JSON."""
+    """Print the config of a recipe with overrides."""
     parsed = parse_config(ConfigArguments, "print-config", args)
     if parsed is None:
         return EXIT_REFUSED
-    show_page(json.dumps(to_json(parsed.config), indent=2))
+    show_page(config_text(parsed.config, parsed.format, comments=parsed.comments))
     return 0
 
 
