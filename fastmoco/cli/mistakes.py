@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fastmoco.cli.options import REQUIRED, Described, Option, choices, describe, expected, fits
+from fastmoco.cli.options import (
+    REQUIRED,
+    Described,
+    Option,
+    as_parsed,
+    choices,
+    describe,
+    expected,
+    fits,
+)
 from fastmoco.cli.options import typed as as_words
 from fastmoco.cli.suggest import one_of, unknown_option
 from fastmoco.errors import EXIT_REFUSED, WORDING, say
@@ -60,6 +69,8 @@ def parse(
         SystemExit: with 2 for a mistake, after one line for each on standard error.
     """
     defaults = {} if default is None else {"default": default}
+    if any(word.rpartition("=")[2] == "none" for word in args):
+        args = as_parsed(args, describe(_inner(target), default))
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

@@ -22,6 +22,7 @@ from fastmoco.cli.config_text import Format, config_text
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import Described, describe, docstring
+from fastmoco.cli.output import run_logged
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.cli.profile import ProfileArguments
@@ -31,6 +32,7 @@ from fastmoco.cli.words import typed_path
 from fastmoco.config import Config
 from fastmoco.config.limits import require_limits
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
+from fastmoco.errors.log import Style
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, with_image_size
 from fastmoco.recipes.files import is_config_file, near_fields, read_config
@@ -47,14 +49,15 @@ class TrainArguments:
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one per GPU, or on its CPU; 0: train in this process,
-    also as one of several under torchrun, srun or launch/slurm.sh."""
+    """Processes to start on this machine, one per GPU, or on its CPU; 0: this one alone, or as one
+    of several under torchrun or srun."""
     allow: tuple[str, ...] = ()
     """Fields that may differ from those of the run in --out, e.g. optim.lr; the
     error of a refused run lists them."""
     trust: bool = False
-    """Continue from the newest checkpoint in --out even if another run wrote
-    it. Its SHA-256 is still checked."""
+    """Continue from a checkpoint in --out that another run wrote. Its SHA-256 is still checked."""
+    log: Style = "auto"
+    """How progress is shown; json is for programs. `auto`: a table on a terminal, else lines."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -306,25 +309,35 @@ def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
         return EXIT_REFUSED
     announce(parsed.config)
     with worded(wording(TrainArguments, parsed.config, args)):
-        if parsed.gpus:
-            from fastmoco.cli.launch import launch
-
-            start_up.end()
-            with one_line(EXIT_REFUSED, ValueError, OSError):
-                words = ["train", *_without_gpus(args)]
-                return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
-        start_up.opens(parsed.out)
-        with collection_paused():
-            from fastmoco.cli.train import train
-
-        return train(
-            parsed.config,
-            parsed.out,
-            allow=parsed.allow,
-            trust=parsed.trust,
+        return run_logged(
+            parsed.log,
+            lambda: _run(parsed, args, start_up, process_ends=process_ends),
             process_ends=process_ends,
-            begun=start_up.end,
+            starts_others=parsed.gpus > 0,
         )
+
+
+def _run(parsed: TrainArguments, args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
+    """Train in this process, or start others that do."""
+    if parsed.gpus:
+        from fastmoco.cli.launch import launch
+
+        start_up.end()
+        with one_line(EXIT_REFUSED, ValueError, OSError):
+            words = ["train", *_without_gpus(args)]
+            return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
+    start_up.opens(parsed.out)
+    with collection_paused():
+        from fastmoco.cli.train import train
+
+    return train(
+        parsed.config,
+        parsed.out,
+        allow=parsed.allow,
+        trust=parsed.trust,
+        process_ends=process_ends,
+        begun=start_up.end,
+    )
 
 
 def _without_gpus(args: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -351,8 +350,7 @@ def _got(value: Any) -> str:
     return f"the text {value[:100]!r}" if isinstance(value, str) else str(value)[:100]
 
 
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     found = get_type_hints(cls)
     return {name: hint for name, hint in found.items() if get_origin(hint) is not ClassVar}
 
