@@ -82,6 +82,7 @@ COMMAND_MEANINGS = {
     "plan": "memory estimate flops",
     "profile": "trace bottleneck timing perf",
     "quickstart": "demo example tutorial try",
+    "runs": "ls list status ps experiments jobs",
     "data pack": "pack prepare convert make-shards shard create write",
     "data index": "index",
     "data check": "check validate scan clean verify",
