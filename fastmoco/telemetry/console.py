@@ -147,6 +147,31 @@ def _colors(stream: TextIO) -> bool:
     return not plain and stream.isatty()
 
 
+class _Curve:
+    """A curve of any length in bounded memory: each value is the mean of equally many."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.newest: float | None = None
+        self._each = 1
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Take the next value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self.newest = value
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._each:
+            return
+        self.values.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
+        if len(self.values) >= 2 * HISTORY:
+            pairs = zip(self.values[::2], self.values[1::2], strict=True)
+            self.values = [(one + other) / 2 for one, other in pairs]
+            self._each *= 2
+
+
 @dataclass
 class _Warning:
     """The newest of equal warnings."""
@@ -196,7 +221,7 @@ class Console:
         self._header = ""
         self._row: dict[str, Any] = {}
         self._best: dict[str, float] = {}
-        self._history: dict[str, list[float]] = {}
+        self._history = {name: _Curve() for name in ("loss", *self._figures)}
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
         self._warnings: dict[str, _Warning] = {}
         self._drawn: list[int] = []
@@ -226,7 +251,8 @@ class Console:
 
     def remember(self, name: str, values: Iterable[float]) -> None:
         """Take the values of an accuracy from before a resume, for its sparkline."""
-        self._history[name] = [value for value in values if math.isfinite(value)]
+        for value in values:
+            self._history[name].add(value)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Show one log step.
@@ -254,13 +280,10 @@ class Console:
                 if isinstance(value, int | float) and math.isfinite(value):
                     self._best[name] = max(value, self._best.get(name, value))
         for name in ("loss", *self._figures):
-            value, past = row.get(name), self._history.setdefault(name, [])
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            if name == "loss" or past[-1:] != [value]:  # accuracies are repeated in each row
-                past.append(float(value))
-            if len(past) >= 2 * HISTORY:
-                past[:] = [(a + b) / 2 for a, b in zip(past[::2], past[1::2], strict=False)]
+            value, curve = row.get(name), self._history[name]
+            # Accuracies are repeated in each row.
+            if isinstance(value, int | float) and (name == "loss" or value != curve.newest):
+                curve.add(value)
         self._row.update(row)
 
     def event(self, text: str, facts: Mapping[str, Any] | None = None) -> None:
@@ -460,8 +483,8 @@ class Console:
         line.append(name.ljust(label), style="dim")
         line.append(f"  {value}")
         room = width - line.cell_len - 2
-        if room > 2 and len(self._history.get(key, ())) > 1:
-            line.append("  " + sparkline(self._history[key], min(room, 60), levels))
+        if room > 2 and len(self._history[key].values) > 1:
+            line.append("  " + sparkline(self._history[key].values, min(room, 60), levels))
         return line
 
     def _guarded(self, draw: Callable[[], None]) -> None:

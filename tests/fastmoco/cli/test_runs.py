@@ -33,7 +33,16 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_table_and_json_of_the_default_folder(runs: Path, capsys) -> None:
     assert main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "step", "kNN", "best", "images/s", "written", "recipe"]
+    assert lines[0].split() == [
+        "run",
+        "state",
+        "step",
+        "kNN",
+        "best",
+        "images/s",
+        "written",
+        "recipe",
+    ]
     by_name = {line.split()[0]: line.split() for line in lines[2:]}
     assert by_name["first"][1:6] == ["finished", "20/6,500", "40.0%", "50.0%", "1,234"]
     assert by_name["second"][1:3] == ["failed", "1,300/6,500"]

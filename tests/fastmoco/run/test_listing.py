@@ -61,7 +61,9 @@ def test_the_state_of_a_run_without_an_owner_is_its_mark(tmp_path: Path, mark: s
     path = made(tmp_path / "a", ROWS)
     if mark:
         (path / mark).write_text("\n")
-    assert only(tmp_path).state == {None: "failed", "DONE": "finished", "PREEMPTED": "stopped"}[mark]
+    assert (
+        only(tmp_path).state == {None: "failed", "DONE": "finished", "PREEMPTED": "stopped"}[mark]
+    )
     (path / "metrics.jsonl").unlink()
     if mark is None:
         assert only(tmp_path).state == "not begun"
@@ -134,7 +136,11 @@ DAMAGED = {
     "odd values": ('{"step": 10, "knn": "x", "images_per_s": true}\n', 10, None),
     "huge numbers": ('{"step": 10, "knn": 1e999}\n{"step": 1e999}\n', 10, None),
     "deep": ('{"step": 10}\n' + "[" * 50_000 + "\n", 10, None),
-    "long": ('{"step": 10}\n{"step": 11, "text": "' + "x" * 70_000 + '"}\n', None, "metrics.jsonl "),
+    "long": (
+        '{"step": 10}\n{"step": 11, "text": "' + "x" * 70_000 + '"}\n',
+        None,
+        "metrics.jsonl ",
+    ),
 }
 
 
