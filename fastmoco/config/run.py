@@ -36,8 +36,8 @@ EVAL_BATCH = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """How a process passes its part of a batch through the encoder: at once or in chunks
-    (micro-batches), with equal gradients."""
+    """How a process passes its part of a batch through the encoder: whole or in chunks
+    (micro-batches)."""
 
     chunk: Literal["auto", "none"] | int = "auto"
     """Images per pass through the encoder. `none`: all; `auto`: all if they fit into the free

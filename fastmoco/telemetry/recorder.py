@@ -36,6 +36,7 @@ from fastmoco.telemetry.stability import (
     feature_std,
     pair_cosines,
 )
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
 from fastmoco_pipelines.text import counted
 
@@ -162,7 +163,22 @@ class Recorder:
             f"{counted(resolved.steps_per_epoch, 'step')} per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
             f"{_peak_line(config)}",
+            facts={
+                "run": str(folder.path),
+                "recipe": config.recipe,
+                "step": start_step,
+                "images": resolved.sample_count,
+                "steps_per_epoch": resolved.steps_per_epoch,
+                "global_batch_size": config.global_batch_size,
+                "world_size": world.world_size,
+                "device": world.device.type,
+            },
         )
+        if start_step and self.console.is_live:
+            with contextlib.suppress(OSError, UnfitFileError):
+                for name in self._labels:
+                    past = folder.read_metric(name)
+                    self.console.remember(name, (value for step, value in past if step))
 
         if start_step == 0 and (rest := _left_out(config, resolved)):
             self.event(rest)
@@ -197,6 +213,7 @@ class Recorder:
     def stepped(self, wait_seconds: float) -> None:
         """Count one finished step."""
         self.meter.step(wait_seconds)
+        self.console.stepped()
 
     def loader(self, figures: StageFigures) -> None:
         """Take the loader's figures so far; `log` writes the change between two calls."""
@@ -340,7 +357,7 @@ class Recorder:
         for name, value in finite.items():
             if name not in self._best or value > self._best[name]:
                 self._best[name], self._best_step[name] = value, step
-        self.console.keep(finite)
+        self.console.keep({"step": step, **finite})
         shown = [self._accuracy(name, value, step) for name, value in finite.items()]
         self.event(f"step {step}: {', '.join(shown)}")
         for name, value in finite.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fastmoco.run.curves import Panels
 from fastmoco.run.drawing import CurveDrawer
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
+from fastmoco.run.listing import HOST
 from fastmoco.run.world_sizes import NAME as RANKS
 from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
@@ -261,7 +263,7 @@ class Trainer:
             ranks = with_start(before, self.step_count, self.world.world_size)
             initial = self.initial.to_json() if self.initial is not None else before.get(INITIAL)
             kept = {INITIAL: initial} if initial and self.config.model.init else {}
-            self.folder.write_config(saved | {RANKS: ranks} | kept)
+            self.folder.write_config(saved | {RANKS: ranks, HOST: socket.gethostname()} | kept)
         recorder = Recorder(
             self.config,
             self.resolved,
