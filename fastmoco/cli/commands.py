@@ -91,6 +91,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _eval("eval neighbours", "embed:neighbours", "The nearest images of each image."),
         _eval("eval outliers", "embed:outliers", "Images that are like no others."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+        Command("report", "report:report", "Write a page about runs: curves, health, pictures."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),
 }

@@ -197,6 +197,15 @@ class Attention(nn.Module):
         out: Tensor = self.proj(values_BE + b_v)
         return out
 
+    def class_weights(self, x_BLE: Tensor) -> Tensor:
+        """The attention of row 0 to every token, [B, A, L]: rows of a softmax, in float32."""
+        q, k = self.queries(x_BLE[:, :1]), self.keys_values(x_BLE).chunk(2, dim=-1)[0]
+        q_BA1d, k_BALd = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).float() for part in (q, k)
+        )
+        scores = q_BA1d @ k_BALd.transpose(2, 3) * q_BA1d.shape[-1] ** -0.5
+        return scores.softmax(dim=-1)[:, :, 0]
+
 
 class Mlp(nn.Module):
     """Two linear layers with the exact (erf) GELU between them."""

@@ -78,7 +78,10 @@ class Chart:
     @property
     def summary(self) -> str:
         """The text alternative."""
-        said = [f"{row[0]}: from {row[1]} to {row[2]}, least {row[3]}, largest {row[4]}" for row in self.rows]
+        said = [
+            f"{row[0]}: from {row[1]} to {row[2]}, least {row[3]}, largest {row[4]}"
+            for row in self.rows
+        ]
         return ". ".join([self.title, *said[:8]]) + "."
 
     @property
@@ -127,7 +130,13 @@ def accuracy_charts(runs: Sequence[ReportRun]) -> list[Chart]:
             "before it.",
         )
         chart = _lines(
-            runs, {name: label}, meaning, f"accuracy-{order}", share=True, guides=name, dips=True,
+            runs,
+            {name: label},
+            meaning,
+            f"accuracy-{order}",
+            share=True,
+            guides=name,
+            dips=True,
             wide=order == 0,
         )
         found += [chart] if chart else []
@@ -176,7 +185,9 @@ def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:
     """Throughput, waiting, the stages of the loader, and where the time of a step went."""
     found = [
         _lines(runs, {"images_per_s": "images/s"}, meaning_of("images_per_s"), "speed", zero=True),
-        _lines(runs, {"wait_share": "waiting"}, meaning_of("wait_share"), "wait", share=True, zero=True),
+        _lines(
+            runs, {"wait_share": "waiting"}, meaning_of("wait_share"), "wait", share=True, zero=True
+        ),
         _step_bars(runs),
         _lines(
             runs,
@@ -374,7 +385,9 @@ def _lines(
             rows.append((f"{shown}, not finite", f"step {lost[0]:,}", f"step {lost[-1]:,}", "", ""))
     if not traces:
         return None
-    near, far = _near_and_far(runs, guides, [run.series[guides] for run in runs if guides in run.series])
+    near, far = _near_and_far(
+        runs, guides, [run.series[guides] for run in runs if guides in run.series]
+    )
     layout["shapes"], layout["annotations"] = _guides(near, share=share)
     layout["shapes"] += [
         _upright(event.step) for run in runs for event in run.events if event.name == "rolled_back"
@@ -782,7 +795,12 @@ def _layout(unit: str, kind: str) -> dict[str, Any]:
     elif kind == "log":
         y |= {"type": "log", "dtick": 1, "exponentformat": "power"}
     return {
-        "xaxis": {**axis, "title": {"text": "step", "standoff": 8}, "tickformat": ",d", "nticks": 8},
+        "xaxis": {
+            **axis,
+            "title": {"text": "step", "standoff": 8},
+            "tickformat": ",d",
+            "nticks": 8,
+        },
         "yaxis": y,
         "margin": {"l": 54, "r": 12, "t": 12, "b": 44},
         "paper_bgcolor": "rgba(0,0,0,0)",

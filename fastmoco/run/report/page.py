@@ -213,7 +213,9 @@ def _without_momentum(runs: Sequence[ReportRun]) -> list[str]:
     names = [run.name for run in runs if "lr" in run.series and "ema_momentum" not in run.series]
     if not names:
         return []
-    return [f"{', '.join(names)}: this method has no momentum encoder, so there is no EMA momentum."]
+    return [
+        f"{', '.join(names)}: this method has no momentum encoder, so there is no EMA momentum."
+    ]
 
 
 def _card(run: ReportRun) -> dict[str, Any]:
@@ -319,7 +321,9 @@ def _event_table(run: ReportRun) -> Table:
         for event in events
     ]
     why = "" if rows else "No event is recorded."
-    return Table(head=["step", "event", "layer", "size", "what was noticed"], rows=rows, note=note, why=why)
+    return Table(
+        head=["step", "event", "layer", "size", "what was noticed"], rows=rows, note=note, why=why
+    )
 
 
 __all__ = ["Health", "flat_config", "render", "write_report"]

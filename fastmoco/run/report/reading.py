@@ -139,7 +139,9 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
             "is it the folder given to fastmoco train --out?"
         )
     notes: list[str] = []
-    series, lost = read_curves(folder.metrics, lambda name: name not in NO_CURVE[:1], tell=notes.append)
+    series, lost = read_curves(
+        folder.metrics, lambda name: name not in NO_CURVE[:1], tell=notes.append
+    )
     times = series.pop("time", None)
     back = series.pop(ROLLED_BACK, None)
     for entry in NO_CURVE:
@@ -153,10 +155,10 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         ]
     saved = folder.read_config()
     if not saved:
-        notes.append(f"{path / 'config.json'} is missing or damaged, so the configuration is unknown.")
-    kept = {
-        metric: one for metric, one in series.items() if not metric.startswith(SPIKE)
-    }
+        notes.append(
+            f"{path / 'config.json'} is missing or damaged, so the configuration is unknown."
+        )
+    kept = {metric: one for metric, one in series.items() if not metric.startswith(SPIKE)}
     return ReportRun(
         name=name or path.absolute().name,
         folder=folder,

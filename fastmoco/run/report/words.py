@@ -70,9 +70,13 @@ GROUPS = {
         "Gradient norm", "", "The largest norm of each log interval, by place in the network."
     ),
     "update_ratio/": Meaning(
-        "Update to weight ratio", "", "Size of a step relative to the weights; about 0.001 is usual."
+        "Update to weight ratio",
+        "",
+        "Size of a step relative to the weights; about 0.001 is usual.",
     ),
-    "loader/": Meaning("Loader", "ms per step", "Work of the loader's threads, beside the training."),
+    "loader/": Meaning(
+        "Loader", "ms per step", "Work of the loader's threads, beside the training."
+    ),
 }
 """By the prefix of several metrics that share a chart."""
 
