@@ -159,7 +159,7 @@ def _differences(run: ReportRun) -> Table:
         return Table(why=f"There is nothing to compare with: {error}.")
     own = flat_config(run.config)
     rows = [
-        [field, recipe.get(field, "–"), own.get(field, "–")]
+        [field, recipe.get(field, "-"), own.get(field, "-")]
         for field in dict.fromkeys((*own, *recipe))
         if own.get(field) != recipe.get(field)
     ]

@@ -199,12 +199,13 @@ class Attention(nn.Module):
 
     def class_weights(self, x_BLE: Tensor) -> Tensor:
         """The attention of row 0 to every token, [B, A, L]: rows of a softmax, in float32."""
-        q, k = self.queries(x_BLE[:, :1]), self.keys_values(x_BLE).chunk(2, dim=-1)[0]
-        q_BA1d, k_BALd = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).float() for part in (q, k)
-        )
-        scores = q_BA1d @ k_BALd.transpose(2, 3) * q_BA1d.shape[-1] ** -0.5
-        return scores.softmax(dim=-1)[:, :, 0]
+        B, L, E = x_BLE.shape
+        A = self.num_heads
+        q_BA1d = self.queries(x_BLE[:, :1]).view(B, 1, A, E // A).transpose(1, 2)
+        k_BALd = self.keys_values(x_BLE)[..., :E].view(B, L, A, E // A).transpose(1, 2)
+        scores_BA1L = q_BA1d.float() @ k_BALd.float().transpose(2, 3) * (E // A) ** -0.5
+        weights_BAL: Tensor = scores_BA1L.softmax(dim=-1)[:, :, 0]
+        return weights_BAL
 
 
 class Mlp(nn.Module):

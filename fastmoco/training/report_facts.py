@@ -53,7 +53,7 @@ def checkpoint_table(run: ReportRun) -> Table:
     for path in paths:
         state = tried(lambda path=path: _checkpoint_row(path))  # type: ignore[misc]
         step = path.name.removeprefix("step_").lstrip("0") or "0"
-        rows.append([step, "–", "–", "–", f"damaged: {state}"] if isinstance(state, str) else state)
+        rows.append([step, "-", "-", "-", f"damaged: {state}"] if isinstance(state, str) else state)
     return Table(
         head=["step", "saved at (UTC)", "size", "accuracy", "state"],
         rows=rows,
@@ -70,7 +70,7 @@ def _checkpoint_row(path: Path) -> list[str]:
         f"{step_of(path):,}",
         str(marker["saved_at"]).replace("T", " ")[:19],
         f"{size / 1e6:,.1f} MB",
-        str(score) if score is not None else "–",
+        str(score) if score is not None else "-",
         f"committed by {ranks}",
     ]
 
@@ -102,7 +102,7 @@ def environment_table(run: ReportRun) -> Table:
     versions = resolved.get("versions")
     if isinstance(versions, dict):
         rows += [[str(name), str(version)] for name, version in versions.items()]
-    rows.append(["run", str(run.saved.get("run_id", "–"))])
+    rows.append(["run", str(run.saved.get("run_id", "-"))])
     rows.append(["folder", str(run.folder.path)])
     return Table(head=["what", "value"], rows=rows)
 

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.run.curves import thinned
+from fastmoco.run.events import Event
 from fastmoco.run.metrics_file import Series
-from fastmoco.run.report.reading import ReportRun, RunEvent, dips_of
+from fastmoco.run.report.reading import ReportRun, dips_of
 from fastmoco.run.report.words import GROUPS, Meaning, meaning_of, spaced
 from fastmoco_pipelines.text import escaped
 
@@ -177,8 +178,18 @@ def similarity_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         "center_norm",
     ):
         names = {name: meaning_of(name).title} | _under(runs, f"{name}/")
-        found.append(_lines(runs, names, meaning_of(name), name))
+        even = {} if name != "feature_std" else _even_spread(runs)
+        zero = name == "feature_std"
+        found.append(_lines(runs, names, meaning_of(name), name, lines=even, zero=zero))
     return [chart for chart in found if chart]
+
+
+def _even_spread(runs: Sequence[ReportRun]) -> dict[str, float]:
+    """The spread of features that point in all directions alike, where all runs have one width."""
+    models = [run.config.get("model") for run in runs]
+    widths = {model.get("projection_dim") for model in models if isinstance(model, Mapping)}
+    width = widths.pop() if len(widths) == 1 else None
+    return {"evenly spread": width**-0.5} if type(width) is int and width > 0 else {}
 
 
 def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:
@@ -195,6 +206,11 @@ def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:
             GROUPS["loader/"],
             "loader",
             zero=True,
+        ),
+        *(
+            _lines(runs, {name: meaning_of(name).title}, meaning_of(name), key, zero=True)
+            for name, key in (("loader/queue_depth", "queue"), ("loader/quarantined", "left-out"))
+            if any(run.series[name].values.any() for run in runs if name in run.series)
         ),
     ]
     return [chart for chart in found if chart]
@@ -226,7 +242,7 @@ def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         "target_entropy",
         "center_norm",
         *(name for run in runs for name in run.panels.figures),
-        *(f"loader/{name}" for name in LOADER_STAGES),
+        *(f"loader/{name}" for name in (*LOADER_STAGES, "queue_depth", "quarantined")),
     }
     prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory")
     rest = [
@@ -280,9 +296,11 @@ def feature_chart(found: FeatureMap, key: str, name: str) -> Chart:
     rest = ~np.isin(found.labels, own)
     if rest.any():
         traces.append(_points(found, rest, "other" if own else "images", "@muted", "circle"))
-    layout = _layout("", "")
-    layout["xaxis"] |= {"showgrid": False, "showticklabels": False, "title": {"text": ""}}
-    layout["yaxis"] |= {"showgrid": False, "showticklabels": False, "scaleanchor": "x"}
+    layout = _layout()
+    bare = {"showgrid": False, "showticklabels": False, "showline": False, "title": {"text": ""}}
+    layout["xaxis"] |= bare
+    layout["yaxis"] |= bare
+    layout["margin"] = {"l": 8, "r": 8, "t": 12, "b": 8}
     layout |= {"hovermode": "closest", "showlegend": True}
     rows = [(trace["name"], f"{len(trace['x'])} images", "", "", "") for trace in traces]
     return Chart(
@@ -293,7 +311,7 @@ def feature_chart(found: FeatureMap, key: str, name: str) -> Chart:
         figure={"data": traces, "layout": layout},
         rows=rows,
         wide=True,
-        height=460,
+        height=420,
     )
 
 
@@ -340,6 +358,7 @@ def _lines(
     zero: bool = False,
     wide: bool = False,
     guides: str = "",
+    lines: Mapping[str, float] | None = None,
     dips: bool = False,
 ) -> Chart | None:
     """A chart of some metrics of all runs against the step; None if no run has them.
@@ -357,7 +376,7 @@ def _lines(
     if not wanted:
         return None
     buckets = max(80, BUCKETS // max(1, -(-len(wanted) // 6)))
-    layout = _layout(meaning.unit, "share" if share else "log" if log else "")
+    layout = _layout("share" if share else "log" if log else "")
     if zero:
         layout["yaxis"]["rangemode"] = "tozero"
     traces: list[dict[str, Any]] = []
@@ -385,9 +404,14 @@ def _lines(
             rows.append((f"{shown}, not finite", f"step {lost[0]:,}", f"step {lost[-1]:,}", "", ""))
     if not traces:
         return None
-    near, far = _near_and_far(
-        runs, guides, [run.series[guides] for run in runs if guides in run.series]
-    )
+    known = {
+        name: value
+        for run in runs
+        for name, value in run.panels.lines.get(guides, {}).items()
+        if math.isfinite(value)
+    }
+    drawn = [run.series[name] for _, run, name, _ in wanted if name in run.series]
+    near, far = _near_and_far(known | dict(lines or {}), drawn, zero=zero)
     layout["shapes"], layout["annotations"] = _guides(near, share=share)
     layout["shapes"] += [
         _upright(event.step) for run in runs for event in run.events if event.name == "rolled_back"
@@ -508,21 +532,17 @@ def _lost(steps: NDArray[np.int64], series: Series | None, color: str) -> dict[s
 
 
 def _near_and_far(
-    runs: Sequence[ReportRun], metric: str, series: Sequence[Series]
+    values: Mapping[str, float], series: Sequence[Series], *, zero: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Values to compare with: those that may be drawn, and those so far from the curves that a line
     would press them flat."""
-    values = {
-        name: value
-        for run in runs
-        for name, value in run.panels.lines.get(metric, {}).items()
-        if math.isfinite(value)
-    }
     if not series:
-        return values, {}
+        return dict(values), {}
     low = min(float(one.values.min()) for one in series)
     high = max(float(one.values.max()) for one in series)
     room = high - low
+    if zero:
+        low, room = min(low, 0.0), max(room, abs(high))
     near = {name: value for name, value in values.items() if low - room <= value <= high + room}
     return near, {name: value for name, value in values.items() if name not in near}
 
@@ -614,7 +634,7 @@ def _heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
         table.append(_row(spaced(place), series, share=False))
     finite = [value for row in colors for value in row if value is not None]
     top = max(1.0, *finite) if finite else 1.0
-    ticks = [tick for tick in (-1, -0.5, 0, 0.5, 1, 2, 3, 4, 5, 6) if tick <= top]
+    ticks = list(range(-1, int(top) + 1))
     heat = {
         "type": "heatmap",
         "x": _rounded(middles, 8),
@@ -629,16 +649,17 @@ def _heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
             "title": {"text": "x median", "side": "top"},
             "orientation": "h",
             "thickness": 10,
-            "len": 0.6,
+            "len": 0.7,
             "y": -0.2,
             "yanchor": "top",
             "x": 0.5,
             "tickvals": ticks,
-            "ticktext": [f"{float(f'{10**tick:.2g}'):,g}" for tick in ticks],
+            "ticktext": [f"{10**tick:,g}" for tick in ticks],
+            "tickangle": 0,
             "outlinewidth": 0,
         },
     }
-    layout = _layout("", "")
+    layout = _layout()
     layout["yaxis"] |= {
         "type": "category",
         "autorange": "reversed",
@@ -676,11 +697,11 @@ def _events(
     known = {(event.step, event.layer) for event in events}
     for place, steps in lost.items():
         events += [
-            RunEvent(step, "gradient_not_finite", place, None, "gradient norm is not finite")
+            Event(step, "gradient_not_finite", place, None, "gradient norm is not finite")
             for step in steps[:MOST_MARKS].tolist()
             if (step, place) not in known
         ]
-    by_name: dict[str, list[RunEvent]] = {}
+    by_name: dict[str, list[Event]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event)
     traces = []
@@ -760,10 +781,11 @@ def _step_bars(runs: Sequence[ReportRun]) -> Chart | None:
                 "hovertemplate": "%{fullData.name}: %{x:.3~g} ms<extra></extra>",
             }
         )
-    layout = _layout("", "")
+    layout = _layout()
     layout["xaxis"] |= {"title": {"text": "ms per step"}, "rangemode": "tozero", "tickformat": ""}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
     layout |= {"barmode": "stack", "hovermode": "closest", "showlegend": True}
+    layout["legend"] |= {"traceorder": "normal"}
     rows = [
         (f"{bar}: {label}", f"{number(value)} ms", "", "", "")
         for bar, times in parts.items()
@@ -772,15 +794,15 @@ def _step_bars(runs: Sequence[ReportRun]) -> Chart | None:
     return Chart(
         key="step-time",
         title="Where the time of a step went (ms)",
-        note="Medians. The loader works beside the training: a step waits only for what is not "
+        note="Medians; waiting is a mean. The loader works beside the training: a step waits only for what is not "
         "ready in time.",
         figure={"data": traces, "layout": layout},
         rows=rows,
-        height=200 + 40 * len(parts),
+        height=230 + 40 * len(parts),
     )
 
 
-def _layout(unit: str, kind: str) -> dict[str, Any]:
+def _layout(kind: str = "") -> dict[str, Any]:
     """The layout that all charts share."""
     axis = {
         "gridcolor": "@grid",
@@ -789,9 +811,9 @@ def _layout(unit: str, kind: str) -> dict[str, Any]:
         "tickcolor": "@grid",
         "automargin": True,
     }
-    y: dict[str, Any] = {**axis, "title": {"text": unit, "standoff": 8}}
+    y: dict[str, Any] = {**axis, "title": {"text": ""}}
     if kind == "share":
-        y["tickformat"] = ".0%" if kind == "share" else ""
+        y["tickformat"] = ".3~p"
     elif kind == "log":
         y |= {"type": "log", "dtick": 1, "exponentformat": "power"}
     return {

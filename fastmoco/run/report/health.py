@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from fastmoco.run.events import Event
 from fastmoco.run.report.charts import number
-from fastmoco.run.report.reading import DIP, ReportRun, RunEvent, dips_of
+from fastmoco.run.report.reading import DIP, ReportRun, dips_of
 from fastmoco.run.report.words import spaced
 
 Verdict = Literal["healthy", "look at it", "not healthy", "too early"]
@@ -115,9 +116,7 @@ def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
 
 def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
     counts = Counter(event.name for event in run.events)
-    for name in SERIOUS:
-        if counts[name]:
-            grave.append(_last(run, name))
+    grave += [_last(run, name) for name in SERIOUS if counts[name]]
     spikes = [event for event in run.events if event.name.startswith("gradient_")]
     if spikes:
         steps = {event.step for event in spikes}
@@ -134,7 +133,7 @@ def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[s
 def _last(run: ReportRun, name: str) -> str:
     """The last event of a name, in words."""
     found = [event for event in run.events if event.name == name]
-    last: RunEvent = found[-1]
+    last: Event = found[-1]
     times = f" ({len(found)} times, last here)" if len(found) > 1 else ""
     return f"step {last.step:,}: {last.text or spaced(name)}{times}"
 

@@ -58,7 +58,7 @@
     const figure = figures[place.id].figure;
     const layout = colored(figure.layout, "", style);
     layout.font.family = getComputedStyle(document.body).fontFamily;
-    layout.autosize = true;
+    layout.width = place.clientWidth;
     if (narrow) {
       layout.font.size = 11;
       layout.xaxis.nticks = 5;
@@ -66,12 +66,21 @@
     }
     // Dragging on a touch screen scrolls the page.
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
-    const config = { responsive: true, displayModeBar: false };
+    const config = { displayModeBar: false };
     await Plotly.react(place, colored(figure.data, "", style), layout, config);
     const shown = place._fullData || [];
     const count = (trace) => (trace.z ? trace.z.reduce((sum, row) => sum + row.length, 0) : (trace.x || []).length);
     place.dataset.points = shown.reduce((sum, trace) => sum + count(trace), 0);
   };
+  // Plotly follows the window alone; a chart may change its width without it.
+  const widths = new WeakMap();
+  const watcher = new ResizeObserver((entries) => {
+    for (const { target, contentRect } of entries) {
+      const before = widths.get(target);
+      widths.set(target, contentRect.width);
+      if (before && Math.abs(before - contentRect.width) > 1 && target.dataset.points) draw(target).catch(fault);
+    }
+  });
   const redraw = async () => {
     for (const place of document.querySelectorAll(".plot")) if (place.dataset.points) await draw(place);
   };
@@ -82,7 +91,7 @@
     change();
   });
   system.addEventListener("change", change);
-  addEventListener("beforeprint", () => { printing = true; change(); for (const one of document.querySelectorAll(".plot")) Plotly.Plots.resize(one); });
+  addEventListener("beforeprint", () => { printing = true; change(); });
   addEventListener("afterprint", () => { printing = false; change(); });
 
   const start = async () => {
@@ -97,7 +106,7 @@
     script.textContent = library;
     document.head.append(script);
     for (const place of document.querySelectorAll(".plot")) {
-      try { await draw(place); } catch (error) { fault(error); }
+      try { await draw(place); watcher.observe(place); } catch (error) { fault(error); }
     }
     if (faults.length) trouble(`Some charts could not be drawn: ${faults[0]}`);
     root.dataset.report = "ready";

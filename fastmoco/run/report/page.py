@@ -43,6 +43,7 @@ class Section:
     Attributes:
         key: its anchor.
         title: its heading.
+        short: the same in the list of sections.
         charts: drawn first.
         said: sentences below them.
         none: what is said where there is nothing else.
@@ -50,6 +51,7 @@ class Section:
 
     key: str
     title: str
+    short: str
     charts: Sequence[Chart] = ()
     said: Sequence[str] = ()
     none: str = ""
@@ -146,8 +148,8 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
     def said(kind: str) -> list[str]:
         found = []
         for run, one in zip(runs, extras, strict=True):
-            for sentence in getattr(one, kind):
-                found.append(f"{run.name}: {sentence}" if several else sentence)
+            prefix = f"{run.name}: " if several else ""
+            found += [prefix + sentence for sentence in getattr(one, kind)]
         return found
 
     absent = [
@@ -159,12 +161,14 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
         Section(
             key="training",
             title="Loss and accuracy",
+            short="Accuracy",
             charts=[*([loss] if loss else []), *chart.accuracy_charts(runs)],
             none="Neither a loss nor an accuracy is recorded yet.",
         ),
         Section(
             key="schedules",
             title="Learning rate and EMA momentum",
+            short="Schedules",
             charts=chart.schedule_charts(runs),
             said=_without_momentum(runs),
             none="No schedule is recorded yet.",
@@ -172,18 +176,21 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
         Section(
             key="gradients",
             title="Gradients by layer",
+            short="Gradients",
             charts=chart.gradient_charts(runs),
             none="No gradient norm is recorded.",
         ),
         Section(
             key="similarity",
             title="Similarity and collapse",
+            short="Similarity",
             charts=chart.similarity_charts(runs),
             none="This method records no similarity and no measure of collapse.",
         ),
         Section(
             key="speed",
             title="Throughput, and where the time went",
+            short="Speed",
             charts=chart.speed_charts(runs),
             said=said("speed"),
             none="No speed is recorded yet.",
@@ -191,6 +198,7 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
         Section(
             key="memory",
             title="Memory",
+            short="Memory",
             charts=chart.memory_charts(runs),
             said=said("memory"),
             none="No memory is recorded.",
@@ -198,13 +206,14 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
         Section(
             key="features",
             title="Features by class",
+            short="Features",
             charts=maps,
             said=absent,
         ),
     ]
     others = chart.other_charts(runs)
     if others:
-        sections.append(Section(key="others", title="Other metrics", charts=others))
+        sections.append(Section(key="others", title="Other metrics", short="Others", charts=others))
     return sections
 
 
@@ -244,7 +253,7 @@ def _figures(run: ReportRun) -> list[tuple[str, str, str]]:
             beside = f"best {series.values[best]:.1%} at step {series.steps[best]:,}"
             found.append((label, f"{series.values[-1]:.1%}", beside))
     if not found:
-        found.append(("kNN", "–", "not measured"))
+        found.append(("kNN", "-", "not measured"))
     speed = run.series.get("images_per_s")
     if speed is not None:
         last = f"last {number(float(speed.values[-1]))}"
@@ -257,7 +266,7 @@ def _figures(run: ReportRun) -> list[tuple[str, str, str]]:
     found.append(("step", f"{run.last_step:,}", done))
     if run.times is not None and len(run.times.values) > 1:
         seconds = float(run.times.values.max() - run.times.values.min())
-        found.append(("time", spoken(seconds), "between the first and the last line"))
+        found.append(("time", spoken(seconds), "from first to last line"))
     return found
 
 
@@ -269,7 +278,7 @@ def _overview(runs: Sequence[ReportRun]) -> Table:
         values = {what: f"{value} ({beside})" for what, value, beside in _figures(run)}
         health = health_of(run)
         verdict = f"{SYMBOLS[health.verdict]} {health.verdict}"
-        rows.append([run.name, verdict, run.state, *(values.get(what, "–") for what in columns)])
+        rows.append([run.name, verdict, run.state, *(values.get(what, "-") for what in columns)])
     return Table(head=["run", "health", "state", *columns], rows=rows)
 
 
@@ -278,7 +287,7 @@ def _differing(runs: Sequence[ReportRun]) -> Table:
     flats = [dict(_flat(run.config)) for run in runs]
     names = list(dict.fromkeys(name for flat in flats for name in flat))
     rows = [
-        [name, *(flat.get(name, "–") for flat in flats)]
+        [name, *(flat.get(name, "-") for flat in flats)]
         for name in names
         if len({flat.get(name) for flat in flats}) > 1
     ]
@@ -314,8 +323,8 @@ def _event_table(run: ReportRun) -> Table:
         [
             f"{event.step:,}",
             spaced(event.name),
-            spaced(event.layer) if event.layer else "–",
-            "–" if event.size is None else number(event.size),
+            spaced(event.layer) if event.layer else "-",
+            "-" if event.size is None else number(event.size),
             event.text,
         ]
         for event in events

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -16,31 +15,16 @@ from numpy.typing import NDArray
 
 from fastmoco.errors import RunError
 from fastmoco.run.curves import ROLLED_BACK, Panels
+from fastmoco.run.events import Event, read_events
 from fastmoco.run.folder import RunFolder
-from fastmoco.run.metrics_file import MOST_BYTES, SPIKE, Series, read_curves, read_spikes
-from fastmoco_pipelines.files.small import lines_of
+from fastmoco.run.metrics_file import SPIKE, Series, read_curves
 
-NO_CURVE = ("step", "time", "epoch", "event")
+NO_CURVE = ("step", "time", "epoch")
 """Entries of a line of metrics that are no metrics of their own."""
 DIP = 0.02
 """An accuracy this far below the best one before it is a dip; docs/stability.md says why."""
 FRESH_S = 300.0
 """A run whose metrics are younger may train on another machine, where its lock is not seen."""
-LONGEST_LINE = 2**20
-"""Bytes of a line of metrics."""
-
-
-class RunEvent(NamedTuple):
-    """Something that was noticed in a run."""
-
-    step: int
-    name: str
-    """In snake case: gradient_spike, knn_dip, rolled_back."""
-    layer: str | None
-    """The place in the network; None: the whole run."""
-    size: float | None
-    """Its unit depends on the name."""
-    text: str
 
 
 class Dip(NamedTuple):
@@ -77,7 +61,7 @@ class ReportRun:
     series: Mapping[str, Series]
     lost: Mapping[str, NDArray[np.int64]]
     times: Series | None
-    events: Sequence[RunEvent]
+    events: Sequence[Event]
     state: str
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -139,18 +123,16 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
             "is it the folder given to fastmoco train --out?"
         )
     notes: list[str] = []
-    series, lost = read_curves(
-        folder.metrics, lambda name: name not in NO_CURVE[:1], tell=notes.append
-    )
+    series, lost = read_curves(folder.metrics, lambda name: name != "step", tell=notes.append)
     times = series.pop("time", None)
     back = series.pop(ROLLED_BACK, None)
     for entry in NO_CURVE:
         series.pop(entry, None)
         lost.pop(entry, None)
-    found = [*_named_events(folder.metrics), *_spikes(folder.metrics)]
+    found = [*read_events(folder.metrics, tell=notes.append), *_spikes(series, lost)]
     if back is not None:
         found += [
-            RunEvent(step, "rolled_back", None, step - to, f"rolled back to step {to:.0f}")
+            Event(step, "rolled_back", None, step - to, f"rolled back to step {to:.0f}")
             for step, to in zip(back.steps.tolist(), back.values.tolist(), strict=True)
         ]
     saved = folder.read_config()
@@ -237,48 +219,28 @@ def state_of(folder: RunFolder) -> str:
     return "training" if young and not here else "interrupted"
 
 
-def _named_events(path: Path) -> list[RunEvent]:
-    """The events of `metrics.jsonl`; entries of another form are left out."""
+def _spikes(series: Mapping[str, Series], lost: Mapping[str, NDArray[np.int64]]) -> list[Event]:
+    """The gradient spikes of a run of an earlier version, from the metrics `spike/PLACE`."""
     found = []
-    for _, line in lines_of(path, LONGEST_LINE, follow=False, limit=MOST_BYTES):
-        if b'"event"' not in line:
-            continue
-        try:
-            row = json.loads(line)
-            step, event = row["step"], row["event"]
-            name, layer, text = event["name"], event.get("layer"), event.get("text", "")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        size = event.get("size")
-        if type(step) is int and isinstance(name, str):
-            number = isinstance(size, int | float) and abs(size) < math.inf
-            found.append(
-                RunEvent(
-                    step,
-                    name,
-                    layer if isinstance(layer, str) else None,
-                    float(size) if number else None,
-                    text if isinstance(text, str) else "",
-                )
-            )
+    for name, one in series.items():
+        place = name.removeprefix(SPIKE)
+        if place != name:
+            for step, norm in zip(one.steps.tolist(), one.values.tolist(), strict=True):
+                text = f"gradient norm of {place.replace('_', ' ')} is {norm:.3g}"
+                found.append(Event(step, "gradient_spike", place, norm, text))
+    for name, steps in lost.items():
+        place = name.removeprefix(SPIKE)
+        if place != name:
+            text = f"gradient norm of {place.replace('_', ' ')} is not finite"
+            found += [
+                Event(step, "gradient_not_finite", place, None, text) for step in steps.tolist()
+            ]
     return found
 
 
-def _spikes(path: Path) -> list[RunEvent]:
-    """The gradient spikes of a run, by step and place."""
-    found = []
-    for step, places in read_spikes(path).items():
-        for place, norm in places.items():
-            shown = "not finite" if norm is None else f"{norm:.3g}"
-            text = f"gradient norm of {place.replace('_', ' ')} is {shown}"
-            name = "gradient_not_finite" if norm is None else "gradient_spike"
-            found.append(RunEvent(step, name, place, norm, text))
-    return found
-
-
-def _in_order(events: list[RunEvent]) -> list[RunEvent]:
+def _in_order(events: list[Event]) -> list[Event]:
     """Events by step; of one that is recorded in two forms the named one, which comes first."""
-    kept: dict[tuple[int, str, str | None], RunEvent] = {}
+    kept: dict[tuple[int, str, str | None], Event] = {}
     for event in events:
         kept.setdefault((event.step, event.name, event.layer), event)
     return sorted(kept.values(), key=lambda event: event.step)

@@ -30,6 +30,12 @@ MEANINGS = {
     "wait_share": Meaning(
         "Waiting for data", "share of the time", "Above 20 % the loader is the bottleneck."
     ),
+    "loader/queue_depth": Meaning(
+        "Batches ready", "batches", "When the trainer asked for one; at 0 it waited each time."
+    ),
+    "loader/quarantined": Meaning(
+        "Images left out", "images", "Bad images that are replaced by others."
+    ),
     "feature_std": Meaning(
         "Spread of the features",
         "",
