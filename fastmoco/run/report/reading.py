@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,21 +159,22 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
 def names_of(paths: Sequence[Path]) -> list[str]:
     """A short name for each of some runs, no two alike: the end of its path."""
     parts = [path.absolute().parts for path in paths]
-    names = [own[-1] if own else "/" for own in parts]
-    for depth in range(2, max(map(len, parts), default=1) + 1):
-        if len(set(names)) == len(names):
-            break
-        double = {name for name in names if names.count(name) > 1}
-        names = [
-            "/".join(own[-depth:]) if name in double else name
-            for own, name in zip(parts, names, strict=True)
-        ]
-    seen: dict[str, int] = {}
-    for number, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            names[number] = f"{name} ({seen[name]})"
-    return names
+    own = list(dict.fromkeys(parts))
+    depths = dict.fromkeys(own, 1)
+
+    def name(part: tuple[str, ...]) -> str:
+        return "/".join(part[-depths[part] :]) or "/"
+
+    for _ in range(max(map(len, own), default=0)):
+        names = [name(part) for part in own]
+        for part in own:
+            depths[part] += names.count(name(part)) > 1 and depths[part] < len(part) - 1
+    found, seen = [], Counter[str]()
+    for part in parts:
+        seen[name(part)] += 1
+        count = seen[name(part)]
+        found.append(f"{name(part)} ({count})" if count > 1 else name(part))
+    return found
 
 
 def dips_of(series: Series, tolerance: float = DIP) -> list[Dip]:
