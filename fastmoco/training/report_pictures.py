@@ -81,10 +81,11 @@ def make_pictures(
         on_cpu: leave a GPU to a training.
         tell: called with a sentence about each image or checkpoint that is left out.
     """
+    if not run.config:
+        return _without("The configuration of the run cannot be read: it has no sound config.json.")
     config = tried(lambda: from_json(dict(run.config)))
     if isinstance(config, str):
-        why = f"The configuration of the run cannot be read: {config}"
-        return _without(why)
+        return _without(f"The configuration of the run cannot be read: {config}")
     pattern = shards or config.data.shards
     views = tried(lambda: view_pairs(config, pattern))
     shown = (
@@ -310,7 +311,7 @@ def neighbours(found: _Features) -> Tiles:
         tiles = [_tile(pictures[query], f"query, {own or 'an image'}", own or "query")]
         for row, cosine in pairs:
             other = _class_of(found, row)
-            differs = "≠ " if other != own else ""
+            differs = "≠" if other != own else ""
             caption = f"{differs}{other} {cosine:.2f}".strip()
             tiles.append(
                 _tile(

@@ -147,7 +147,16 @@ def accuracy_charts(runs: Sequence[ReportRun]) -> list[Chart]:
 def schedule_charts(runs: Sequence[ReportRun]) -> list[Chart]:
     """Learning rate, EMA momentum and weight decay."""
     names = ("lr", "ema_momentum", "weight_decay")
-    found = [_lines(runs, {name: meaning_of(name).title}, meaning_of(name), name) for name in names]
+    found = [
+        _lines(
+            runs,
+            {name: meaning_of(name).title},
+            meaning_of(name),
+            name,
+            zero=name == "weight_decay",
+        )
+        for name in names
+    ]
     return [chart for chart in found if chart]
 
 

@@ -13,6 +13,7 @@ from fastmoco.run.events import Event
 from fastmoco.run.report.charts import number
 from fastmoco.run.report.reading import DIP, ReportRun, dips_of
 from fastmoco.run.report.words import spaced
+from fastmoco_pipelines.text import counted
 
 Verdict = Literal["healthy", "look at it", "not healthy", "too early"]
 SERIOUS = ("collapse", "forgetting", "no_learning")
@@ -61,7 +62,7 @@ def _judge_loss(run: ReportRun, grave: list[str], odd: list[str], good: list[str
         if int(lost[-1]) > last:
             grave.append(f"the last loss, at step {lost[-1]:,}, is not finite")
         else:
-            odd.append(f"the loss of {len(lost):,} logged steps was not finite")
+            odd.append(f"the loss was not finite in {counted(len(lost), 'logged step')}")
     if loss is None:
         odd.append("no loss is recorded")
         return
@@ -88,9 +89,8 @@ def _judge_accuracy(run: ReportRun, grave: list[str], odd: list[str], good: list
             points = 100 * (float(series.values[best]) - last)
             grave.append(f"{label} is {last:.1%}, {points:.1f} points below its best, {top}")
         elif dips:
-            word = "dip" if len(dips) == 1 else "dips"
             odd.append(
-                f"{label} had {len(dips)} {word} of more than {100 * DIP:.0f} points below its best "
+                f"{label} had {counted(len(dips), 'dip')} of more than {100 * DIP:.0f} points below its best "
                 f"before it, the deepest at step {min(dips, key=lambda d: d.value - d.best).step:,}"
             )
         else:
@@ -120,10 +120,11 @@ def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[s
     spikes = [event for event in run.events if event.name.startswith("gradient_")]
     if spikes:
         steps = {event.step for event in spikes}
-        words = "1 step" if len(steps) == 1 else f"{len(steps):,} steps"
         where = Counter(spaced(event.layer) for event in spikes if event.layer)
         places = ", ".join(place for place, _ in where.most_common(3))
-        odd.append(f"gradient spikes in {words}, from step {min(steps):,} on (in {places})")
+        odd.append(
+            f"gradient spikes in {counted(len(steps), 'step')}, from step {min(steps):,} on (in {places})"
+        )
     elif any(name.startswith("gradient_norm/") for name in run.series):
         good.append("no gradient spike is recorded")
     others = set(counts) - set(SERIOUS) - {"knn_dip", "gradient_spike", "gradient_not_finite"}

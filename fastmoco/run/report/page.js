@@ -29,6 +29,7 @@
   if (!themes.includes(theme)) theme = "system";
   const applied = () => (theme === "system" ? (system.matches ? "dark" : "light") : theme);
   let printing = false;
+  const PAPER = 650; // pixels of a chart on A4 or letter
 
   const paint = () => {
     root.dataset.theme = printing ? "light" : applied();
@@ -58,7 +59,7 @@
     const figure = figures[place.id].figure;
     const layout = colored(figure.layout, "", style);
     layout.font.family = getComputedStyle(document.body).fontFamily;
-    layout.width = place.clientWidth;
+    layout.width = printing ? PAPER : place.clientWidth;
     if (narrow) {
       layout.font.size = 11;
       layout.xaxis.nticks = 5;

@@ -146,7 +146,11 @@ def test_dips_are_stretches_below_the_best_value_before() -> None:
         ({}, "healthy", "its best 80.0% at step 120"),
         ({"knn": {}}, "healthy", "no accuracy was measured"),
         ({"change": {120: {"loss": None}}}, "not healthy", "the last loss"),
-        ({"change": {60: {"loss": None}}}, "look at it", "1 logged steps was not finite"),
+        (
+            {"change": {60: {"loss": None}}},
+            "look at it",
+            "the loss was not finite in 1 logged step",
+        ),
         ({"knn": {0: 0.2, 60: 0.7, 120: 0.6}}, "not healthy", "10.0 points below its best"),
         (
             {"knn": {0: 0.2, 60: 0.7, 90: 0.6, 120: 0.8}},
