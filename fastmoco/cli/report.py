@@ -42,7 +42,7 @@ def report(
         out: The page; default report.html in the folder of the run.
         watch: Write it again and again until the runs have ended, or until Ctrl-C; an open page
             loads itself again.
-        interval: Seconds between two pages of --watch.
+        interval: Seconds from one page to the next.
         pictures: View pairs, nearest neighbours, attention maps and a map of the features, by the
             newest checkpoint. They take some seconds to a minute.
         shards: The training set, if it has moved since.
@@ -80,9 +80,11 @@ class _Page:
         self._shards = shards
         self._chip = chip
         self._made: dict[Path, tuple[object, Any]] = {}
+        self._sizes: dict[Path, int] = {}
+        self._told: set[str] = set()
 
     def write(self, refresh_s: int = 0) -> bool:
-        """Write the page; returns whether a run still trains."""
+        """Write the page; returns whether a run may still train."""
         # The library of the charts first: without it nothing else is worth the time.
         import plotly.offline  # noqa: F401
 
@@ -92,11 +94,21 @@ class _Page:
         found = [read_run(path, name) for path, name in self._runs]
         for run in found:
             for note in run.notes:
-                say(note)
-        goes_on = any(run.state == "training" for run in found)
+                if note not in self._told:
+                    self._told.add(note)
+                    say(note)
+        going = [run for run in found if self._goes_on(run)]
         extras = [self._extras(run) for run in found]
-        write_report(found, extras, self.out, refresh_s=refresh_s if goes_on else 0)
-        return goes_on
+        write_report(found, extras, self.out, refresh_s=refresh_s if going else 0)
+        return bool(going)
+
+    def _goes_on(self, run: ReportRun) -> bool:
+        """Whether a run trains. One that neither has ended nor is locked may train on another
+        machine: it does if its metrics have grown since the last page."""
+        path = run.folder.metrics
+        before, now = self._sizes.get(path), path.stat().st_size
+        self._sizes[path] = now
+        return run.state == "training" or (run.state == "interrupted" and before != now)
 
     def watch(self, interval: int) -> None:
         """Write the page again and again while a run trains."""

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fastmoco.run.events import Event
-from fastmoco.run.report.charts import number
+from fastmoco.run.report.figure import number
 from fastmoco.run.report.reading import DIP, ReportRun, dips_of
 from fastmoco.run.report.words import spaced
 from fastmoco_pipelines.text import counted

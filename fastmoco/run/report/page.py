@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastmoco.run.report import charts as chart
-from fastmoco.run.report.charts import Chart, number
+from fastmoco.run.report.figure import Chart, number
 from fastmoco.run.report.health import Health, health_of
 from fastmoco.run.report.pictures import Extras, Table
 from fastmoco.run.report.reading import ReportRun

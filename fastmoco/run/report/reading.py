@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ NO_CURVE = ("step", "time", "epoch")
 """Entries of a line of metrics that are no metrics of their own."""
 DIP = 0.02
 """An accuracy this far below the best one before it is a dip; docs/stability.md says why."""
-FRESH_S = 300.0
-"""A run whose metrics are younger may train on another machine, where its lock is not seen."""
 
 
 class Dip(NamedTuple):
@@ -197,7 +194,8 @@ def state_of(folder: RunFolder) -> str:
     """Whether a run is "finished", "training", "stopped" on request, or "interrupted".
 
     A run that trains holds the lock of its folder, which is looked up without being tried: a try
-    could refuse a run that starts at the same moment.
+    could refuse a run that starts at the same moment. The lock of a run on another machine is not
+    seen: it counts as interrupted.
     """
     for mark, state in (("DONE", "finished"), ("PREEMPTED", "stopped")):
         if (folder.path / mark).is_file():
@@ -211,14 +209,7 @@ def state_of(folder: RunFolder) -> str:
         )
     except (OSError, IndexError):
         held = False
-    if held:
-        return "training"
-    try:
-        young = time.time() - folder.metrics.stat().st_mtime < FRESH_S
-    except OSError:
-        young = False
-    here = (folder.path / "lock").is_file() and Path("/proc/locks").is_file()
-    return "training" if young and not here else "interrupted"
+    return "training" if held else "interrupted"
 
 
 def _spikes(series: Mapping[str, Series], lost: Mapping[str, NDArray[np.int64]]) -> list[Event]:

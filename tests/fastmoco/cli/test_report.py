@@ -61,6 +61,23 @@ def test_watching_ends_with_the_run(tmp_path: Path, capsys, monkeypatch) -> None
     assert "no run trains any more" in capsys.readouterr().out
 
 
+def test_a_run_of_another_machine_goes_on_while_its_metrics_grow(
+    tmp_path: Path, monkeypatch
+) -> None:
+    run = write_run(tmp_path / "run", done=False)
+    waits = []
+
+    def grown_once(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 1:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 121, "loss": 2.0}\n')
+
+    monkeypatch.setattr("time.sleep", grown_once)
+    assert main(["report", str(run), "--no-pictures", "--watch"]) == 0
+    assert len(waits) == 2
+
+
 def test_ctrl_c_ends_watching_with_a_page_that_stays(tmp_path: Path, monkeypatch) -> None:
     run = write_run(tmp_path / "run")
     monkeypatch.setattr("fastmoco.run.report.reading.state_of", lambda folder: "training")

@@ -16,7 +16,9 @@ from fastmoco.errors import RunError
 from fastmoco.run.metrics_file import Series
 from fastmoco.run.report import charts
 from fastmoco.run.report.charts import FeatureMap
+from fastmoco.run.report.figure import Chart
 from fastmoco.run.report.health import health_of
+from fastmoco.run.report.heat_map import HEAT_PARTS
 from fastmoco.run.report.pictures import Extras, Table, Tile, Tiles
 from fastmoco.run.report.reading import dips_of, names_of, read_run, state_of
 from tests.reported_runs import PLACES, write_run
@@ -71,7 +73,7 @@ def without_names(value: Any) -> Any:
     return "#000000" if isinstance(value, str) and value.startswith("@") else value
 
 
-def every_chart(runs: list[Any]) -> list[charts.Chart]:
+def every_chart(runs: list[Any]) -> list[Chart]:
     loss = charts.loss_chart(runs)
     assert loss is not None
     return [
@@ -125,7 +127,7 @@ def test_a_spike_stays_visible_in_a_long_run(tmp_path: Path) -> None:
     heat, marks = by_key["gradients-0"].figure["data"]
     row = heat["z"][heat["y"].index("first block")]
     step = heat["x"][int(np.argmax(row))]
-    assert abs(step - 7001) <= 12_000 / charts.HEAT_PARTS
+    assert abs(step - 7001) <= 12_000 / HEAT_PARTS
     assert (marks["name"], marks["x"], marks["y"]) == ("gradient spike", [7001], ["first block"])
     # A series is thinned to some thousand points, whatever its length.
     assert max(len(trace["x"]) for one in by_key.values() for trace in one.figure["data"]) < 2_000
