@@ -96,6 +96,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _eval("eval outliers", "embed:outliers", "Images that are like no others."),
         Command("runs", "runs:runs", "List the runs below a folder: state, step, kNN, speed."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+        Command("report", "report:report", "Write a page about runs: curves, health, pictures."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),
 }

@@ -44,6 +44,8 @@ EXTRAS = {
     "nvidia": "dali-cu13",
     "sklearn": "data",
     "matplotlib": "logging",
+    "plotly": "report",
+    "jinja2": "report",
     "torchao": "float8",
     "pyarrow": "parquet",
     "onnx": "export",
