@@ -40,6 +40,7 @@ from fastmoco.run.world_sizes import NAME as RANKS
 from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
+from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
 from fastmoco.training.classes import with_classes
@@ -273,6 +274,8 @@ class Trainer:
             figures=self.figures,
             chance=chance,
             uninformed_loss=uninformed,
+            run_id=self.identity.run_id,
+            resumed=checkpoint is not None,
         )
 
         # Log the choices.
@@ -446,6 +449,9 @@ class Trainer:
         # Record. Norms stay on the device until a log step.
         with part(LOG):
             self._record(result)
+            if self.step_count == 1 and self.recorder.wants_pictures():
+                views = pair_grid(batch.views, self.loader.spec.each_view)
+                self.recorder.picture(1, "views", views)
 
     def _record(self, result: StepResult) -> None:
         """Record the step that is done, and act on what the records show."""
@@ -455,6 +461,8 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
+            if self.recorder.wants_histograms(number):
+                self.recorder.gradient_values(self.train_step.gradients(), self.objective.places())
             schedules = {
                 **self.objective.schedules(result.at),
                 **self.objective.lengths(result.at),
