@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from fastmoco.cli.opening import say_first
 from fastmoco.cli.pages import width
-from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, show
+from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line, show
+from fastmoco_pipelines.spec import require
 
 if TYPE_CHECKING:
     from fastmoco.training.checkup.findings import Checkup, Finding
@@ -30,10 +31,12 @@ def doctor(*, json: bool = False, seconds: float = 90.0) -> int:
         json: Print one JSON object in place of the table.
         seconds: Longest time for each of them.
     """
-    from fastmoco.training.checkup.run import check_machine
+    from fastmoco.training.checkup import run
 
+    with one_line(EXIT_REFUSED, ValueError):
+        require(seconds > 0, "seconds", seconds, "must be above 0")
     say_first("trying each library in a process of its own, about half a minute")
-    found = check_machine(limit_s=seconds)
+    found = run.check_machine(limit_s=seconds)
     if json:
         print(json_text.dumps(found.as_json(), indent=1))
     else:

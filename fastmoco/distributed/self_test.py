@@ -36,5 +36,7 @@ def try_all_reduce(device: torch.device, store: Path) -> str:
             raise RuntimeError(f"{name} made {numbers.tolist()} of 0, 1, 2, 3")
     finally:
         dist.destroy_process_group()
-    version = torch.cuda.nccl.version() if name == "nccl" else ()
-    return f"{name.upper() if version else name} {'.'.join(map(str, version))}".strip()
+    if name == "gloo":
+        return name
+    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return f"NCCL {'.'.join(map(str, version))}"

@@ -162,6 +162,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     out: IO[bytes]
     error: IO[bytes]
+    files: contextlib.ExitStack
     until: float
 
 
@@ -197,16 +198,18 @@ def run_probes(
 
 def _start(probe: Probe, device: str, command: Sequence[str], limit_s: float) -> _Running:
     # Files, not pipes: a process that a probe leaves behind would keep a pipe open.
-    out, error = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    files = contextlib.ExitStack()
+    out = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - in `files`
+    error = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - in `files`
     process = subprocess.Popen(  # noqa: S603 - this interpreter and our own module
         [*command, probe.name, device],
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=error,
-        env=child_environment(**probe.variables),
+        env=child_environment({**os.environ, **probe.variables}),
         start_new_session=True,
     )
-    return _Running(probe, process, out, error, time.monotonic() + limit_s)
+    return _Running(probe, process, out, error, files, time.monotonic() + limit_s)
 
 
 def _end(child: _Running) -> None:
@@ -215,8 +218,7 @@ def _end(child: _Running) -> None:
         os.killpg(child.process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.process.wait(_LAST_S)
-    child.out.close()
-    child.error.close()
+    child.files.close()
 
 
 def _result(child: _Running, *, late: bool, limit_s: float) -> Iterator[Finding]:
