@@ -218,10 +218,13 @@ def reinstall(*, from_source: bool = False) -> str:
     Args:
         from_source: build it here, also where there is a wheel.
     """
+    root = Path(fastmoco.__file__).parents[1]
+    if (root / "pyproject.toml").exists():
+        return pip_install("--force-reinstall", "--no-deps", "-e", str(root))
     try:
         text = importlib.metadata.distribution("fastmoco").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
-        return pip_install("-e", str(Path(fastmoco.__file__).parents[1]))
+        text = None
     if text is None:
         source = ["--no-binary", "fastmoco"] if from_source else []
         again = ["--force-reinstall", "--no-deps", "--no-cache-dir", *source]
@@ -229,5 +232,4 @@ def reinstall(*, from_source: bool = False) -> str:
     origin = json.loads(text)
     url = origin["url"]
     place = unquote(urlparse(url).path) if url.startswith("file:") else url
-    editable = ["-e"] if origin.get("dir_info", {}).get("editable") else []
-    return pip_install("--force-reinstall", "--no-deps", "--no-cache-dir", *editable, place)
+    return pip_install("--force-reinstall", "--no-deps", "--no-cache-dir", place)
