@@ -225,11 +225,10 @@ def reinstall(*, from_source: bool = False) -> str:
         text = importlib.metadata.distribution("fastmoco").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
-    if text is None:
-        source = ["--no-binary", "fastmoco"] if from_source else []
-        again = ["--force-reinstall", "--no-deps", "--no-cache-dir", *source]
-        return pip_install(*again, f"fastmoco=={fastmoco.__version__}")
-    origin = json.loads(text)
-    url = origin["url"]
+    url = json.loads(text)["url"] if text is not None else ""
     place = unquote(urlparse(url).path) if url.startswith("file:") else url
-    return pip_install("--force-reinstall", "--no-deps", "--no-cache-dir", place)
+    again = ["--force-reinstall", "--no-deps", "--no-cache-dir"]
+    if place and not (from_source and place.endswith(".whl")):  # a wheel cannot be built here
+        return pip_install(*again, place)
+    source = ["--no-binary", "fastmoco"] if from_source else []
+    return pip_install(*again, *source, f"fastmoco=={fastmoco.__version__}")

@@ -192,6 +192,29 @@ def test_without_the_c_part_its_cure_builds_it(monkeypatch: pytest.MonkeyPatch) 
     assert "--force-reinstall --no-deps --no-cache-dir" in found.cure or " -e " in found.cure
 
 
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        (None, "--no-binary fastmoco fastmoco==0.1"),
+        ("file:///tmp/fastmoco-0.1-py3-none-any.whl", "--no-binary fastmoco fastmoco==0.1"),
+        ("file:///tmp/a%20b/fastmoco-0.1.tar.gz", "'/tmp/a b/fastmoco-0.1.tar.gz'"),
+        ("https://example.org/fastmoco-0.1.tar.gz", "https://example.org/fastmoco-0.1.tar.gz"),
+    ],
+)
+def test_a_cure_installs_again_from_where_it_came(
+    origin: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Distribution:
+        def read_text(self, name: str) -> str | None:
+            return None if origin is None else json.dumps({"url": origin})
+
+    monkeypatch.setattr(packages.fastmoco, "__file__", str(tmp_path / "fastmoco" / "__init__.py"))
+    monkeypatch.setattr(packages.fastmoco, "__version__", "0.1")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
+    again = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
+    assert packages.reinstall(from_source=True) == f"{again} {words}"
+
+
 def test_the_other_apex_is_told_from_nvidias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
