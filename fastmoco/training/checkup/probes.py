@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -295,15 +295,20 @@ def probe_tensorboard(_: torch.device) -> list[Finding]:
 
 def probe_step(device: torch.device) -> list[Finding]:
     """Two optimizer steps of a tiny ViT on synthetic images, by the trainer."""
+    from fastmoco.config import Config, DataConfig, ModelConfig, OptimConfig
     from fastmoco.distributed.mesh import World
-    from fastmoco.recipes import quickstart_digits
     from fastmoco.training.short_run import short_run
+    from fastmoco_pipelines import ViewSpec
 
-    config = quickstart_digits()
-    config = replace(
-        config,
-        data=replace(config.data, synthetic=True, shards=""),
+    view = ViewSpec(size=32)
+    config = Config(
+        epochs=1.0,
         global_batch_size=64,
+        optim=OptimConfig(warmup_epochs=0.0),
+        model=ModelConfig(
+            architecture="vit_nano", image_size=32, patch_size=8, projection_dim=64, hidden_dim=128
+        ),
+        data=DataConfig(synthetic=True, view1=view, view2=view),
     )
     with short_run(config, World(device=device)) as trainer:
         losses = [trainer.step(trainer.loader.next()).loss.detach() for _ in range(2)]
