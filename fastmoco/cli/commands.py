@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         _words("tune", "recipe_commands:tune", "Measure the fastest settings; a launch script."),
         Command("quickstart", "delayed:quickstart", "Train on handwritten digits, in minutes."),
+        Command("doctor", "doctor:doctor", "What works on this machine, and cures."),
     ),
     "Data": (
         Command("data pack", "data:pack", "Pack a folder of images into shards."),
