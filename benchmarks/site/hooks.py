@@ -24,21 +24,43 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.pages import Page
 
-MADE = {"RECIPES": recipes.nav, "COMMANDS": commands.nav, "REFERENCE": references.nav}
-"""Words of the navigation in mkdocs.yml that stand for pages made here."""
+SOURCES = {
+    "fastmoco/README.md": "fastmoco: the trainer",
+    "pipelines/README.md": "pipelines: images to batches",
+    "kernels/README.md": "kernels: fused operations",
+    "benchmarks/README.md": "benchmarks and instruments",
+    "CONTRIBUTING.md": "Contributing",
+    "CHANGELOG.md": "Changes",
+}
+"""Pages of the repository outside docs/ that the site has in any case, and their titles."""
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 """A link of Markdown to another file, with its text and its anchor."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the made pages into the navigation."""
+    """Put the made pages into the navigation, in place of the words that stand for them."""
+
+    written = {
+        path.relative_to(config.docs_dir).as_posix(): path.read_text()
+        for path in Path(config.docs_dir).rglob("*.md")
+    }
+    made: dict[str, list[Any]] = {
+        "RECIPES": recipes.nav(),
+        "COMMANDS": commands.nav(),
+        "REFERENCE": references.nav(),
+        "SOURCES": [
+            {SOURCES[name]: target} if name in SOURCES else target
+            for name, target in outside(written).items()
+            if name.endswith(".md")
+        ],
+    }
 
     def filled(entry: Any) -> Any:
         if isinstance(entry, list):
             return [filled(one) for one in entry]
         if isinstance(entry, dict):
             return {title: filled(one) for title, one in entry.items()}
-        return MADE[entry]() if entry in MADE else entry
+        return made.get(entry, entry)
 
     config.nav = filled(config.nav)
     return config
@@ -130,8 +152,9 @@ def repository_path(place: str, link: str) -> str | None:
 
 def outside(written: Mapping[str, str]) -> dict[str, str]:
     """The files outside docs/ that pages lead to, and where the site has them."""
-    found: dict[str, str] = {}
+    found = {name: f"source/{name}" for name in SOURCES}
     waiting = [(source_of(page), text) for page, text in written.items()]
+    waiting += [(name, (ROOT / name).read_text()) for name in SOURCES]
     while waiting:
         place, text = waiting.pop()
         for link in LINK.finditer(text):
