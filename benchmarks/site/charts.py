@@ -110,4 +110,4 @@ def _number(value: float) -> str:
     """A tick as few characters."""
     if abs(value) >= 1e4:
         return f"{value / 1000:g}k"
-    return f"{value:.6g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
+    return f"{value:.6g}"

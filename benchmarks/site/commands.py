@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from fastmoco.cli.commands import COMMANDS, GROUPS
 from fastmoco.cli.main import main
 
-COLUMNS = "96"
+COLUMNS = "88"
 """Width of the help: what fits beside the navigation."""
 
 
@@ -40,8 +40,7 @@ def make(written: Mapping[str, str]) -> dict[str, str]:
     with _as_piped():
         for group in GROUPS.values():
             for command in group:
-                text = _page(command.name, command.line, _uses(command.name, written))
-                found[path_of(command.name)] = text
+                found[path_of(command.name)] = _page(command.name, command.line, written)
     return found
 
 
@@ -69,14 +68,22 @@ def _index() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _page(name: str, line: str, uses: Mapping[str, list[str]]) -> str:
-    parts = [f"# fastmoco {name}", line, f"```text\n{help_of(name)}\n```"]
+def _page(name: str, line: str, written: Mapping[str, str]) -> str:
+    head = "---\nhide: [toc]\n---\n\n"  # its room goes to the help
+    parts = [f"{head}# fastmoco {name}", line, f"```text\n{help_of(name)}\n```"]
+    uses = _uses(name, written)
     if uses:
         parts.append("## Where it is used")
         for path, commands in uses.items():
             lines = "\n".join(dict.fromkeys(commands))
-            parts.append(f"[{path.removesuffix('.md')}](../{path}):\n\n```bash\n{lines}\n```")
+            parts.append(f"[{title_of(written[path])}](../{path}):\n\n```bash\n{lines}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def title_of(text: str) -> str:
+    """The first heading of a page."""
+    found = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def help_of(name: str) -> str:

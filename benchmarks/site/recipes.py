@@ -78,7 +78,9 @@ def nav() -> list[dict[str, str] | str]:
 
 def addresses() -> dict[str, str]:
     """The section of each recipe, from the root of the site."""
-    return {name: f"recipes/{page}.html#{name}" for page, names in groups().items() for name in names}
+    return {
+        name: f"recipes/{page}.html#{name}" for page, names in groups().items() for name in names
+    }
 
 
 def make() -> dict[str, str]:
@@ -125,7 +127,7 @@ def _command(name: str, config: Config, *, small: bool) -> str:
     images = "--data.images YOUR_IMAGES --knn.holdout 10%"
     classes = " --objective.classes CLASSES" if hasattr(config.objective, "classes") else ""
     gpus = "" if small else " --gpus 8"
-    return f"fastmoco train {name} {images}{classes} --out runs/{name}{gpus}"
+    return f"fastmoco train {name} \\\n    {images}{classes} \\\n    --out runs/{name}{gpus}"
 
 
 @cache

@@ -115,7 +115,9 @@ def nav() -> list[dict[str, str] | str]:
 
 def make() -> dict[str, str]:
     """The text of every page, by its path."""
-    rows = [f"| [`{page.title}`]({page.path.split('/')[1]}) | {page.about} |" for page in REFERENCES]
+    rows = [
+        f"| [`{page.title}`]({page.path.split('/')[1]}) | {page.about} |" for page in REFERENCES
+    ]
     table = "\n".join(["| module | |", "|---|---|", *rows])
     about = "The public names of the packages, with shapes, dtypes, units and errors."
     found = {"reference/index.md": f"# Reference\n\n{about}\n\n{table}\n"}
