@@ -4,7 +4,6 @@ and published of each. All of it is from `fastmoco.recipes` and `benchmarks/resu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -135,7 +134,7 @@ def _objective(name: str) -> tuple[Objective, int]:
     """A recipe's objective without memory, and its parameters that train."""
     config = get_recipe(name)
     if hasattr(config.objective, "classes"):  # they are those of the data: 1000 as of ImageNet
-        config = replace(config, objective=replace(config.objective, classes=1000))
+        config = replace(config, objective=replace(config.objective, **{"classes": 1000}))
     with torch.device("meta"):
         objective = build_model(config)
     return objective, sum(p.numel() for p in objective.parameters() if p.requires_grad)

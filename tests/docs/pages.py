@@ -72,9 +72,12 @@ def commands() -> tuple[Typed, ...]:
             continue
         text = block.text.replace("\\\n", " ")
         for number, line in enumerate(text.splitlines()):
-            for part in line.partition(" #")[0].split("&&"):
-                if part.strip() and not part.lstrip().startswith("#"):
-                    found.append(Typed(block.page, block.line + 1 + number, part.strip()))
+            parts = [part.strip() for part in line.partition(" #")[0].split("&&")]
+            found += [
+                Typed(block.page, block.line + 1 + number, part)
+                for part in parts
+                if part and not part.startswith("#")
+            ]
     return tuple(found)
 
 

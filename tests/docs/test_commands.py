@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def read_by_another_program(words: list[str]) -> None:
     program, *rest = words
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in rest if "=" not in word][0] in targets
+        assert next(word for word in rest if "=" not in word) in targets
     elif program == "pip":
         read_by_pip(rest)
     elif program in ("sbatch", "srun") or program.startswith("launch/"):
@@ -361,12 +362,12 @@ def require_run(command: Typed, place: Path, patch: pytest.MonkeyPatch) -> None:
     if out is not None:  # packing again into the same place is refused
         words[out] = f"made/{command.line}"
         shutil.rmtree(place / "made", ignore_errors=True)
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in pairwise(words):
         if flag == "--out" and (place / value).is_file():  # of another page
             (place / value).unlink()
     code = main(words)
     assert code == REFUSED.get(" ".join(words), 0)
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in pairwise(words):
         if flag == "--out" and code == 0:
             assert (place / value).exists(), value
 
