@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # mkdocs loads this file by its path
     sys.path.insert(0, str(ROOT))
 
+from mkdocs.exceptions import PluginError  # noqa: E402 (after the path)
 from mkdocs.structure.files import File, Files  # noqa: E402 (after the path)
 
 from benchmarks.site import commands, recipes, references  # noqa: E402
@@ -35,6 +36,10 @@ SOURCES = {
 """Pages of the repository outside docs/ that the site has in any case, and their titles."""
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 """A link of Markdown to another file, with its text and its anchor."""
+FOREIGN = re.compile(
+    r"""<(?:script|img|iframe|source|video|link(?![^>]*canonical))\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+"""A part of a page that is loaded from another server."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -101,6 +106,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{found[1]}]({posixpath.relpath(target, here or '.')}{found[3] or ''})"
 
     return LINK.sub(linked, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that a browser would load something for from another server.
+
+    Raises:
+        PluginError: naming the page and the address.
+    """
+    del config
+    if found := FOREIGN.search(output):
+        raise PluginError(f"{page.file.src_uri}: loads {found[1]} from another server")
+    return output
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -142,16 +142,11 @@ def public_names(module: str, names: Sequence[str] = ()) -> list[str]:
     homes = {name: f"{module}.{name}" for name in _defined(tree)}
     homes |= dict(_imported(tree))
     wanted = list(names) or _exported(tree)
-    wanted = wanted or [name for name in homes if _is_public(name, homes[name], module)]
+    wanted = wanted or [n for n in (*_defined(tree), *_again(tree)) if not n.startswith("_")]
     missing = [name for name in wanted if name not in homes]
     if missing:
         raise ValueError(f"{module} does not define {', '.join(missing)}")
     return [homes[name] for name in wanted]
-
-
-def _is_public(name: str, home: str, module: str) -> bool:
-    """Without `__all__`: what the file defines, or imports under its own name again."""
-    return not name.startswith("_") and home == f"{module}.{name}"
 
 
 def file_of(module: str) -> Path:
@@ -178,6 +173,13 @@ def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def _again(tree: ast.Module) -> Iterator[str]:
+    """Names that a file exports again by `import x as x`."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if alias.asname == alias.name)
 
 
 def _exported(tree: ast.Module) -> list[str] | None:
