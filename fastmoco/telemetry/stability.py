@@ -5,22 +5,22 @@ divergence, a normal loss, but one to three points less accuracy. It is visible 
 which jumps in the *first* layer some steps before it jumps in the last, and as dips of the kNN
 curve. docs/stability.md explains how to read each signal.
 
-Detectors only return events, with the numbers in them; the caller prints them.
+`detectors` judges these figures.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastmoco_kernels.tensors import norms_of
+
+LARGEST_GRAM = 256
+"""Rows of the largest matrix of which `effective_rank` computes eigenvalues: some milliseconds."""
 
 
 def feature_std(features_BD: Tensor) -> Tensor:
@@ -49,24 +49,31 @@ def effective_rank(features_BD: Tensor) -> Tensor:
     It is exp of the entropy of their variance spectrum.
 
     Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli
-    2007.
+    2007. The eigenvalues are those of a matrix of at most `LARGEST_GRAM` rows: where both B and D
+    are larger, the first rows are a sample of the batch, and no value exceeds that number.
 
     Args:
         features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
 
     Returns:
-        Scalar float32 on the same device, without gradient. Waits for the device (an eigenvalue
-        problem of size D).
+        Scalar float32 on the same device, without gradient; NaN if a feature is not finite. Waits
+        for the device (an eigenvalue problem), so a run computes it in log steps, which wait anyway.
 
     Raises:
         ValueError: if the shape is not [B >= 2, D].
     """
     rows = _unit_rows(features_BD)
+    if rows.shape[1] > LARGEST_GRAM:
+        rows = rows[:LARGEST_GRAM]
     rows = rows - rows.mean(dim=0)
-    spectrum = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+
+    # The solver refuses what is not finite.
+    finite = gram.isfinite().all()
+    spectrum = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0)
     shares = spectrum / spectrum.sum().clamp_min(1e-20)
     entropy: Tensor = torch.special.entr(shares).sum()
-    return entropy.exp()
+    return torch.where(finite, entropy.exp(), math.nan)
 
 
 def pair_cosines(q_BD: Tensor, keys_BD: Tensor) -> Tensor:
@@ -189,186 +196,3 @@ class GradientRecorder:
         self._names = []
         self._values = []
         return rows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spike:
-    """One value far above its history, or a non-finite one."""
-
-    step: int
-    name: str
-    value: float
-    median: float
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return f"step {self.step}: gradient of {self.name} is {self.value}"
-        ratio = self.value / self.median if self.median else math.inf
-        return (
-            f"step {self.step}: gradient spike in {self.name}, "
-            f"{self.value:.3g} is {ratio:.0f} x its median"
-        )
-
-
-class SpikeDetector:
-    """Event when a gradient norm exceeds `factor` times its running median, or is not finite.
-
-    The median over the last `window` steps follows a slow drift, and a spike in it does not move
-    it. Finite spikes are added to the history, so that a lasting new level causes no more events
-    after 50 % of a window.
-    """
-
-    def __init__(self, *, factor: float = 5.0, window: int = 100, warmup: int = 20) -> None:
-        """Set the rule.
-
-        Args:
-            factor: multiple of the median above which a value is a spike, > 1.
-            window: steps of history.
-            warmup: steps of history before the first event of a finite value; at most `window`.
-
-        Raises:
-            ValueError: if a number is out of its range.
-        """
-        if not factor > 1:
-            raise ValueError(f"factor={factor}: a spike is more than 1 x the median")
-        if not 1 <= warmup <= window:
-            raise ValueError(f"warmup={warmup}: needs 1 <= warmup <= window={window}")
-        self._factor = factor
-        self._window = window
-        self._warmup = warmup
-        self._history: dict[str, deque[float]] = {}
-
-    def observe(self, step: int, norms: Mapping[str, float]) -> list[Spike]:
-        """Take the norms of one step and return the spikes. Each name has its own history."""
-        spikes = []
-        for name, value in norms.items():
-            history = self._history.setdefault(name, deque(maxlen=self._window))
-            median = statistics.median(history) if history else 0.0
-            finite = math.isfinite(value)
-            if not finite or (len(history) >= self._warmup and value > self._factor * median):
-                spikes.append(Spike(step=step, name=name, value=value, median=median))
-            if finite:
-                history.append(value)
-        return spikes
-
-
-class CollapseDetector:
-    """Event when `feature_std` stays below a share of its healthy value 1/sqrt(D)."""
-
-    def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3) -> None:
-        """Set the rule: an event after `patience` consecutive values below `floor / sqrt(dim)`."""
-        self._healthy = dim**-0.5
-        self._floor = floor
-        self._patience = patience
-        self._low = 0
-
-    def observe(self, step: int, std: float) -> str | None:
-        """Take one value; return the event's text when the patience ends, once until recovery."""
-        low = not std >= self._floor * self._healthy  # NaN counts as low
-        self._low = self._low + 1 if low else 0
-        if self._low != self._patience:
-            return None
-        return (
-            f"step {step}: features are collapsing, their deviation over the batch is {std:.2g} "
-            f"and would be {self._healthy:.2g} if they were evenly spread"
-        )
-
-
-class ForgettingDetector:
-    """Event when an encoder no longer distinguishes images after it did: collapse before the heads.
-
-    Watches the gap of `pair_cosines`, which no BatchNorm can restore.
-    """
-
-    def __init__(self, *, learned: float = 0.1, lost: float = 0.02, patience: int = 3) -> None:
-        """Set the rule: an event after `patience` consecutive gaps below `lost`.
-
-        It applies once the gap has exceeded `learned`.
-        """
-        self._learned = learned
-        self._lost = lost
-        self._patience = patience
-        self._armed = False
-        self._low = 0
-
-    def observe(self, step: int, positive: float, other: float) -> str | None:
-        """Take both mean cosines; return the event's text as the other detectors do."""
-        gap = positive - other
-        self._armed = self._armed or gap > self._learned
-        # NaN counts as low.
-        self._low = self._low + 1 if self._armed and not gap >= self._lost else 0
-        if self._low != self._patience:
-            return None
-        return (
-            f"step {step}: the encoder has collapsed, the two views of an image are no more alike "
-            f"than two images (cosines {positive:.3f} and {other:.3f})"
-        )
-
-
-class UninformedDetector:
-    """Event when the loss has not left that of knowing nothing at the end of the warm-up."""
-
-    def __init__(
-        self, value: float | None, *, after: int, margin: float = 0.02, patience: int = 3
-    ) -> None:
-        """Set the rule.
-
-        Args:
-            value: `Objective.uninformed_loss`; None: no events.
-            after: first step that is judged; earlier ones only tell whether the loss has left.
-            margin: share of the value by which a loss has left it.
-            patience: logged steps from `after` on that must all be at the value.
-        """
-        self._value = value
-        self._after = after
-        self._margin = margin
-        self._patience = patience
-
-    def observe(self, step: int, loss: float) -> str | None:
-        """Take one loss; return the text of the event, once."""
-        if self._value is None:
-            return None
-        if loss < (1 - self._margin) * self._value:
-            self._value = None
-            return None
-        if step < self._after or not math.isfinite(loss):
-            return None
-        self._patience -= 1
-        if self._patience > 0:
-            return None
-        value, self._value = self._value, None
-        return (
-            f"step {step}: after the warm-up the loss is {loss:.3f}, still that of an encoder that "
-            f"knows nothing ({value:.3f}). Look at the views (fastmoco data views), and change "
-            "--optim.lr"
-        )
-
-
-class DipDetector:
-    """Event when an accuracy falls more than `tolerance` below its best: the visible sign of
-    instability in the paper."""
-
-    def __init__(self, label: str, *, tolerance: float = 0.02) -> None:
-        """Set the rule.
-
-        Args:
-            label: of the accuracy.
-            tolerance: a share; should exceed the noise of the held-out set, at most 2/sqrt(n).
-        """
-        self._label = label
-        self._tolerance = tolerance
-        self._best = -math.inf
-        self._inside = False
-
-    def observe(self, step: int, accuracy: float) -> str | None:
-        """Take one accuracy (a share); return the text of the event when a dip begins."""
-        best = self._best
-        was_inside = self._inside
-        self._best = max(best, accuracy)
-        self._inside = accuracy < best - self._tolerance
-        if not self._inside or was_inside:
-            return None
-        points = 100 * (best - accuracy)
-        return (
-            f"step {step}: {self._label} fell to {accuracy:.1%}, {points:.1f} points below its best"
-        )
