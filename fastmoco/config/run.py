@@ -37,7 +37,8 @@ EVAL_BATCH = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """How a process passes its part of a batch through the encoder: at once, or in chunks."""
+    """How a process passes its part of a batch through the encoder: whole or in chunks
+    (micro-batches)."""
 
     chunk: Literal["auto", "none"] | int = "auto"
     """Images per pass through the encoder (a micro-batch); the gradients are those of the whole.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import shlex
@@ -21,19 +22,27 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import SPIKE
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.detectors import (
+    BoundDetector,
     CollapseDetector,
     DipDetector,
     ForgettingDetector,
-    SpikeDetector,
+    NarrowingDetector,
+    SpikeEvents,
     UninformedDetector,
 )
 from fastmoco.telemetry.histograms import GradientHistograms
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink
-from fastmoco.telemetry.stability import GradientRecorder, feature_std, pair_cosines
+from fastmoco.telemetry.stability import (
+    GradientRecorder,
+    effective_rank,
+    feature_std,
+    pair_cosines,
+)
 from fastmoco.telemetry.trackers.interface import TrackedRun
 from fastmoco.telemetry.trackers.trackers import Trackers
 from fastmoco.telemetry.view_pairs import pair_grid
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
 from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.text import counted
@@ -42,6 +51,19 @@ WARM_STEPS = 100
 """Steps before a loss is judged, however short the warm-up is."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
+BOUNDS = {
+    "update_ratio": (
+        0.05,
+        "a step changes the weights of {layer} by {{value}} of their norm (bound {{bound}}): "
+        "lower --optim.lr",
+    ),
+    "batch_norm_drift": (
+        3.0,
+        "the running statistics of the momentum encoder's batch norms are {{value}} standard "
+        "deviations from the encoder's (bound {{bound}})",
+    ),
+}
+"""Figures of log steps that have a bound, after the warm-up: the bound, and the text of the event."""
 
 
 def _left_out(config: Config, resolved: Resolved) -> str:
@@ -107,11 +129,14 @@ class Recorder:
         self._gradients = GradientRecorder()
 
         # Detectors of instability.
-        self._spikes = SpikeDetector()
-        self._collapse = CollapseDetector(dim=config.model.projection_dim)
-        self._forgetting = ForgettingDetector()
         warmup = round(config.optim.warmup_epochs * resolved.steps_per_epoch)
-        self._uninformed = UninformedDetector(uninformed_loss, after=max(warmup, WARM_STEPS))
+        self._warm = max(warmup, WARM_STEPS)
+        self._spikes = SpikeEvents()
+        self._collapse: CollapseDetector | None = None
+        self._narrowing = NarrowingDetector(after=self._warm)
+        self._forgetting = ForgettingDetector()
+        self._uninformed = UninformedDetector(uninformed_loss, after=self._warm)
+        self._bounds: dict[str, BoundDetector] = {}
 
         # Accuracies by metric name.
         self._labels = dict(figures or {})
@@ -160,7 +185,22 @@ class Recorder:
             f"{counted(resolved.steps_per_epoch, 'step')} per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
             f"{_peak_line(config)}",
+            facts={
+                "run": str(folder.path),
+                "recipe": config.recipe,
+                "step": start_step,
+                "images": resolved.sample_count,
+                "steps_per_epoch": resolved.steps_per_epoch,
+                "global_batch_size": config.global_batch_size,
+                "world_size": world.world_size,
+                "device": world.device.type,
+            },
         )
+        if start_step and self.console.is_live:
+            with contextlib.suppress(OSError, UnfitFileError):
+                for name in self._labels:
+                    past = folder.read_metric(name)
+                    self.console.remember(name, (value for step, value in past if step))
 
         if start_step == 0 and (rest := _left_out(config, resolved)):
             self.event(rest)
@@ -233,6 +273,7 @@ class Recorder:
     def stepped(self, wait_seconds: float) -> None:
         """Count one finished step."""
         self.meter.step(wait_seconds)
+        self.console.stepped()
 
     def loader(self, figures: StageFigures) -> None:
         """Take the loader's figures so far; `log` writes the change between two calls."""
@@ -256,6 +297,7 @@ class Recorder:
         *,
         lr: float,
         schedules: Mapping[str, float],
+        figures: Mapping[str, Tensor] | None = None,
     ) -> float:
         """Write one line of metrics. Only this call waits for the device.
 
@@ -264,29 +306,36 @@ class Recorder:
             loss: this rank's loss, a scalar on the device; its mean over ranks is written.
             watch: what the objective reports (`Output.watch`). The cosines of "queries" and "keys"
                 show whether pairs, or all images, have equal features; "accuracy" contains the
-                shares of queries whose positive ranks first, and among the first five.
+                shares of queries whose positive ranks first, and among the first five. "features" are
+                those that no loss reads: they are logged as queries are, and not judged.
             lr: learning rate of this step.
             schedules: the objective's own numbers of this step (`Objective.schedules`).
+            figures: scalars on the device, the same on all ranks (`StepResult.figures`).
 
         Returns:
             The mean loss over ranks, equal on all of them.
         """
         # All scalars in one tensor: one exchange, and one wait for the device.
-        shown = {"loss": loss.detach(), **_figures(watch)}
-        figures = mean(torch.stack([figure.double() for figure in shown.values()]))
-        values = dict(zip(shown, figures.tolist(), strict=True))
+        shown = {"loss": loss.detach(), **_figures(watch), **(figures or {})}
+        means = mean(torch.stack([figure.double() for figure in shown.values()]))
+        values = dict(zip(shown, means.tolist(), strict=True))
         mean_loss = values.pop("loss")
 
         # Events of the detectors.
         peaks = self._gradient_peaks()
         events = []
-        if "feature_std" in values:
+        if "queries" in watch:
+            if self._collapse is None:
+                dim = watch["queries"].shape[-1]
+                self._collapse = CollapseDetector(dim=dim, after=self._warm)
             events.append(self._collapse.observe(step, values["feature_std"]))
+            events.append(self._narrowing.observe(step, values["effective_rank"]))
         if "cosine/positive" in values:
             events.append(
                 self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"])
             )
         events.append(self._uninformed.observe(step, mean_loss))
+        events += [self._within_bound(step, *figure) for figure in values.items()]
         for event in filter(None, events):
             self.occurred(event)
 
@@ -330,9 +379,9 @@ class Recorder:
         between two lines."""
         peaks: dict[str, float] = {}
         for step, norms in self._gradients.flush():
-            spikes = self._spikes.observe(step, norms)
-            for spike in spikes:
-                self.occurred(spike.event())
+            spikes, events = self._spikes.observe(step, norms)
+            for event in events:
+                self.occurred(event)
             if spikes:
                 self._write(step, {f"{SPIKE}{spike.name}": spike.value for spike in spikes})
                 self._tell_of_images(step)
@@ -341,6 +390,18 @@ class Recorder:
                 # NaN survives: max() would drop it or keep it depending on the order.
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
+
+    def _within_bound(self, step: int, name: str, value: float) -> Event | None:
+        """Judge a figure of a log step that has a bound."""
+        kind, _, layer = name.partition("/")
+        if kind not in BOUNDS:
+            return None
+        if name not in self._bounds:
+            bound, text = BOUNDS[kind]
+            self._bounds[name] = BoundDetector(
+                kind, text.format(layer=layer), bound=bound, layer=layer or None, after=self._warm
+            )
+        return self._bounds[name].observe(step, value)
 
     def _tell_of_images(self, step: int) -> None:
         """Name the command that lists the images of a step, once."""
@@ -361,7 +422,7 @@ class Recorder:
                 self._best[name], self._best_step[name] = value, step
         best = {f"{name}_best": value for name, value in self._best.items()}
         self._trackers.summary(step, {**self._last, **best})
-        self.console.keep(finite)
+        self.console.keep({"step": step, **finite})
         shown = [self._accuracy(name, value, step) for name, value in finite.items()]
         self.event(f"step {step}: {', '.join(shown)}")
         for name, value in finite.items():
@@ -435,9 +496,11 @@ class Recorder:
 def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scalars on the device from what an objective reports, by metric name."""
     figures: dict[str, Tensor] = {}
-    if "queries" in watch:
-        queries = watch["queries"][0]
+    features = watch.get("queries", watch.get("features"))
+    if features is not None:
+        queries = features[0]
         figures["feature_std"] = feature_std(queries)
+        figures["effective_rank"] = effective_rank(queries)
         if "keys" in watch:
             figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(
                 queries, watch["keys"][-1]
@@ -447,6 +510,6 @@ def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     others = {
         name: tensor
         for name, tensor in watch.items()
-        if name not in ("queries", "keys", "accuracy")
+        if name not in ("queries", "keys", "features", "accuracy")
     }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}

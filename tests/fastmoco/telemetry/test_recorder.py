@@ -131,6 +131,34 @@ def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
     assert "the encoder has collapsed" in text
 
 
+def test_features_that_no_loss_reads_are_logged_and_not_judged(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    for step in range(1, 300, 10):
+        recorder.stepped(0.0)
+        watch = {"features": torch.ones(1, 8, 64) if step > 20 else torch.randn(1, 8, 64)}
+        recorder.log(step, torch.tensor(1.0), watch, lr=0.1, schedules={})
+    assert "warning" not in capsys.readouterr().out
+    row = _rows(recorder, tmp_path)[-1]
+    assert row["feature_std"] < 1e-6
+    assert row["effective_rank"] == pytest.approx(1.0)
+    assert read_events(tmp_path / "metrics.jsonl") == []
+
+
+def test_figures_about_the_weights_are_written_and_judged_after_the_warm_up(tmp_path):
+    recorder = _recorder(tmp_path)
+    ratio = {"update_ratio/heads": torch.tensor(0.2), "ema_distance": torch.tensor(0.5)}
+    for step in (10, 20, 30, 90, 100, 110, 120, 130):
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(1.0), {}, lr=0.1, schedules={}, figures=ratio)
+    assert _rows(recorder, tmp_path)[-1]["update_ratio/heads"] == pytest.approx(0.2)
+    (event,) = read_events(tmp_path / "metrics.jsonl")
+    assert (event.step, event.name, event.layer) == (120, "update_ratio", "heads")
+    assert event.size == pytest.approx(0.2)
+    assert event.text == (
+        "a step changes the weights of heads by 0.2 of their norm (bound 0.05): lower --optim.lr"
+    )
+
+
 def test_forgetting_is_noticed_once_and_only_after_learning():
     detector = ForgettingDetector()
     assert [detector.observe(step, 0.001, 0.0) for step in range(10)] == [None] * 10
