@@ -62,8 +62,11 @@ MEANINGS: dict[str, str] = {
 NOTES = {
     "resume": "the same command again continues the run in --out",
     "start-epoch": "the same command again continues the run in --out",
-    "wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
-    "use-wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
+    "wandb": "--trackers.use wandb",
+    "use-wandb": "--trackers.use wandb",
+    "wandb-project": "--trackers.project NAME",
+    "mlflow": "--trackers.use mlflow",
+    "trackio": "--trackers.use trackio",
     "tensorboard": "its files are in the folder --out if it is installed",
     "rank": "--gpus N starts the processes of this machine",
     "local-rank": "--gpus N starts the processes of this machine",

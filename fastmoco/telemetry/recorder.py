@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoco.config import Config, Resolved
@@ -42,8 +41,10 @@ from fastmoco.telemetry.stability import (
 )
 from fastmoco.telemetry.trackers.interface import TrackedRun
 from fastmoco.telemetry.trackers.trackers import Trackers
+from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
+from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.text import counted
 
 WARM_STEPS = 100
@@ -156,6 +157,7 @@ class Recorder:
         # Outputs.
         self._file: JsonlSink | None = None
         self._refused = False
+        self._not_shown: set[str] = set()
         self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
             self._file = JsonlSink(folder.metrics)
@@ -237,15 +239,30 @@ class Recorder:
             gradients: name -> gradient; of a sharded one this rank's part.
             places: parameter name -> places in which it counts (`Objective.places`).
         """
-        self._histograms.take(gradients, places)
+        with self._shown("the histograms of the gradients"):
+            self._histograms.take(gradients, places)
 
-    def wants_pictures(self) -> bool:
-        """Whether this rank has a tracker that shows pictures."""
-        return self._trackers.active
+    def views(self, step: int, views: Sequence[Tensor], specs: Sequence[ViewSpec]) -> None:
+        """Send a picture of view pairs to the trackers. Waits for the device.
 
-    def picture(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Send a picture [H, W, 3] to the trackers."""
-        self._trackers.picture(step, name, image)
+        Args:
+            step: of the batch.
+            views: of the batch; on this rank.
+            specs: of these views.
+        """
+        if self._trackers.active:
+            with self._shown("the picture of the views"):
+                self._trackers.picture(step, "views", pair_grid(views, specs))
+
+    @contextmanager
+    def _shown(self, what: str) -> Iterator[None]:
+        """A context whose errors are a warning, the first time: what is only shown ends no run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._not_shown:
+                self._not_shown.add(what)
+                self.event(f"warning: {what} failed ({type(error).__name__}: {error})")
 
     def rolled_back(self, step: int, to: int) -> None:
         """Record that the state is that of an earlier step again."""
