@@ -101,9 +101,8 @@ def _judge_accuracy(run: ReportRun, grave: list[str], odd: list[str], good: list
 
 def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
     spread = run.series.get("feature_std")
-    model = run.config.get("model")
-    width = model.get("projection_dim") if isinstance(model, dict) else None
-    if spread is None or type(width) is not int or width < 1:
+    width = run.width
+    if spread is None or width is None:
         return
     end, even = float(np.median(spread.values[-9:])), width**-0.5
     if end < COLLAPSED * even:
