@@ -50,7 +50,7 @@ import torch
 import fastmoco_kernels
 from fastmoco_kernels import attention, ema_update_, info_nce_loss
 q, keys = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=-1)
-loss = info_nce_loss(q, keys, 0.2).loss
+loss = info_nce_loss(q, keys, temperature=0.2)
 averages = [torch.zeros(2)]
 ema_update_(averages, [torch.ones(2)], 0.75)
 assert torch.isfinite(loss) and averages[0].tolist() == [0.25, 0.25]
