@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda12 || echo cuda13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults chaos fuzz check dist installed kernels gpu rehearsal format bench bench-quick learning clean
+.PHONY: quickstart test long faults chaos fuzz check docs dist installed kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -34,7 +34,7 @@ chaos: $(READY)  ## random kills, stops, signals, damaged files and limits; ever
 fuzz: $(READY)  ## changed inputs for every parser of files, options and variables: refused by name or accepted, in 5 s and 1 GB
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.fuzz --seed $(or $(FUZZ_SEED),0) --inputs $(or $(INPUTS),200000) --seconds $(or $(BUDGET),3600) --keep "$(or $(OUT),fuzz-findings)"
 
-check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, packaging, Dockerfile
+check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, packaging, Dockerfile, the site
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
@@ -44,6 +44,7 @@ check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, pack
 	$(RUN)/validate-pyproject pyproject.toml
 	$(RUN)/cibuildwheel --print-build-identifiers --platform linux .
 	$(RUN)/hadolint Dockerfile
+	$(MAKE) docs
 
 dist: $(READY)  ## sdist and wheels in dist/, built and checked
 	$(RUN)/python tests/installed.py
@@ -51,6 +52,10 @@ dist: $(READY)  ## sdist and wheels in dist/, built and checked
 # Variable: OUT (folder of the quickstart).
 installed: $(READY)  ## make dist, and the quickstart by the wheel in a fresh environment away from here, and what works without a compiler
 	$(RUN)/python tests/installed.py --install --out "$(or $(OUT),quickstart)"
+
+# The variable silences the theme's notice about the next version of mkdocs.
+docs: $(READY)  ## build the site into build/site; a broken link or a page that the navigation lacks fails
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
 
 kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
 	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))

@@ -9,7 +9,9 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.opening import say_first
+from fastmoco.cli.output import run_logged
 from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors.log import Style
 from fastmoco_pipelines.text import redact
 
 
@@ -24,11 +26,12 @@ def eval_knn(
     best: bool = False,
     heads: int | None = None,
     out: Path | None = None,
+    json: bool = False,
 ) -> int:
     """kNN accuracy of an encoder (k = 20, temperature 0.07, cosine) on labelled shards.
 
-    One line of JSON, with an interval of 95 % (Wilson) about each accuracy. A command that was
-    interrupted continues where it was; under torchrun the processes share the images.
+    With an interval of 95 % (Wilson) about each accuracy. A command that was interrupted continues
+    where it was; under torchrun the processes share the images.
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
@@ -42,6 +45,7 @@ def eval_knn(
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
         out: A file for the JSON too.
+        json: Print JSON instead of text.
     """
     say_first(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
@@ -57,18 +61,23 @@ def eval_knn(
         best=best,
         heads=heads,
         out=out,
+        as_json=json,
     )
 
 
-def quickstart(out: Path = Path("quickstart")) -> int:
+def quickstart(out: Path = Path("quickstart"), *, log: Style = "auto") -> int:
     """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN
     accuracy.
 
     Args:
         out: Folder for shards, run and pictures.
+        log: How progress is shown; json is for programs.
     """
     with collection_paused():
         from fastmoco.cli.quickstart import quickstart as run
 
-    with one_line(EXIT_REFUSED, ValueError, OSError):
-        return run(out)
+    def call() -> int:
+        with one_line(EXIT_REFUSED, ValueError, OSError):
+            return run(out)
+
+    return run_logged(log, call)

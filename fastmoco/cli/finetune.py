@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_module
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
@@ -11,9 +11,11 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import of_options
-from fastmoco.cli.labelled_run import read_labelled, run_to_result
+from fastmoco.cli.labelled_run import read_labelled, run_to_result, show_accuracies
 from fastmoco.cli.opening import say_first
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco.cli.output import json_log, print_result, run_logged
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, show
+from fastmoco.errors.log import Style
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
 from fastmoco_pipelines.files.whole import write_file
 
@@ -44,12 +46,13 @@ def eval_finetune(
     crop_min: float | None = None,
     pooling: Literal["class", "mean_norm"] | None = None,
     seed: int = 0,
+    log: Style = "auto",
+    json: bool = False,
 ) -> int:
     """Accuracy of an encoder that is trained on with labels (fine-tuning).
 
     A run of its own, which the same command continues and which several processes may share. The
     defaults are those of MAE for the size of the ViT (docs/evaluation.md), without RandAugment.
-    Prints one line of JSON, with an interval of 95 % (Wilson) about each accuracy.
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, of one checkpoint, or a file of
@@ -79,9 +82,30 @@ def eval_finetune(
             most 64 pixels, crops and flips of the run's first view.
         pooling: Feature of a ViT; default: mean_norm, of the patch tokens, after masked methods.
         seed: Of the head, the order, the views and the mixing.
+        log: How progress is shown; json is for programs.
+        json: Print JSON instead of text.
     """
     given = locals()
     options = FineTuning(**{field.name: given[field.name] for field in fields(FineTuning)})
+    return run_logged(
+        log,
+        lambda: _finetune(run, train, test, out, options, which, best, heads, as_json=json),
+    )
+
+
+def _finetune(
+    run: Path,
+    train: str,
+    test: str,
+    out: Path,
+    options: FineTuning,
+    which: Literal["base", "momentum"] | None,
+    best: bool,
+    heads: int | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Train or continue, and print the result; returns the exit code."""
     say_first(f"fine-tuning of {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         with collection_paused():
@@ -107,9 +131,21 @@ def eval_finetune(
         code, reports = run_to_result(config, out)
         if not reports:
             return code
-        line = json.dumps(finetune_result(out))
+        found = finetune_result(out)
+        line = json_module.dumps(found)
         write_file(out / RESULT, f"{line}\n".encode())
-        print(line)
+        if as_json or json_log() is not None:
+            print_result(line)
+            return EXIT_FINISHED
+        settings = found["settings"]
+        show_accuracies(found, f"epoch {found['epoch']:g}, the last")
+        at_best = found["best"]
+        show_accuracies(at_best, f"epoch {at_best['epoch']:g}, the best of all on the test images")
+        show(
+            f"{found['images']:,} test images, {found['classes']} classes; {settings['epochs']:g} "
+            f"epochs on {found['train_images']:,} images, lr {settings['lr']:g}"
+        )
+        show(f"wrote {out / RESULT}")
     return EXIT_FINISHED
 
 

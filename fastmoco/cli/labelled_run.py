@@ -3,15 +3,13 @@ fine-tuning."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import knn_sets
-from fastmoco.cli.output import training_beside_result
-from fastmoco.config.launched import read_launcher
-from fastmoco.errors import EXIT_FINISHED, say
+from fastmoco.cli.output import is_first, training_beside_result
+from fastmoco.errors import EXIT_FINISHED, say, show
 
 if TYPE_CHECKING:
     from fastmoco.config import Config
@@ -24,11 +22,6 @@ class Labelled(NamedTuple):
     source: EncoderSource
     train: str
     test: str
-
-
-def is_first() -> bool:
-    """Whether this process is the first of its run, by the variables of the launcher."""
-    return read_launcher(os.environ).rank == 0
 
 
 def read_labelled(
@@ -80,3 +73,12 @@ def run_to_result(config: Config, out: Path) -> tuple[int, bool]:
     with training_beside_result():
         code = train(config, out, hints=False)
     return code, code == EXIT_FINISHED and is_first()
+
+
+def show_accuracies(found: dict[str, Any], what: str) -> None:
+    """Print both accuracies of a classifier."""
+    parts = []
+    for name in ("top1", "top5"):
+        low, high = found[f"{name}_interval"]
+        parts.append(f"{name} {found[name]:.2%} ({low:.2%} to {high:.2%})")
+    show(f"{'  '.join(parts)}  {what}")

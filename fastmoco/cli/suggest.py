@@ -69,8 +69,8 @@ NOTES = {
     "local-rank": "--gpus N starts the processes of this machine",
     "dist-url": "--gpus N starts the processes of this machine",
     "dist-backend": "--gpus N starts the processes of this machine",
-    "config": "name a recipe and give overrides as options",
-    "cfg": "name a recipe and give overrides as options",
+    "config": "name the file in place of a recipe",
+    "cfg": "name the file in place of a recipe",
     "stop-grad-conv1": "the patch embedding of every ViT is fixed",
     "cos": "every schedule is a cosine after the warm-up",
 }
@@ -82,6 +82,7 @@ COMMAND_MEANINGS = {
     "plan": "memory estimate flops",
     "profile": "trace bottleneck timing perf",
     "quickstart": "demo example tutorial try",
+    "runs": "ls list status ps experiments jobs",
     "data pack": "pack prepare convert make-shards shard create write",
     "data index": "index",
     "data check": "check validate scan clean verify",

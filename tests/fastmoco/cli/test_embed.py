@@ -113,12 +113,12 @@ def test_tokens_the_momentum_encoder_and_a_file(small_run, digits, tmp_path, cap
     for name, source, options in (("base", two, []), ("momentum", two, ["--which", "momentum"])):
         words = ["--train", digits[0], "--test", digits[1], "--k", "5", *options]
         capsys.readouterr()
-        assert main(["eval", "knn", str(source), *words]) == 0
+        assert main(["eval", "knn", str(source), *words, "--json"]) == 0
         line = json.loads(capsys.readouterr().out)
         assert line["source"]["encoder"] == name
         accuracies[name] = line["knn"]
     assert accuracies["base"] != accuracies["momentum"]
-    assert main(["eval", "knn", str(file), *words[:6]]) == 0
+    assert main(["eval", "knn", str(file), *words[:6], "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["knn"] == pytest.approx(accuracies["base"], abs=0.03)
     assert line["source"]["header"]["architecture"] == "vit_nano"
@@ -147,7 +147,7 @@ def test_an_official_checkpoint(digits, tmp_path, capsys, monkeypatch):
     lines = {}
     for which in ("base", "momentum"):
         words = ["--train", digits[0], "--test", digits[1], "--heads", "4", "--which", which]
-        assert main(["eval", "knn", str(file), *words, "--k", "2"]) == 0
+        assert main(["eval", "knn", str(file), *words, "--k", "2", "--json"]) == 0
         lines[which] = json.loads(capsys.readouterr().out)
         assert lines[which]["source"]["encoder"] == which
     assert lines["base"]["knn"] != lines["momentum"]["knn"]
@@ -200,7 +200,19 @@ def test_a_killed_command_continues_on_two_processes_with_equal_bytes(
         picture = ["--out", str(folder / "x.png"), "--json"]
         return [
             ["eval", "embed", str(run), *embedded],
-            ["eval", "knn", str(run), *knn, "--k", "5", "20", "--temperature", "0.07", "1"],
+            [
+                "eval",
+                "knn",
+                str(run),
+                *knn,
+                "--k",
+                "5",
+                "20",
+                "--temperature",
+                "0.07",
+                "1",
+                "--json",
+            ],
             ["eval", "neighbours", str(run), *sets, *picture],
             ["eval", "outliers", str(run), "--shards", digits[1], "--json"],
         ]
