@@ -162,12 +162,14 @@ def build(dist: Path, home: Path) -> tuple[Path, Path, Path]:
 
 
 def modules() -> set[str]:
-    """Files of the packages, by their place in the wheel."""
+    """Files of the packages, by their place in the wheel: all but READMEs, the sources in C and what
+    was built from them."""
+    left_out = {".c", ".h", ".so", ".pyc", ".md"}
     found = {
         str(path.relative_to(folder))
         for package, folder in ROOTS.items()
         for path in (folder / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.is_file() and path.suffix not in left_out
     }
     assert len(found) > 400
     return found
