@@ -149,7 +149,8 @@ def test_damaged_metrics_end_no_list(tmp_path: Path, case: str) -> None:
     text, step, fault = DAMAGED[case]
     run = only(made(tmp_path / "a", text))
     assert run.step == step
-    assert (run.fault or "").startswith(fault or "") and bool(run.fault) == bool(fault)
+    assert (run.fault or "").startswith(fault or "")
+    assert bool(run.fault) == bool(fault)
     json.dumps(run.to_json(), allow_nan=False)
 
 
