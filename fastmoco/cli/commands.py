@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         _words("tune", "recipe_commands:tune", "Measure the fastest settings; a launch script."),
         Command("quickstart", "delayed:quickstart", "Train on handwritten digits, in minutes."),
+        Command("doctor", "doctor:doctor", "What works on this machine, and cures."),
     ),
     "Data": (
         Command("data pack", "data:pack", "Pack a folder of images into shards."),
@@ -96,6 +97,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _eval("eval outliers", "embed:outliers", "Images that are like no others."),
         Command("runs", "runs:runs", "List the runs below a folder: state, step, kNN, speed."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+        Command("report", "report:report", "Write a page about runs: curves, health, pictures."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),
 }

@@ -49,7 +49,7 @@ FILES = {
 """Every file of a run, and its largest size in bytes."""
 _GROWING = ("lock", "metrics.jsonl", "quarantine.jsonl")
 """Files that are written in place; others are replaced by a new file."""
-FOLDERS = ("checkpoints", "tensorboard")
+FOLDERS = ("checkpoints", "tensorboard", "wandb", "mlruns")
 """Folders in that of a run; they may be links."""
 
 MARKS = ("DONE", "PREEMPTED")

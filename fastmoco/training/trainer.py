@@ -40,6 +40,7 @@ from fastmoco.run.world_sizes import NAME as RANKS
 from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
+from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
 from fastmoco.training.classes import with_classes
@@ -273,6 +274,8 @@ class Trainer:
             figures=self.figures,
             chance=chance,
             uninformed_loss=uninformed,
+            run_id=self.identity.run_id,
+            resumed=checkpoint is not None,
         )
 
         # Log the choices.
@@ -357,7 +360,8 @@ class Trainer:
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of the global batch (`TrainStep`)."""
         at = self.progress(self.step_count)
-        result = self.train_step(batch, at, accuracy=self._logs(at.step + 1))
+        logged = self._logs(at.step + 1)
+        result = self.train_step(batch, at, accuracy=logged, figures=logged)
         self.step_count += 1
         return result
 
@@ -445,6 +449,9 @@ class Trainer:
         # Record. Norms stay on the device until a log step.
         with part(LOG):
             self._record(result)
+            if self.step_count == 1 and self.recorder.wants_pictures():
+                views = pair_grid(batch.views, self.loader.spec.each_view)
+                self.recorder.picture(1, "views", views)
 
     def _record(self, result: StepResult) -> None:
         """Record the step that is done, and act on what the records show."""
@@ -454,6 +461,8 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
+            if self.recorder.wants_histograms(number):
+                self.recorder.gradient_values(self.train_step.gradients(), self.objective.places())
             schedules = {
                 **self.objective.schedules(result.at),
                 **self.objective.lengths(result.at),
@@ -462,7 +471,12 @@ class Trainer:
             if decay is not None:
                 schedules["weight_decay"] = decay
             self.recorder.log(
-                number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
+                number,
+                result.loss,
+                result.output.watch,
+                lr=result.lr,
+                schedules=schedules,
+                figures=result.figures,
             )
 
         # Roll back before the guard may end the run: a spike can cause the bad steps after it.

@@ -29,6 +29,7 @@ from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, SweptAdamW
 from fastmoco.optim.groups import ParameterGroup, set_learning_rates, split_groups
 from fastmoco.telemetry.stability import gradient_norms
+from fastmoco.telemetry.stability_weights import UpdateRatios, ema_distance
 from fastmoco.training import state as training_state
 from tests.distributed.cases import run_cases
 from tests.distributed.run_ranks import GLOBAL_BATCH, message_of, part
@@ -144,7 +145,12 @@ def run_steps(
             )
         result["norms"].append(gradient_norms(trained.items(), objective.places()))
         result["shares"].append(objective.momentum.shares_tokens())
+        ratios = UpdateRatios(trained, objective.places())
+        ratios.begin()
         weights.step(ema_momentum=0.9, skip=torch.zeros(()))
+        distance = ema_distance(objective.averages().items())
+        assert distance is not None
+        result["norms"][-1] |= {**ratios.finish(), "ema_distance": distance}
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
 

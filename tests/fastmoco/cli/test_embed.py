@@ -347,7 +347,7 @@ def test_the_normalisation_of_a_file_can_be_given(run, digits, tmp_path, capsys,
     capsys.readouterr()
     given = ["--mean", "1", "1", "1", "--std", "1", "1", "1"]
     for command, text in (
-        ([*base, *given[:4]], "--std: must be three numbers above 0; give --mean and --std"),
+        ([*base, *given[:4]], "--std is missing: be three numbers above 0; give --mean and --std"),
         ([*base, *given[:4], "--std", "0", "1", "1"], "--std 0 1 1: must be three numbers above 0"),
         ([*base, "--mean", "1", *given[4:]], "--mean 1: must be three numbers; give --mean and"),
         (["eval", "embed", str(run), *more, *given], "leave out --mean and --std"),
