@@ -444,17 +444,19 @@ class Recorder:
     def occurred(self, event: Event) -> None:
         """Write an event to the files, and show it as a warning."""
         self._write_event(event)
-        self.event(f"warning: {event}")
+        self.event(f"warning: {event}", _facts(event))
 
     def reported(self, step: int, name: str, text: str, *, size: float | None = None) -> None:
         """Log the text of another part of the trainer, and write it as an event of the run."""
         said = text.removeprefix("warning: ").removeprefix(f"step {step}: ")
-        self._write_event(Event(step, name, None, size, said))
-        self.event(text)
+        event = Event(step, name, None, size, said)
+        self._write_event(event)
+        self.event(text, _facts(event))
 
-    def event(self, text: str) -> None:
-        """Log an event; a text that begins with `warning: ` is shown as one."""
-        self.console.event(text)
+    def event(self, text: str, facts: Mapping[str, object] | None = None) -> None:
+        """Log an event; a text that begins with `warning: ` is shown as one. `facts`: the same for
+        programs (`Console.event`)."""
+        self.console.event(text, facts)
 
     def event_of_any_rank(self, text: str) -> None:
         """Log an event that only this rank may know."""
@@ -513,3 +515,8 @@ def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name not in ("queries", "keys", "features", "accuracy")
     }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}
+
+
+def _facts(event: Event) -> dict[str, object]:
+    """An event for programs."""
+    return {"step": event.step, "name": event.name, "layer": event.layer, "size": event.size}
