@@ -35,7 +35,7 @@ from fastmoco.models.encoder_file import describe_run
 from fastmoco.models.precision import choose_precision
 from fastmoco.objectives.build import build_objective
 from fastmoco.run.metrics_file import SPIKE
-from fastmoco.telemetry.stability import DipDetector, SpikeDetector
+from fastmoco.telemetry.detectors import DipDetector, SpikeDetector
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Loader, ShardSet
 
@@ -271,7 +271,7 @@ def train(side: Side, monitor: KnnMonitor, given: Mapping[str, Any], batch: int)
         curve["cpu_s"].append(round(used, 2))
         curve["knn"].append(round(accuracy, 5))
         if (dip := dips.observe(steps, accuracy)) or not math.isfinite(accuracy):
-            curve["events"].append(dip or f"step {steps}: kNN is {accuracy}")
+            curve["events"].append(str(dip) if dip else f"step {steps}: kNN is {accuracy}")
         enough = exact or steps >= given["every"] * given["points"]
         done = enough and used >= given["budget_s"]
         if done or (steps and accuracy >= given.get("until", math.inf)):

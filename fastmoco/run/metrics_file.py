@@ -43,6 +43,8 @@ MARGIN = 2**20
 """Bytes before the first line to keep that must also be in order. If they are not, every line of
 the file is checked."""
 
+EVENT = "event"
+"""The key of a named event, which has a line of its own (`events`)."""
 SPIKE = "spike/"
 """Before the place in the network: the name of a gradient norm that was a spike."""
 
@@ -99,13 +101,13 @@ def read_curves(
     # Most lines have the same keys, so the choice is made once for each set of keys.
     @functools.lru_cache(maxsize=1024)
     def chosen(keys: tuple[str, ...]) -> list[str]:
-        return [name for name in keys if wanted(name)]
+        return [name for name in keys if name != EVENT and wanted(name)]
 
     found: dict[str, tuple[array[int], array[float]]] = defaultdict(
         lambda: (array("q"), array("d"))
     )
     beyond = 0
-    for step, row in _rows(path, tell):
+    for step, row in read_rows(path, tell):
         for name in chosen(tuple(row)):
             if len(found) >= MOST_METRICS and name not in found:
                 beyond += 1
@@ -135,7 +137,7 @@ def read_curves(
 def read_values(path: Path, name: str, *, tell: Tell = _nobody) -> Iterator[tuple[int, float]]:
     """(step, value) for every line with a number as the metric, in the order of the file."""
     # Parsing takes far longer than the search for the name, and most lines lack a rare metric.
-    for step, row in _rows(path, tell, having=json.dumps(name).encode()):
+    for step, row in read_rows(path, tell, having=json.dumps(name).encode()):
         value = row.get(name)
         if isinstance(value, int | float):
             yield step, _number(value)
@@ -145,7 +147,7 @@ def read_spikes(path: Path, *, tell: Tell = _nobody) -> dict[int, dict[str, floa
     """The spikes of a run: by step, the gradient norm by place in the network; None where it was
     not finite. Of a step with several lines the last one counts."""
     found: dict[int, dict[str, float | None]] = {}
-    for step, row in _rows(path, tell, having=f'"{SPIKE}'.encode()):
+    for step, row in read_rows(path, tell, having=f'"{SPIKE}'.encode()):
         places = {
             name.removeprefix(SPIKE): None if value is None else _number(value)
             for name, value in row.items()
@@ -227,7 +229,7 @@ def step_of(line: str | bytes) -> float:
     return math.inf if found is None else float(found[0])
 
 
-def _rows(path: Path, tell: Tell, having: bytes = b"") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, tell: Tell, having: bytes = b"") -> Iterator[tuple[int, dict[str, Any]]]:
     """Steps and rows of the lines that contain `having`, without damaged ones."""
     damaged = first = 0
     for at, line in _bounded(path, lines_of(path, LONGEST, follow=False, limit=MOST_BYTES)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,21 +15,20 @@ from fastmoco.config import Config, Resolved
 from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
+from fastmoco.run.events import Event
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import SPIKE
 from fastmoco.telemetry.console import Console
-from fastmoco.telemetry.metrics import Throughput
-from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
-from fastmoco.telemetry.stability import (
+from fastmoco.telemetry.detectors import (
     CollapseDetector,
     DipDetector,
     ForgettingDetector,
-    GradientRecorder,
     SpikeDetector,
     UninformedDetector,
-    feature_std,
-    pair_cosines,
 )
+from fastmoco.telemetry.metrics import Throughput
+from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
+from fastmoco.telemetry.stability import GradientRecorder, feature_std, pair_cosines
 from fastmoco_pipelines.loading.stages import StageFigures
 from fastmoco_pipelines.text import counted
 
@@ -106,7 +105,7 @@ class Recorder:
 
         # Accuracies by metric name.
         self._labels = dict(figures or {})
-        self._dips = {name: DipDetector(label) for name, label in self._labels.items()}
+        self._dips = {name: DipDetector(label, name=name) for name, label in self._labels.items()}
         self._last: dict[str, float] = {}
         self._best: dict[str, float] = {}
         self._best_step: dict[str, int] = {}
@@ -169,6 +168,8 @@ class Recorder:
     def rolled_back(self, step: int, to: int) -> None:
         """Record that the state is that of an earlier step again."""
         self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "rolled_back_to": to})
+        text = f"the state is that of step {to} again"
+        self._write_event(Event(step, "rolled_back", None, float(step - to), text))
 
     def stepped(self, wait_seconds: float) -> None:
         """Count one finished step."""
@@ -228,7 +229,7 @@ class Recorder:
             )
         events.append(self._uninformed.observe(step, mean_loss))
         for event in filter(None, events):
-            self.event(f"warning: {event}")
+            self.occurred(event)
 
         # The line, for the sinks and for the console.
         speed = self.meter.report()
@@ -241,7 +242,7 @@ class Recorder:
             "wait_share": speed.wait_share,
             **values,
             **{f"gradient_norm/{name}": value for name, value in peaks.items()},
-            **self._loader_metrics(),
+            **self._loader_metrics(step),
         }
         self._write(step, metrics)
         eta = None if math.isnan(speed.eta_s) else speed.eta_s
@@ -251,7 +252,7 @@ class Recorder:
         self.console.log({**row, **self._last, **best})
         return float(mean_loss)
 
-    def _loader_metrics(self) -> dict[str, float]:
+    def _loader_metrics(self, step: int) -> dict[str, float]:
         """The loader's figures since the last log step; logs a summary when it is first slow."""
         recent = self._loader - self._loader_before
         if not recent.steps:
@@ -259,7 +260,7 @@ class Recorder:
         slow = recent.wait_share > SLOW_LOADER and self._loader_before.steps > 0
         if slow and not self._loader_was_slow:
             self._loader_was_slow = True
-            self.event(f"warning: {recent.summary()}")
+            self.occurred(Event(step, "slow_loader", None, recent.wait_share, recent.summary()))
         return recent.metrics()
 
     def _gradient_peaks(self) -> dict[str, float]:
@@ -269,7 +270,7 @@ class Recorder:
         for step, norms in self._gradients.flush():
             spikes = self._spikes.observe(step, norms)
             for spike in spikes:
-                self.event(f"warning: {spike}")
+                self.occurred(spike.event())
             if spikes:
                 self._write(step, {f"{SPIKE}{spike.name}": spike.value for spike in spikes})
                 self._tell_of_images(step)
@@ -302,7 +303,7 @@ class Recorder:
         for name, value in finite.items():
             dip = self._dips[name].observe(step, value)
             if dip:
-                self.event(f"warning: {dip}")
+                self.occurred(dip)
 
     def _accuracy(self, name: str, value: float, step: int) -> str:
         """An accuracy, the best one so far, and what knowing nothing gives."""
@@ -314,6 +315,17 @@ class Recorder:
         if name in self._chance:
             beside.append(f"chance {self._chance[name]:.1%}")
         return f"{self._labels[name]} {value:.1%} ({', '.join(beside)})"
+
+    def occurred(self, event: Event) -> None:
+        """Write an event to the files, and show it as a warning."""
+        self._write_event(event)
+        self.event(f"warning: {event}")
+
+    def reported(self, step: int, name: str, text: str, *, size: float | None = None) -> None:
+        """Log the text of another part of the trainer, and write it as an event of the run."""
+        said = text.removeprefix("warning: ").removeprefix(f"step {step}: ")
+        self._write_event(Event(step, name, None, size, said))
+        self.event(text)
 
     def event(self, text: str) -> None:
         """Log an event; a text that begins with `warning: ` is shown as one."""
@@ -334,11 +346,17 @@ class Recorder:
             with contextlib.suppress(OSError):
                 sink.close()
 
+    def _write_event(self, event: Event) -> None:
+        self._to_sinks(lambda sink: sink.event(event))
+
     def _write(self, step: int, metrics: dict[str, float]) -> None:
+        self._to_sinks(lambda sink: sink.write(step, metrics))
+
+    def _to_sinks(self, write: Callable[[JsonlSink | TensorBoardSink], None]) -> None:
         refused = []
         for sink in self._sinks:
             try:
-                sink.write(step, metrics)
+                write(sink)
             except OSError as error:  # lost metrics do not end a run
                 refused.append(f"{type(sink).__name__}: {error.strerror or error}")
         if refused and not self._refused:

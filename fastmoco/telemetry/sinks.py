@@ -10,7 +10,10 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from fastmoco.run.events import Event
+from fastmoco.run.metrics_file import EVENT
 from fastmoco_pipelines.files.small import open_regular
 from fastmoco_pipelines.files.whole import utf8_name
 
@@ -44,8 +47,21 @@ class JsonlSink:
         Raises:
             OSError: if the file system fails.
         """
-        row: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
-        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(
+            step,
+            {name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        )
+
+    def event(self, event: Event) -> None:
+        """Append an event as a line of its own (`run/events.py`).
+
+        Raises:
+            OSError: if the file system fails.
+        """
+        self._append(event.step, {EVENT: event.to_json()})
+
+    def _append(self, step: int, content: Mapping[str, Any]) -> None:
+        row = {"step": step, "time": round(time.time(), 3), **content}
         line = json.dumps(row, allow_nan=False) + "\n"
         data = memoryview((("\n" if self._torn else "") + line).encode())
         self._torn = True  # until the whole line is written: a full disk may accept a part of it
@@ -82,6 +98,10 @@ class TensorBoardSink:
         """Add one scalar for each metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def event(self, event: Event) -> None:
+        """Add the text of an event."""
+        self._writer.add_text(f"event/{event.name}", event.text, event.step)
 
     def close(self) -> None:
         """Flush and close; may be called more than once."""

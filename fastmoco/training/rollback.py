@@ -29,8 +29,9 @@ from fastmoco.config import Config
 from fastmoco.distributed.agree import of_first_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
+from fastmoco.telemetry.detectors import SpikeDetector
 from fastmoco.telemetry.recorder import Recorder
-from fastmoco.telemetry.stability import GradientRecorder, SpikeDetector
+from fastmoco.telemetry.stability import GradientRecorder
 from fastmoco.training.saving import Saving
 
 WINDOW = 100

@@ -467,8 +467,12 @@ class Trainer:
         if self.rollback.after_step(number, self.recorder, logged=self._logs(number)):
             self.guard.forget()
         if self._logs(number):
-            for event in (*self.stragglers.report(number), *self.guard.report(number)):
-                self.recorder.event(event)
+            for slow in self.stragglers.report(number):
+                self.recorder.reported(number, "slow_rank", slow)
+            before = self.guard.skipped
+            for skipped in self.guard.report(number):
+                size = float(self.guard.skipped - before)
+                self.recorder.reported(number, "steps_skipped", skipped, size=size)
             self.drawer.poll()
 
     def _logs(self, step: int) -> bool:

@@ -14,10 +14,12 @@ from torch import nn
 from fastmoco.config import Config, resolve
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
+from fastmoco.run.events import read_events
 from fastmoco.run.folder import RunFolder
-from fastmoco.run.metrics_file import read_spikes
+from fastmoco.run.metrics_file import EVENT, read_spikes
+from fastmoco.telemetry.detectors import ForgettingDetector
 from fastmoco.telemetry.recorder import Recorder, _left_out, _peak_line
-from fastmoco.telemetry.stability import ForgettingDetector, gradient_norms
+from fastmoco.telemetry.stability import gradient_norms
 
 
 def _recorder(folder):
@@ -29,8 +31,10 @@ def _recorder(folder):
 
 
 def _rows(recorder, tmp_path):
+    """The lines of metrics; those of events have a reader of their own."""
     recorder.close()
-    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if EVENT not in row]
 
 
 MOMENTUM = {"ema_momentum": 0.9}
@@ -98,6 +102,13 @@ def test_a_gradient_that_is_not_finite_is_never_hidden(tmp_path, capsys, order):
     at = order.index(next(size for size in order if math.isnan(size))) + 1
     assert read_spikes(tmp_path / "metrics.jsonl") == {at: {"total": None}}
     assert (spikes["step"], spikes["spike/total"]) == (at, None)
+    (event,) = read_events(tmp_path / "metrics.jsonl")
+    assert (event.step, event.name, event.layer, event.size) == (
+        at,
+        "gradient_not_finite",
+        "total",
+        None,
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "gradient of total is nan" in said
     assert f"the images of that step: fastmoco run images {tmp_path} --step {at}" in said
@@ -111,6 +122,9 @@ def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
         recorder.gradients(step, _norms(nn.Linear(4, 1), 1.0))
         recorder.stepped(0.0)
         recorder.log(step, torch.tensor(1.0), seen(q), lr=0.1, schedules=MOMENTUM)
+    recorder.close()
+    events = read_events(tmp_path / "metrics.jsonl")
+    assert [(event.step, event.name) for event in events] == [(5, "collapse"), (5, "forgetting")]
     text = capsys.readouterr().out
     assert "collapsing" in text
     assert "the encoder has collapsed" in text
@@ -133,6 +147,10 @@ def test_knn_dips_are_said(tmp_path, capsys):
     assert "step 10: kNN 80.0% (best so far)" in text
     assert "kNN 70.0% (best 80.0% at step 10)" in text
     assert [row["knn"] for row in _rows(recorder, tmp_path)] == [0.5, 0.8, 0.7]
+    (dip,) = read_events(tmp_path / "metrics.jsonl")
+    assert (dip.step, dip.name, dip.layer) == (20, "knn_dip", None)
+    assert dip.size == pytest.approx(0.1)
+    assert dip.text == "kNN fell to 70.0%, 10.0 points below its best"
 
 
 @pytest.mark.faults
