@@ -68,7 +68,7 @@ def unstable_digits() -> Config:
         log_every_steps=5,
         model=replace(base.model, freeze_patch_embed=False),
         # beta2 of the paper: the shorter average of the quickstart follows a spike at once.
-        optim=replace(base.optim, lr=0.25, betas=(0.9, 0.999), warmup_epochs=40),
+        optim=replace(base.optim, lr=0.15, betas=(0.9, 0.999), warmup_epochs=40),
         knn=replace(base.knn, every_epochs=1, max_share=1.0),
     )
 
