@@ -45,6 +45,7 @@ FILLED_IN = {
     "FILE": "results.jsonl",
     "FOLDER": "runs/first",
     "launch/NAME.sh": "launch/single_gpu.sh",
+    "my.yaml": str(ROOT / "tests" / "docs" / "my.yaml"),
 }
 """Words of pages that a reader replaces."""
 ELIDED = {
@@ -53,6 +54,7 @@ ELIDED = {
 """What `...` stands for, where it is missing."""
 RUN = (
     "recipes",
+    "runs",
     "print-config",
     "data stats",
     "data views",
@@ -78,6 +80,7 @@ REFUSED = {"train --data.images photos": 2}
 
 def filled(words: list[str]) -> list[str]:
     """A command with a reader's words in place of those that a page leaves open."""
+    words = words[: words.index(">")] if ">" in words else words
     plain = [word.strip("[]") for word in words]
     plain = [FILLED_IN.get(word, word.replace("YOUR_IMAGES", "photos")) for word in plain]
     plain = [re.sub(r"^/data/|^shards/", "data/", word) for word in plain]
