@@ -217,7 +217,8 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalised | N
     for name, given in (("mean", mean), ("std", std)):
         if len(given) != 3 or not all(value > 0 or name == "mean" for value in given):
             more = " above 0" if name == "std" else ""
+            words = " ".join(f"{value:g}" for value in given)
             raise ValueError(
-                f"{name}={given or ''!r}: must be three numbers{more}; give --mean and --std"
+                f"{name}={words!r}: must be three numbers{more}; give --mean and --std"
             )
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -84,7 +84,7 @@ def eval_linear(
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
         holdout: With --fast, share of the training images on which rate and decay are chosen.
-        precision: Of the encoder; bf16 needs --fast.
+        precision: Of the encoder; bf16 with --fast alone.
         seed: Of the classifier, the order, the crops and the hold-out.
         cache: Folder of cached features; default: in the user's cache.
         out: Folder for the result, linear.json; without --fast also for the run, which the same

@@ -324,8 +324,8 @@ class Console:
         return str(self._warnings.pop(next(iter(self._warnings))))
 
     def stepped(self) -> None:
-        """Draw again if the window has another size. Takes a microsecond otherwise; call it after each
-        step."""
+        """Draw again if the window has another size. Takes some 25 microseconds otherwise; call it
+        after each step."""
         if self._live is not None and tuple(self._live.console.size) != self._window:
             self._guarded(self._draw)
 

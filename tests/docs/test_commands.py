@@ -47,7 +47,7 @@ FILLED_IN = {
     "FOLDER": "runs/first",
     "launch/NAME.sh": "launch/single_gpu.sh",
     "IMAGES": "photos",
-    "my.yaml": "vit_s16_e300_b1024",
+    "my.yaml": str(ROOT / "tests" / "docs" / "my.yaml"),
     "my.toml": "vit_s16_e300_b1024",
     "runs/first/config.json": "vit_nano8_e60_b256",
 }
@@ -58,6 +58,7 @@ ELIDED = {
 """What `...` stands for, where it is missing."""
 RUN = (
     "recipes",
+    "runs",
     "print-config",
     "data stats",
     "data views",
@@ -83,6 +84,7 @@ REFUSED = {"train --data.images photos": 2}
 
 def filled(words: list[str]) -> list[str]:
     """A command with a reader's words in place of those that a page leaves open."""
+    words = words[: words.index(">")] if ">" in words else words
     plain = [word.strip("[]") for word in words]
     plain = [FILLED_IN.get(word, word.replace("YOUR_IMAGES", "photos")) for word in plain]
     plain = [re.sub(r"^/data/|^shards/", "data/", word) for word in plain]
