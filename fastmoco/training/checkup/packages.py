@@ -22,6 +22,8 @@ DALI = {"13": "nvidia-dali-cuda130", "12": "nvidia-dali-cuda120"}
 """Major version of CUDA -> DALI's distribution."""
 SHOWN = ("torch", "numpy", "triton", *DALI.values())
 """Distributions that `fastmoco --version` prints if they are installed."""
+TOOLS = ("dev", "docs")
+"""Extras for developers."""
 IMPOSTORS = {
     "nvidia-dali": f"a placeholder without code; DALI is {DALI['13']}, or {DALI['12']} for CUDA 12"
 }
@@ -80,7 +82,7 @@ def requirements() -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:
         return []
     parsed = [_parsed(line) for line in lines]
-    return [found for found in parsed if found.extra != "dev" and found.name != "fastmoco"]
+    return [found for found in parsed if found.extra not in TOOLS and found.name != "fastmoco"]
 
 
 def _parsed(line: str) -> Requirement:

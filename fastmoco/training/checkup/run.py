@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -109,7 +110,6 @@ def _others(device: str) -> list[Probe]:
         Probe(
             name="collectives",
             title="NCCL" if on_gpu else "gloo",
-            cure="NCCL_DEBUG=INFO shows the reason; one process needs neither" if on_gpu else "",
         ),
         Probe(
             name="xformers",
@@ -159,6 +159,7 @@ def _missing(probe: Probe) -> Finding:
 @dataclass(slots=True)
 class _Running:
     probe: Probe
+    command: Sequence[str]
     process: subprocess.Popen[bytes]
     out: IO[bytes]
     error: IO[bytes]
@@ -201,15 +202,16 @@ def _start(probe: Probe, device: str, command: Sequence[str], limit_s: float) ->
     files = contextlib.ExitStack()
     out = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - in `files`
     error = files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - in `files`
+    words = [*command, probe.name, device]
     process = subprocess.Popen(  # noqa: S603 - this interpreter and our own module
-        [*command, probe.name, device],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=error,
         env=child_environment({**os.environ, **probe.variables}),
         start_new_session=True,
     )
-    return _Running(probe, process, out, error, files, time.monotonic() + limit_s)
+    return _Running(probe, words, process, out, error, files, time.monotonic() + limit_s)
 
 
 def _end(child: _Running) -> None:
@@ -227,7 +229,7 @@ def _result(child: _Running, *, late: bool, limit_s: float) -> Iterator[Finding]
     texts = [_text(file) for file in (child.out, child.error)]
     _end(child)
     if code is None and late:
-        yield _failed(child.probe, f"did not end within {limit_s:g} s")
+        yield _failed(child, f"did not end within {limit_s:g} s")
         return
     found = [line for line in texts[0].splitlines() if line.startswith(MARK)]
     if found:  # a library may crash at the exit of the process, after its work
@@ -235,10 +237,10 @@ def _result(child: _Running, *, late: bool, limit_s: float) -> Iterator[Finding]
             yield Finding(**fields)
         return
     if code is not None and code < 0:
-        yield _failed(child.probe, f"its process died of {_signal(-code)}")
+        yield _failed(child, f"its process died of {_signal(-code)}")
         return
     lines = [line.strip() for line in (texts[1] or texts[0]).splitlines() if line.strip()]
-    yield _failed(child.probe, lines[-1][:_LAST_LINE] if lines else f"ended with code {code}")
+    yield _failed(child, lines[-1][:_LAST_LINE] if lines else f"ended with code {code}")
 
 
 def _text(file: IO[bytes]) -> str:
@@ -253,7 +255,9 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _failed(probe: Probe, reason: str) -> Finding:
-    return Finding(
-        name=probe.title, state="broken", text=reason, cure=probe.cure, needed=probe.needed
-    )
+def _failed(child: _Running, reason: str) -> Finding:
+    probe = child.probe
+    cure = probe.cure or (pip_install("--force-reinstall", probe.install) if probe.install else "")
+    if not cure:
+        cure = f"for the whole error: {shlex.join(map(str, child.command))}"
+    return Finding(name=probe.title, state="broken", text=reason, cure=cure, needed=probe.needed)
