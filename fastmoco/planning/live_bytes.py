@@ -32,7 +32,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, made)
+        if isinstance(made, Tensor):
+            self._see(made)
+        elif isinstance(made, (tuple, list)):
+            tree_map_only(Tensor, self._see, made)
         return made
 
     def _see(self, tensor: Tensor) -> None:
