@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,12 @@ class TrainStep:
         self._places = objective.places()
         self._ratios = UpdateRatios(self._trainable, self._places)
         self._norm_pairs = objective.averaged_norms()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients of the last step by name, clipped, as the optimizer got them."""
+        for name, parameter in self._trainable.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def learning_rate(self, at: Progress) -> float:
         """The learning rate of a step, a pure function of its progress."""
