@@ -33,12 +33,12 @@ from fastmoco.telemetry.stability import gradient_norms
 from fastmoco.training.trainer import Trainer
 
 NAME = "telemetry"
-DEFAULTS = {"shapes": "vit_nano,vit_small", "threads": 1, "rounds": 9, "small_rounds": 3}
+DEFAULTS = {"shapes": "vit_nano,vit_small", "threads": 1, "rounds": 9, "small_rounds": 2}
 """`shapes` of the encoder; `threads` of torch; `rounds` of an interval of ten steps of each side,
 `small_rounds` of ViT-S."""
-QUICK = {"shapes": "vit_nano", "rounds": 2}
+QUICK = {"shapes": "vit_nano", "rounds": 1}
 SHAPES = ("vit_nano", "vit_small")
-LIMIT, JUDGED = 0.01, 3
+LIMIT, JUDGED = 0.01, 2
 """Largest median share of telemetry in the processor time of a step, and the rounds from which it is
 judged."""
 
@@ -70,7 +70,7 @@ def config_of(shape: str, threads: int) -> Config:
     config = get_recipe("quickstart_digits")
     if shape == "vit_small":
         config = with_image_size(get_recipe("vit_s16_e300_b4096"), 64)
-        config = replace(config, global_batch_size=8)
+        config = replace(config, global_batch_size=32)
     return replace(
         config,
         device="cpu",

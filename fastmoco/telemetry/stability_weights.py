@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmoco_kernels.tensors import local, sums_over_shards
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Of differences that are in memory at once."""
 
 
