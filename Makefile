@@ -55,7 +55,7 @@ installed: $(READY)  ## make dist, and the quickstart by the wheel in a fresh en
 
 # The variable silences the theme's notice about the next version of mkdocs.
 docs: $(READY)  ## build the site into build/site; a broken link or a page that the navigation lacks fails
-	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
 
 kernels: $(READY)  ## compile every kernel configuration for sm_80, sm_90a and sm_100a, without a GPU, and check what it costs
 	$(RUN)/python -m benchmarks.compiled $(if $(OUT),--out $(OUT))

@@ -70,7 +70,7 @@ def config_of(shape: str, threads: int) -> Config:
     config = get_recipe("quickstart_digits")
     if shape == "vit_small":
         config = with_image_size(get_recipe("vit_s16_e300_b4096"), 64)
-        config = replace(config, global_batch_size=32)
+        config = replace(config, global_batch_size=8)
     return replace(
         config,
         device="cpu",

@@ -7,8 +7,9 @@ from typing import Any
 
 from griffe import Extension
 
-TITLED = re.compile(r"^( *)([A-Z][\w ]*: \S.*)\n((?:\1 +\S.*(?:\n|$))+)", re.MULTILINE)
-"""A paragraph such as `Numerics: ...` whose further lines are indented."""
+TITLED = re.compile(r"^([A-Z][\w ]*: \S.*\n)((?: +\S.*(?:\n|$))+)", re.MULTILINE)
+"""A paragraph such as `Numerics: ...` whose further lines are indented. Entries of sections such as
+`Raises:` are indented themselves."""
 
 
 class Paragraphs(Extension):
@@ -25,7 +26,7 @@ def plain(text: str) -> str:
     """A docstring without the indentation of titled paragraphs."""
 
     def joined(found: re.Match[str]) -> str:
-        margin, first, rest = found.groups()
-        return f"{margin}{first}\n" + re.sub(r"^ +", margin, rest, flags=re.MULTILINE)
+        first, rest = found.groups()
+        return f"{first}{re.sub(r'^ +', '', rest, flags=re.MULTILINE)}"
 
     return TITLED.sub(joined, text)

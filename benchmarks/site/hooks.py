@@ -50,6 +50,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for path in Path(config.docs_dir).rglob("*.md")
     }
     made: dict[str, list[Any]] = {
+        "DECISIONS": sorted(path for path in written if path.startswith("decisions/")),
         "RECIPES": recipes.nav(),
         "COMMANDS": commands.nav(),
         "REFERENCE": references.nav(),

@@ -25,6 +25,8 @@ def eval_knn(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -44,13 +46,18 @@ def eval_knn(
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         out: A file for the JSON too.
         json: Print JSON instead of text.
     """
     say_first(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
+        from fastmoco.cli.images import normalisation
         from fastmoco.cli.knn import eval_knn as measure
 
+    with one_line(EXIT_REFUSED, ValueError):
+        normalised = normalisation(mean, std)
     return measure(
         run,
         train,
@@ -60,6 +67,7 @@ def eval_knn(
         which=which,
         best=best,
         heads=heads,
+        normalised=normalised,
         out=out,
         as_json=json,
     )

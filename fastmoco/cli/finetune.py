@@ -10,7 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.cli.images import of_options
+from fastmoco.cli.images import normalisation, of_options
 from fastmoco.cli.labelled_run import read_labelled, run_to_result, show_accuracies
 from fastmoco.cli.opening import say_first
 from fastmoco.cli.output import json_log, print_result, run_logged
@@ -32,6 +32,8 @@ def eval_finetune(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     epochs: float | None = None,
     batch: int = 0,
     lr: float | None = None,
@@ -62,8 +64,10 @@ def eval_finetune(
         out: Folder of the fine-tuning and its result, finetune.json.
         which: The trained encoder (base), or its moving average (default: the one that the
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
-        best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        best: The checkpoint of the highest kNN accuracy, not the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         epochs: Passes over the training images (default: 100; 50 for ViT-L).
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
         lr: Rate of the head for 256 images (default: 5e-4; 1e-3 for ViT-L).
@@ -76,7 +80,7 @@ def eval_finetune(
         drop_path: Rate of stochastic depth of the last block (default: 0.1; 0.2 for ViT-L,
             0 for a ResNet).
         label_smoothing: Share of the target that is spread over all classes.
-        mixup: Parameter of the Beta distribution of mixup; 0: none.
+        mixup: Parameter of the Beta distribution; 0: none.
         cutmix: That of cutmix; 0: none.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
@@ -89,7 +93,19 @@ def eval_finetune(
     options = FineTuning(**{field.name: given[field.name] for field in fields(FineTuning)})
     return run_logged(
         log,
-        lambda: _finetune(run, train, test, out, options, which, best, heads, as_json=json),
+        lambda: _finetune(
+            run,
+            train,
+            test,
+            out,
+            options,
+            which,
+            best,
+            heads,
+            mean=mean,
+            std=std,
+            as_json=json,
+        ),
     )
 
 
@@ -103,6 +119,8 @@ def _finetune(
     best: bool,
     heads: int | None,
     *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     as_json: bool,
 ) -> int:
     """Train or continue, and print the result; returns the exit code."""
@@ -113,7 +131,14 @@ def _finetune(
             from fastmoco.training.source_model import log_every, model_config, prepare
 
         source, train, test = read_labelled(
-            run, train, test, which=which, best=best, heads=heads, needed_by="fine-tuning"
+            run,
+            train,
+            test,
+            which=which,
+            best=best,
+            heads=heads,
+            normalised=normalisation(mean, std),
+            needed_by="fine-tuning",
         )
         images = _images(train)
         config = fine_tuning(

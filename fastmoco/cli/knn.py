@@ -22,6 +22,7 @@ from fastmoco.evaluation.feature_cache import WAIT_S
 from fastmoco.evaluation.knn import KnnCount, require_votes, shared_knn_sweep
 from fastmoco.evaluation.monitor import judge, open_comparable
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.models.weights.foreign import Normalised
 from fastmoco.training import setup
 from fastmoco.training.embed_run import Embedder, StoredFeatures, parts_folder
 from fastmoco.training.encoder_source import EncoderSource, load_source
@@ -38,6 +39,7 @@ def eval_knn(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    normalised: Normalised | None = None,
     out: Path | None = None,
     as_json: bool = False,
 ) -> int:
@@ -52,6 +54,7 @@ def eval_knn(
         which: the encoder of a run.
         best: the checkpoint of the run with the highest accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file that does not say it.
         out: a file for the JSON too; one of this name is replaced.
         as_json: print one line of JSON instead of text.
 
@@ -63,7 +66,9 @@ def eval_knn(
         require_votes(ks, temperatures)
         world = start_world("auto", timeout_s=WAIT_S)
         with first_cause(world), of_options({"train": train_shards, "test": test_shards}):
-            source = load_source(run, world.device, which=which, best=best, heads=heads)
+            source = load_source(
+                run, world.device, which=which, best=best, heads=heads, normalised=normalised
+            )
             found = _measure(run, source, (train_shards, test_shards), world, ks, temperatures)
             if world.rank == 0:
                 line = json.dumps(found)

@@ -13,6 +13,7 @@ from fastmoco.errors import EXIT_FINISHED, say, show
 
 if TYPE_CHECKING:
     from fastmoco.config import Config
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco.training.encoder_source import EncoderSource
 
 
@@ -32,6 +33,7 @@ def read_labelled(
     which: Literal["base", "momentum"] | None,
     best: bool,
     heads: int | None,
+    normalised: Normalised | None,
     needed_by: str,
 ) -> Labelled:
     """Read the encoder and find both sets, before the run has its process group: every process reads
@@ -44,6 +46,7 @@ def read_labelled(
         which: the encoder of a run.
         best: the checkpoint with the highest kNN accuracy.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file that does not say it.
         needed_by: the evaluation, for errors.
 
     Raises:
@@ -53,7 +56,7 @@ def read_labelled(
         from fastmoco.training.encoder_source import load_source
         from fastmoco.training.images import max_side_for
 
-    source = load_source(run, "cpu", which=which, best=best, heads=heads)
+    source = load_source(run, "cpu", which=which, best=best, heads=heads, normalised=normalised)
     if is_first():
         for note in source.notes:
             say(note)

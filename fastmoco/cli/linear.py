@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.embed import progress_on
-from fastmoco.cli.images import knn_sets_of_ranks, of_options
+from fastmoco.cli.images import knn_sets_of_ranks, normalisation, of_options
 from fastmoco.cli.labelled_run import (
     read_labelled,
     run_to_result,
@@ -27,6 +27,7 @@ NEEDED_BY = "a linear classifier"
 """As errors about classes name this evaluation."""
 
 if TYPE_CHECKING:
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco.training.linear_official import OfficialOptions
 
 
@@ -40,6 +41,8 @@ def eval_linear(
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
     epochs: int | None = None,
@@ -66,22 +69,24 @@ def eval_linear(
             once. Reports that of the official rate, and the best on held-out training images.
         protocol: Whose numbers. MAE's normalises features, with --fast too.
         which: The trained encoder (base), or its moving average (default: as the method evaluates).
-        best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        best: The checkpoint of the highest kNN accuracy, not the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         lr: Learning rate for a batch of 256 images (default: of the protocol; moco_v3: 3 for a ViT,
             0.1 for a ResNet); with --fast several, which are all tried (default: 0.01 to 10).
         weight_decay: Weight decay (default: 0; with --fast several, 0 to 1e-4).
         epochs: Passes over the images (default: 90, moby 100, mae of ViT-L 50).
-        batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
+        batch: Images of a step; 0: 1024, or fewer below 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached
             (default: 10). With as many as epochs it trains on the images of the official protocol;
             0: the images without augmentation.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
         holdout: With --fast, share of the training images on which rate and decay are chosen.
-        precision: With --fast, of the encoder; the official protocol has fp32.
+        precision: Of the encoder; bf16 needs --fast.
         seed: Of the classifier, the order, the crops and the hold-out.
-        cache: Folder of cached features; default: fastmoco/features in the user's cache.
+        cache: Folder of cached features; default: in the user's cache.
         out: Folder for the result, linear.json; without --fast also for the run, which the same
             command continues.
         log: How progress is shown; json is for programs.
@@ -106,6 +111,7 @@ def eval_linear(
                     which,
                     best,
                     heads=heads,
+                    normalised=normalisation(mean, std),
                     lrs=lr,
                     weight_decays=weight_decay,
                     epochs=90 if epochs is None else epochs,
@@ -133,7 +139,9 @@ def eval_linear(
                     crop_min=crop_min,
                     seed=seed,
                 )
-                code, found = _official(run, train, test, which, best, heads, out, options)
+                code, found = _official(
+                    run, train, test, which, best, heads, normalisation(mean, std), out, options
+                )
                 if code != EXIT_FINISHED:
                     return code
             if found is not None:
@@ -175,6 +183,7 @@ def _fast(
     best: bool,
     *,
     heads: int | None,
+    normalised: Normalised | None,
     lrs: tuple[float, ...],
     weight_decays: tuple[float, ...],
     copies: int | None,
@@ -200,7 +209,9 @@ def _fast(
     )
     world = start_world("auto", timeout_s=WAIT_S)
     with first_cause(world):
-        source = load_source(run, world.device, which=which, best=best, heads=heads)
+        source = load_source(
+            run, world.device, which=which, best=best, heads=heads, normalised=normalised
+        )
         if world.rank == 0:
             for note in source.notes:
                 say(note)
@@ -220,6 +231,7 @@ def _official(
     which: Which | None,
     best: bool,
     heads: int | None,
+    normalised: Normalised | None,
     out: Path,
     options: OfficialOptions,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -230,7 +242,14 @@ def _official(
         from fastmoco.training.linear_official import official_config, official_result
 
     source, train, test = read_labelled(
-        run, train, test, which=which, best=best, heads=heads, needed_by=NEEDED_BY
+        run,
+        train,
+        test,
+        which=which,
+        best=best,
+        heads=heads,
+        normalised=normalised,
+        needed_by=NEEDED_BY,
     )
     config = official_config(
         source,

@@ -17,9 +17,9 @@ from fastmoco_pipelines.text import escaped
 def runs(folder: Positional[Path] = Path("runs"), *, json: bool = False) -> int:
     """List the runs below a folder, those that were written last first.
 
-    Running: a process of this machine holds the lock of the run, or, for a run on another machine,
-    its metrics are newer than five minutes. Stopped: saved on a signal; the same command continues.
-    Failed: neither finished, nor stopped, nor running.
+    Running: a process of this machine holds the lock of the run. Elsewhere: it began on another
+    machine, where it may still train. Stopped: saved on a signal; the same command continues. Failed:
+    neither finished, nor stopped, nor running.
 
     Args:
         folder: Folder that contains folders of runs, at any depth up to eight; or of one run.
@@ -95,16 +95,12 @@ def _row(run: RunLine, folder: Path, hosts: bool) -> list[str]:
         share(run.knn),
         share(run.knn_best),
         "-" if run.images_per_s is None else f"{run.images_per_s:,.0f}",
-        "-" if run.written is None else _ago(time.time() - run.written),
+        "-" if run.written is None else _at(run.written),
         *([escaped(run.host or "-")] if hosts else []),
         escaped(run.recipe or "-"),
     ]
 
 
-def _ago(seconds: float) -> str:
-    """How long ago, in the largest unit that fits."""
-    seconds = max(0.0, seconds)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+def _at(seconds: float) -> str:
+    """A time of this machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

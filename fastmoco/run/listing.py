@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,10 +31,7 @@ TAIL = 1 << 16
 CURVE = 64 << 20
 """Bytes at the end of metrics.jsonl that are searched for accuracies."""
 BLOCK = 1 << 20
-RECENT_S = 300.0
-"""Seconds since the last line of metrics within which a run on another machine counts as running."""
-
-State = Literal["running", "finished", "stopped", "failed", "not begun", "unreadable"]
+State = Literal["running", "finished", "stopped", "failed", "elsewhere", "not begun", "unreadable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +41,10 @@ class RunLine:
     path: str
     """Folder of the run."""
     state: State
-    """`running`: a process holds the lock, or on another machine a line of metrics is new. `finished`
-    and `stopped` (saved on a signal): by the files DONE and PREEMPTED. `failed`: it has begun and
-    none of these. `not begun`: it has no line of metrics."""
+    """`running`: a process of this machine holds the lock. `finished` and `stopped` (saved on a
+    signal): by the files DONE and PREEMPTED. `elsewhere`: none of these, and its newest start was on
+    another machine, where it may train. `failed`: it has begun and none of these. `not begun`: it has
+    no line of metrics."""
     pid: int | None = None
     """Process that holds the lock, on this machine."""
     host: str | None = None
@@ -177,7 +174,6 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
     host = saved.get(HOST)
     host = host if isinstance(host, str) else None
     elsewhere = host is not None and host != socket.gethostname()
-    recent = written is not None and time.time() - written < RECENT_S
     state: State = "failed"
     if pid is not None:
         state = "running"
@@ -185,8 +181,8 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
         state = "finished"
     elif (path / "PREEMPTED").exists():
         state = "stopped"
-    elif elsewhere and recent:
-        state = "running"
+    elif elsewhere:
+        state = "elsewhere"
     elif "step" not in last:
         state = "unreadable" if faults else "not begun"
 

@@ -10,11 +10,13 @@ tell how many; a run that continues cuts them off.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -35,8 +37,6 @@ MOST_ODD_LINES = 100_000
 """Of a file, without the name of a step in them: a crash leaves one."""
 MOST_METRICS = 10_000
 """Different names that are kept. A run has some hundred."""
-MOST_TABLES = 1000
-"""Different sets of names of a line that are kept together. A run has some ten."""
 BLOCK = 2**20
 """Bytes that are read at once from the end of the file."""
 MARGIN = 2**20
@@ -98,31 +98,25 @@ def read_curves(
 ) -> tuple[dict[str, Series], dict[str, NDArray[np.int64]]]:
     """The metrics of `read_series`, and the steps at which a metric was not finite, by name."""
 
-    # Most lines have the same keys, so they are kept as rows of one table, and the choice is made
-    # once for each set of keys.
-    tables: dict[tuple[str, ...], _Table] = {}
-    names: dict[str, None] = {}
+    # Most lines have the same keys, so the choice is made once for each set of keys.
+    @functools.lru_cache(maxsize=1024)
+    def chosen(keys: tuple[str, ...]) -> list[str]:
+        return [name for name in keys if name != EVENT and wanted(name)]
 
-    def table_of(keys: tuple[str, ...]) -> _Table:
-        if keys not in tables:
-            chosen = [name for name in keys if name != EVENT and wanted(name)]
-            kept = []
-            for name in chosen:
-                if name in names or len(names) < MOST_METRICS:
-                    names[name] = None
-                    kept.append(name)
-            tables[keys] = _Table(kept, len(chosen) - len(kept))
-        return tables[keys]
+    found: dict[str, tuple[array[int], array[float]]] = defaultdict(
+        lambda: (array("q"), array("d"))
+    )
+    beyond = 0
+    for step, row in read_rows(path, tell):
+        for name in chosen(tuple(row)):
+            if len(found) >= MOST_METRICS and name not in found:
+                beyond += 1
+                continue
+            steps, values = found[name]
+            value = row[name]
+            steps.append(step)
+            values.append(value if type(value) is float else _number(value))
 
-    for line, (step, row) in enumerate(read_rows(path, tell)):
-        keys = tuple(row)
-        if keys in tables or len(tables) < MOST_TABLES:
-            table_of(keys).add(line, step, row)
-        else:
-            for name in keys:
-                table_of((name,)).add(line, step, row)
-
-    beyond = sum(table.left_out * len(table.lines) for table in tables.values())
     if beyond:
         tell(
             f"{escaped(str(path))}: {counted(beyond, 'value')} left out, of more than "
@@ -130,61 +124,14 @@ def read_curves(
         )
     series: dict[str, Series] = {}
     lost: dict[str, NDArray[np.int64]] = {}
-    for name in names:
-        steps_of, values_of = _column(name, tables.values())
+    for name, lists in found.items():
+        steps_of, values_of = _in_order(*lists)
         finite = np.isfinite(values_of)
         if finite.any():
             series[name] = Series(steps_of[finite], values_of[finite])
         if not finite.all():
             lost[name] = steps_of[~finite]
     return series, lost
-
-
-class _Table:
-    """The values of the lines with one set of keys, a row for each line.
-
-    Args:
-        names: of the metrics that are kept.
-        left_out: metrics of a line that are not.
-    """
-
-    def __init__(self, names: Sequence[str], left_out: int) -> None:
-        self.names = names
-        self.left_out = left_out
-        self.lines = array("q")
-        self._steps = array("q")
-        self._values = array("d")
-
-    def add(self, line: int, step: int, row: Mapping[str, Any]) -> None:
-        """Take the values of a line, by its number in the file."""
-        self.lines.append(line)
-        self._steps.append(step)
-        found = [row[name] for name in self.names]
-        try:
-            self._values += array("d", found)
-        except (TypeError, OverflowError):  # null, or no number of this size
-            self._values += array("d", map(_number, found))
-
-    def column(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Lines, steps and values of a metric."""
-        values = np.frombuffer(self._values).reshape(-1, len(self.names))
-        return (
-            np.frombuffer(self.lines, np.int64),
-            np.frombuffer(self._steps, np.int64),
-            values[:, self.names.index(name)],
-        )
-
-
-def _column(name: str, tables: Iterable[_Table]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Steps and values of a metric by rising step; of a step with several lines the last one."""
-    lines, steps, values = (
-        np.concatenate(parts)
-        for parts in zip(*(one.column(name) for one in tables if name in one.names), strict=True)
-    )
-    order = np.lexsort((lines, steps))
-    steps, values = steps[order], values[order]
-    last = np.append(steps[1:] != steps[:-1], True)
-    return steps[last], values[last]
 
 
 def read_values(path: Path, name: str, *, tell: Tell = _nobody) -> Iterator[tuple[int, float]]:
@@ -371,3 +318,16 @@ def _number(value: Any) -> float:
         return float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         return math.nan
+
+
+def _in_order(
+    steps: array[int], values: array[float]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sort by step, and keep the last value of each step."""
+    at, found = np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+    if np.any(at[1:] <= at[:-1]):
+        order = np.argsort(at, kind="stable")
+        at, found = at[order], found[order]
+        last = np.append(at[1:] != at[:-1], True)
+        at, found = at[last], found[last]
+    return at, found

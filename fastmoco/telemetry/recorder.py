@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmoco.config import Config, Resolved
@@ -42,8 +41,10 @@ from fastmoco.telemetry.stability import (
 )
 from fastmoco.telemetry.trackers.interface import TrackedRun
 from fastmoco.telemetry.trackers.trackers import Trackers
+from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
+from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.text import counted
 
 WARM_STEPS = 100
@@ -156,6 +157,7 @@ class Recorder:
         # Outputs.
         self._file: JsonlSink | None = None
         self._refused = False
+        self._not_shown: set[str] = set()
         self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
             self._file = JsonlSink(folder.metrics)
@@ -237,15 +239,30 @@ class Recorder:
             gradients: name -> gradient; of a sharded one this rank's part.
             places: parameter name -> places in which it counts (`Objective.places`).
         """
-        self._histograms.take(gradients, places)
+        with self._shown("the histograms of the gradients"):
+            self._histograms.take(gradients, places)
 
-    def wants_pictures(self) -> bool:
-        """Whether this rank has a tracker that shows pictures."""
-        return self._trackers.active
+    def views(self, step: int, views: Sequence[Tensor], specs: Sequence[ViewSpec]) -> None:
+        """Send a picture of view pairs to the trackers. Waits for the device.
 
-    def picture(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Send a picture [H, W, 3] to the trackers."""
-        self._trackers.picture(step, name, image)
+        Args:
+            step: of the batch.
+            views: of the batch; on this rank.
+            specs: of these views.
+        """
+        if self._trackers.active:
+            with self._shown("the picture of the views"):
+                self._trackers.picture(step, "views", pair_grid(views, specs))
+
+    @contextmanager
+    def _shown(self, what: str) -> Iterator[None]:
+        """A context whose errors are a warning, the first time: what is only shown ends no run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._not_shown:
+                self._not_shown.add(what)
+                self.event(f"warning: {what} failed ({type(error).__name__}: {error})")
 
     def rolled_back(self, step: int, to: int) -> None:
         """Record that the state is that of an earlier step again."""
@@ -427,17 +444,19 @@ class Recorder:
     def occurred(self, event: Event) -> None:
         """Write an event to the files, and show it as a warning."""
         self._write_event(event)
-        self.event(f"warning: {event}")
+        self.event(f"warning: {event}", _facts(event))
 
     def reported(self, step: int, name: str, text: str, *, size: float | None = None) -> None:
         """Log the text of another part of the trainer, and write it as an event of the run."""
         said = text.removeprefix("warning: ").removeprefix(f"step {step}: ")
-        self._write_event(Event(step, name, None, size, said))
-        self.event(text)
+        event = Event(step, name, None, size, said)
+        self._write_event(event)
+        self.event(text, _facts(event))
 
-    def event(self, text: str) -> None:
-        """Log an event; a text that begins with `warning: ` is shown as one."""
-        self.console.event(text)
+    def event(self, text: str, facts: Mapping[str, object] | None = None) -> None:
+        """Log an event; a text that begins with `warning: ` is shown as one. `facts`: the same for
+        programs (`Console.event`)."""
+        self.console.event(text, facts)
 
     def event_of_any_rank(self, text: str) -> None:
         """Log an event that only this rank may know."""
@@ -496,3 +515,8 @@ def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name not in ("queries", "keys", "features", "accuracy")
     }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}
+
+
+def _facts(event: Event) -> dict[str, object]:
+    """An event for programs."""
+    return {"step": event.step, "name": event.name, "layer": event.layer, "size": event.size}

@@ -40,7 +40,6 @@ from fastmoco.run.world_sizes import NAME as RANKS
 from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco.telemetry.stragglers import Stragglers
-from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco.training import resume, setup
 from fastmoco.training import state as training_state
 from fastmoco.training.classes import with_classes
@@ -449,9 +448,8 @@ class Trainer:
         # Record. Norms stay on the device until a log step.
         with part(LOG):
             self._record(result)
-            if self.step_count == 1 and self.recorder.wants_pictures():
-                views = pair_grid(batch.views, self.loader.spec.each_view)
-                self.recorder.picture(1, "views", views)
+            if self.step_count == 1:
+                self.recorder.views(1, batch.views, self.loader.spec.each_view)
 
     def _record(self, result: StepResult) -> None:
         """Record the step that is done, and act on what the records show."""

@@ -16,7 +16,7 @@ SPIKES = [[9, "patch_embed", 7.0], [12, "last_block", 6.0]]
 
 
 def _runs(*, fall_first: bool = False, frozen_falls: bool = False):
-    """The runs of one seed."""
+    """Both runs of a seed."""
     still = [[0, 5, 10, 15, 20], [0.5, 0.8, 0.78, 0.79, 0.81]]
     late = [[16, "patch_embed", 7.0]]
     norms = {"first_block": [[5, 10], [1.0, 2.0]]}
@@ -55,7 +55,7 @@ def test_a_picture_with_a_spike_after_the_fall_or_a_frozen_fall_is_a_failure():
     late = instability._failed(_runs(fall_first=True))
     assert late == {"seed 0": "first spike at 16, first fall at 15"}
     frozen = instability._failed(_runs(frozen_falls=True))
-    assert frozen == {"seed 0": "the frozen projection falls as far"}
+    assert frozen == {"sides": "1 trained and 1 frozen ones fall"}
 
 
 def test_the_sides_differ_in_the_patch_projection_alone():

@@ -172,5 +172,6 @@ def test_a_page_that_loads_from_another_server_is_refused(html, refused):
 
 
 def test_titled_paragraphs_of_a_docstring_stay_paragraphs():
-    text = "Do it.\n\nNumerics: exact,\n    always.\n\nArgs:\n    x: a number\n        or two.\n"
+    entries = "Args:\n    x: a number\n        or two.\n\nRaises:\n    ValueError: if it\n        fails.\n"
+    text = f"Do it.\n\nNumerics: exact,\n    always.\n\n{entries}"
     assert docstrings.plain(text) == text.replace("    always", "always")

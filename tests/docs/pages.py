@@ -10,7 +10,22 @@ from pathlib import Path
 from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("fastmoco", "python", "pip", "make", "git", "torchrun", "sbatch", "srun", "export")
+PROGRAMS = (
+    "fastmoco",
+    "python",
+    "python3",
+    "pip",
+    "make",
+    "git",
+    "torchrun",
+    "sbatch",
+    "srun",
+    "export",
+    "docker",
+    "conda",
+)
+TYPED = re.compile(rf"(({'|'.join(PROGRAMS)}) |\. \.venv|launch/)(?! *help\b)[^:]*$")
+"""The first line of a block that a reader types, where the block has no language."""
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -36,8 +51,9 @@ class Typed:
 
     @property
     def words(self) -> list[str]:
-        """As a shell splits it, without its comment."""
-        return shlex.split(self.text, comments=True)
+        """As a shell splits it, without its comment and without a file for its output."""
+        words = shlex.split(self.text, comments=True)
+        return words[: words.index(">")] if ">" in words else words
 
 
 def pages() -> list[Path]:
@@ -59,7 +75,9 @@ def blocks() -> tuple[Block, ...]:
         for match in FENCE.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
             name = str(path.relative_to(ROOT))
-            found.append(Block(name, line, match[2], dedent(match[3])))
+            body = dedent(match[3])
+            typed = "bash" if TYPED.match(body.splitlines()[0]) else "text"
+            found.append(Block(name, line, match[2] or typed, body))
     return tuple(found)
 
 

@@ -107,6 +107,8 @@ OTHER_PROGRAMS = {
     "--max-restarts": "torchrun",
     "--nproc-per-node": "torchrun",
     "--force-reinstall": "pip",
+    "--user": "docker",
+    "--strict": "twine and mkdocs",
     "--inplace": "rsync",
     "--targets": "benchmarks.fuzz",
     "--table": "benchmarks.chaos",

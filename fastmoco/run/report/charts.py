@@ -3,7 +3,7 @@ draws."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,9 @@ def similarity_charts(runs: Sequence[ReportRun]) -> list[Chart]:
 
 def _even_spread(runs: Sequence[ReportRun]) -> dict[str, float]:
     """The spread of features that point in all directions alike, where all runs have one width."""
-    models = [run.config.get("model") for run in runs]
-    widths = {model.get("projection_dim") for model in models if isinstance(model, Mapping)}
+    widths = {run.width for run in runs}
     width = widths.pop() if len(widths) == 1 else None
-    return {"evenly spread": width**-0.5} if type(width) is int and width > 0 else {}
+    return {"evenly spread": width**-0.5} if width is not None else {}
 
 
 def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:

@@ -18,6 +18,7 @@ from fastmoco_pipelines.text import counted
 Verdict = Literal["healthy", "look at it", "not healthy", "too early"]
 SERIOUS = ("collapse", "forgetting", "no_learning")
 """Events after which the encoder is of no use."""
+SPIKES = ("gradient_spike", "gradient_not_finite")
 SLOW = 0.2
 """Share of the time spent waiting for data that is worth a look."""
 COLLAPSED = 0.1
@@ -100,9 +101,8 @@ def _judge_accuracy(run: ReportRun, grave: list[str], odd: list[str], good: list
 
 def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
     spread = run.series.get("feature_std")
-    model = run.config.get("model")
-    width = model.get("projection_dim") if isinstance(model, dict) else None
-    if spread is None or type(width) is not int or width < 1:
+    width = run.width
+    if spread is None or width is None:
         return
     end, even = float(np.median(spread.values[-9:])), width**-0.5
     if end < COLLAPSED * even:
@@ -117,7 +117,7 @@ def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
 def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
     counts = Counter(event.name for event in run.events)
     grave += [_last(run, name) for name in SERIOUS if counts[name]]
-    spikes = [event for event in run.events if event.name.startswith("gradient_")]
+    spikes = [event for event in run.events if event.name in SPIKES]
     if spikes:
         steps = {event.step for event in spikes}
         where = Counter(spaced(event.layer) for event in spikes if event.layer)
@@ -127,7 +127,7 @@ def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[s
         )
     elif any(name.startswith("gradient_norm/") for name in run.series):
         good.append("no gradient spike is recorded")
-    others = set(counts) - set(SERIOUS) - {"knn_dip", "gradient_spike", "gradient_not_finite"}
+    others = set(counts) - set(SERIOUS) - set(SPIKES)
     odd += [_last(run, name) for name in sorted(others) if not name.endswith("_dip")]
 
 

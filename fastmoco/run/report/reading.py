@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.errors import RunError
-from fastmoco.run.curves import ROLLED_BACK, Panels
+from fastmoco.run.curves import LARGEST, ROLLED_BACK, Panels
 from fastmoco.run.events import Event, read_events
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import SPIKE, Series, read_curves
 
 NO_CURVE = ("step", "time", "epoch")
 """Entries of a line of metrics that are no metrics of their own."""
+MOST_SECONDS = 1e11
+"""Of a time that is one."""
 DIP = 0.02
 """An accuracy this far below the best one before it is a dip; docs/stability.md says why."""
 
@@ -76,6 +78,12 @@ class ReportRun:
         return found if isinstance(found, Mapping) else {}
 
     @property
+    def width(self) -> int | None:
+        """Of the features that `feature_std` measures; None if it is unknown."""
+        model = self.config.get("model")
+        return whole(model.get("projection_dim")) if isinstance(model, Mapping) else None
+
+    @property
     def last_step(self) -> int:
         """Of all metrics."""
         ends = [int(one.steps[-1]) for one in self.series.values()]
@@ -123,6 +131,8 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
     notes: list[str] = []
     series, lost = read_curves(folder.metrics, lambda name: name != "step", tell=notes.append)
     times = series.pop("time", None)
+    if times is not None and not (abs(times.values) < MOST_SECONDS).all():
+        times = None
     back = series.pop(ROLLED_BACK, None)
     for entry in NO_CURVE:
         series.pop(entry, None)
@@ -138,7 +148,11 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         notes.append(
             f"{path / 'config.json'} is missing or damaged, so the configuration is unknown."
         )
-    kept = {metric: one for metric, one in series.items() if not metric.startswith(SPIKE)}
+    kept = {
+        metric: Series(one.steps, one.values.clip(-LARGEST, LARGEST))
+        for metric, one in series.items()
+        if not metric.startswith(SPIKE)
+    }
     return ReportRun(
         name=name or path.absolute().name,
         folder=folder,

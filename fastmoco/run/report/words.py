@@ -45,15 +45,17 @@ MEANINGS = {
     "effective_rank": Meaning(
         "Effective rank of the features",
         "dimensions",
-        "A fall shows that the features use ever fewer dimensions.",
+        "At least a tenth of the width, steady or rising; a fall is a dimensional collapse.",
     ),
     "batch_norm_drift": Meaning(
         "Drift of batch-norm statistics",
         "",
-        "Distance of the statistics of the two encoders; large values make keys useless.",
+        "Running statistics of the momentum encoder in deviations of the encoder's: above 3 is too much.",
     ),
     "ema_distance": Meaning(
-        "Distance to the momentum encoder", "", "Relative distance of the weights."
+        "Distance to the momentum encoder",
+        "share of the weights' norm",
+        "Falls as the momentum rises; above 0.5 the targets are those of another network.",
     ),
     "target_entropy": Meaning(
         "Entropy of the targets", "nats", "0 or ln(K) for K outputs is a collapse."
@@ -78,7 +80,7 @@ GROUPS = {
     "update_ratio/": Meaning(
         "Update to weight ratio",
         "",
-        "Size of a step relative to the weights; about 0.001 is usual.",
+        "Size of a step relative to the weights: 0.0001 to 0.005 with AdamW; above 0.05 is too much.",
     ),
     "loader/": Meaning(
         "Loader", "ms per step", "Work of the loader's threads, beside the training."

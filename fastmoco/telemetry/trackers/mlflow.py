@@ -22,11 +22,12 @@ RUN, STEP = "fastmoco.run_id", "fastmoco.last_step"
 """Tags of a run: the id by which it is found again, and its last step."""
 _MOST_PARAMS, _LONGEST = 100, 500
 """Parameters of one request, and characters of a value, that every server takes."""
-_PATIENCE = {
+_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""Its own patience would be minutes, in which the queue fills."""
+"""Its own patience would be minutes, in which the queue fills, and it would report its use."""
 
 
 class MlflowSink(Sink):
@@ -41,7 +42,7 @@ class MlflowSink(Sink):
     def start(self, run: TrackedRun) -> Started:
         """Begin or continue the run, at `uri`, else MLFLOW_TRACKING_URI, else in the folder `mlruns`
         of the run. Offline it is always the folder."""
-        for name, value in _PATIENCE.items():
+        for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         own = (Path(run.folder) / "mlruns").as_uri()
         uri = run.uri or os.environ.get("MLFLOW_TRACKING_URI") or own

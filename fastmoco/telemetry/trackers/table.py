@@ -18,6 +18,8 @@ class Tracker:
     """What must be installed; "": nothing."""
     extra: str = ""
     """The extra of fastmoco that installs it."""
+    preload: str = ""
+    """What is imported before its thread begins, of one in the process of the run."""
     own_process: bool = True
     """Whether it runs in a process of its own: what has a network, or is not known here. It could
     hang, hold the interpreter, or keep the process from ending."""
@@ -28,6 +30,7 @@ TRACKERS: Mapping[str, Tracker] = {
         sink=f"{_HERE}.tensorboard:TensorBoardSink",
         module="tensorboard",
         extra="logging",
+        preload="torch.utils.tensorboard",
         own_process=False,
     ),
     "wandb": Tracker(sink=f"{_HERE}.wandb:WandbSink", module="wandb", extra="wandb"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import time
@@ -39,6 +40,7 @@ class Trackers:
             if known.module and not _installed(known.module):
                 self._tell(_missing(name, known))
             else:
+                _preload(known)
                 self._outlets.append(Outlet(name, _maker(known), run))
 
     @property
@@ -72,9 +74,10 @@ class Trackers:
             for text in outlet.news():
                 self._tell(text)
 
-    def close(self, seconds: float = CLOSE_S) -> None:
-        """Let all trackers send what they have, for some seconds; may be called more than once."""
-        deadline = time.monotonic() + seconds
+    def close(self, seconds: float | None = None) -> None:
+        """Let all trackers send what they have, for `CLOSE_S` or other seconds; may be called more
+        than once."""
+        deadline = time.monotonic() + (CLOSE_S if seconds is None else seconds)
         for outlet in self._outlets:
             outlet.finish()
         for outlet in self._outlets:
@@ -96,6 +99,14 @@ def _maker(known: Tracker) -> Callable[[], Sink]:
         return made
 
     return make
+
+
+def _preload(known: Tracker) -> None:
+    """Import what a tracker in this process needs: two threads that import the same packages can get
+    in each other's way. If it fails, the sink says why."""
+    if known.preload:
+        with contextlib.suppress(Exception):
+            importlib.import_module(known.preload)
 
 
 def _installed(module: str) -> bool:

@@ -33,6 +33,8 @@ class WandbSink(Sink):
     def start(self, run: TrackedRun) -> Started:
         """Begin or continue the run. Without an API key, or where the server does not answer, it is
         written offline."""
+        if run.mode == "offline":
+            os.environ["WANDB_ERROR_REPORTING"] = "false"
         import wandb
 
         self._wandb = wandb

@@ -27,6 +27,7 @@ from fastmoco.evaluation.embed import embed
 from fastmoco.models.encoder_file import ResNetDescription
 from fastmoco.models.resnet import RESNETS
 from fastmoco.objectives.build import build_objective
+from fastmoco.training.encoder_source import load_source
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from tests.command_line import main
@@ -324,3 +325,32 @@ def test_a_checkpoint_a_folder_of_images_and_the_best(run, tmp_path, capsys, mon
 def test_wrong_commands_are_refused(tmp_path, capsys, options, words):
     assert main(["eval", options[0], str(tmp_path), *options[1:]]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_normalisation_of_a_file_can_be_given(run, digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "vit.pth.tar"
+    torch.save(official_checkpoint("vit", width=64, depth=1), file)
+    more = ["--shards", digits[1], "--limit", "6"]
+    base = ["eval", "embed", str(file), *more, "--heads", "4", "--which", "base"]
+    found = {}
+    for name, words in (("own", []), ("half", ["--mean", *["0.5"] * 3, "--std", *["0.5"] * 3])):
+        assert main([*base, "--out", str(tmp_path / f"{name}.npz"), *words]) == 0
+        found[name] = np.load(tmp_path / f"{name}.npz")["features"]
+    assert found["own"].shape == found["half"].shape == (6, 64)
+    assert not np.allclose(found["own"], found["half"])
+    half = (0.5,) * 3
+    source = load_source(file, which="base", heads=4, normalised=(half, half))
+    assert (source.image.mean, source.image.std) == (half, half)
+
+    # Both are needed, of three channels; a run has its own.
+    capsys.readouterr()
+    given = ["--mean", "1", "1", "1", "--std", "1", "1", "1"]
+    for command, text in (
+        ([*base, *given[:4]], "--std is missing: be three numbers above 0; give --mean and --std"),
+        ([*base, *given[:4], "--std", "0", "1", "1"], "--std 0 1 1: must be three numbers above 0"),
+        ([*base, "--mean", "1", *given[4:]], "--mean 1: must be three numbers; give --mean and"),
+        (["eval", "embed", str(run), *more, *given], "leave out --mean and --std"),
+    ):
+        assert main([*command, "--out", str(tmp_path / "x.npz")]) == 2
+        assert text in capsys.readouterr().err

@@ -328,3 +328,35 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
 def test_places_keep_their_order(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path))
     assert tuple(run.prefixed("gradient_norm/")) == PLACES
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_page_of_whatever_is_in_the_config_and_the_metrics(tmp_path: Path) -> None:
+    odd = "\ud800\x1b$\\bad$\n" * 100
+    row: dict[str, Any] = {"step": 2**62, "time": 1e308, "loss": 1e308, "knn": "x", odd: 1}
+    row |= {f"gradient_norm/{number}": number for number in range(200)}
+    row |= {"gradient_norm/wide": 1e308, "images_per_s": 0, "wait_share": -1e308, "feature_std": 1}
+    first = {
+        "step": -(2**62),
+        "time": -1e308,
+        "loss": -1e308,
+        "knn": 0.5,
+        "gradient_norm/wide": 1e-300,
+    }
+    event = {"step": 5, "event": {"name": odd, "layer": odd, "size": 10**400, "text": odd}}
+    lines = [json.dumps(one) for one in (first, row, event, {"step": 6, "rolled_back_to": 1e308})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    configs: list[object] = [
+        {"config": {"recipe": [odd], "model": {"projection_dim": [1]}, "global_batch_size": True}},
+        {"config": {"model": [1]}, "resolved": {"total_steps": 10**400, "versions": [odd]}},
+        {
+            "config": [],
+            "curves": {"figures": {"knn": odd, "loss": odd}, "lines": {"loss": {odd: 1}}},
+        },
+        {"curves": 7, "config": {"model": {"projection_dim": 10**400}}, "resolved": 3},
+    ]
+    for config in configs:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run = read_run(tmp_path, odd)
+        page = render([run, run], [Extras(), Extras()])
+        assert len(page.encode()) < 5e6

@@ -252,3 +252,15 @@ def test_trackers_get_what_the_file_gets(tmp_path, capsys):
     assert events == [[event.step, event.name] for event in saved]
     assert {event.name for event in saved} == {"gradient_not_finite", "knn_dip"}
     assert "tests.faulty_sinks:Notes: notes.txt" in capsys.readouterr().out
+
+
+def test_a_picture_or_a_histogram_that_fails_is_one_warning(tmp_path, capsys):
+    recorder = _recorder(tmp_path, "tests.faulty_sinks:Notes")
+    spec = Config().data.view1
+    for step in (1, 2):
+        recorder.views(step, [torch.zeros(2, 3, 8)], [spec])
+        recorder.gradient_values([("weight", torch.zeros(3, dtype=torch.int64))], {"weight": 7})
+    recorder.close()
+    said = capsys.readouterr().out
+    assert said.count("warning: the picture of the views failed") == 1
+    assert said.count("warning: the histograms of the gradients failed") == 1

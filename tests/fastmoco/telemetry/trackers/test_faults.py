@@ -204,6 +204,19 @@ def test_a_server_that_is_no_help(
     assert sum(text.startswith("warning: ") for text in said) == 1
 
 
+def test_without_a_key_wandb_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said: list[str] = []
+    trackers = Trackers(["wandb"], tracked(tmp_path, 0), tell=said.append)
+    log(trackers, 1, 2)
+    trackers.close(60)
+    assert said == [f"wandb: {tmp_path / 'wandb'} (offline; to send it: wandb sync)"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
 def test_a_killed_run_lets_its_sink_end(tmp_path: Path) -> None:
     """The run dies of -9; its sink gets what was sent, and closes."""
     program = (
