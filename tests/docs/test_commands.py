@@ -29,7 +29,6 @@ from fastmoco.recipes import RECIPES
 from tests.docs.pages import ROOT, TYPED, Typed, blocks, commands
 
 SKIPPED = {
-    r"git clone .*": "needs a server",
     r"python3 -m venv \.venv": "a new environment: .ci/run makes one by make",
     r"\. \.venv/bin/activate": "changes the shell that it is typed in",
     r"export \w+=.*": "changes the shell that it is typed in; names of variables are checked",
