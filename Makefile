@@ -4,10 +4,10 @@ PYTHON312 ?= python3.12
 VENV := .venv
 RUN := $(VENV)/bin
 # DALI's wheel follows the driver: CUDA 12 drivers need the cu12 build; everything else, machines without a GPU among them, takes cu13.
-DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo dali-cu12 || echo dali-cu13)
+DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda12 || echo cuda13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults chaos fuzz check docs kernels gpu rehearsal format bench bench-quick learning clean
+.PHONY: quickstart test long faults chaos fuzz check docs dist installed kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -34,14 +34,24 @@ chaos: $(READY)  ## random kills, stops, signals, damaged files and limits; ever
 fuzz: $(READY)  ## changed inputs for every parser of files, options and variables: refused by name or accepted, in 5 s and 1 GB
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.fuzz --seed $(or $(FUZZ_SEED),0) --inputs $(or $(INPUTS),200000) --seconds $(or $(BUDGET),3600) --keep "$(or $(OUT),fuzz-findings)"
 
-check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, the site
+check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, packaging, Dockerfile, the site
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 	$(RUN)/codespell
 	$(RUN)/shellcheck -x launch/*.sh && $(RUN)/shellcheck -s bash benchmarks/gpu/away.sh
+	$(RUN)/validate-pyproject pyproject.toml
+	$(RUN)/cibuildwheel --print-build-identifiers --platform linux .
+	$(RUN)/hadolint Dockerfile
 	$(MAKE) docs
+
+dist: $(READY)  ## sdist and wheels in dist/, built and checked
+	$(RUN)/python tests/installed.py
+
+# Variable: OUT (folder of the quickstart).
+installed: $(READY)  ## make dist, and the quickstart by the wheel in a fresh environment away from here, and what works without a compiler
+	$(RUN)/python tests/installed.py --install --out "$(or $(OUT),quickstart)"
 
 # The variable silences the theme's notice about the next version of mkdocs.
 docs: $(READY)  ## build the site into build/site; a broken link or a page that the navigation lacks fails
@@ -81,4 +91,4 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard kernels/fastmoco_ke
 	@touch $@
 
 clean:  ## remove what make built
-	rm -rf $(VENV) .rehearsal build *.egg-info
+	rm -rf $(VENV) .rehearsal build dist *.egg-info

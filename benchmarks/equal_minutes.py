@@ -94,7 +94,8 @@ class Runs:
         """`fastmoco eval PROTOCOL` of a run."""
         name = f"{run}-{protocol}{''.join(word for word in more if word.startswith('--'))}"
         sets = ("--train", self.labelled, "--test", self.test)
-        return self.once(name, "eval", protocol, str(self.out / "runs" / run), *sets, *more)
+        words = (*sets, *more, *(() if "--json" in more else ("--json",)))
+        return self.once(name, "eval", protocol, str(self.out / "runs" / run), *words)
 
 
 def measure(

@@ -19,9 +19,11 @@ from tests.distributed.run_trainer import CONFIG
 EVERY, SPIKE, LOGGED, TOTAL = 4, 26, 27, 30
 """Steps 4, 8, ... are saved and every third is logged, so the spike of step 26 is seen after step
 27, and the run goes back to 24. The median needs 20 steps before a norm can be a spike."""
+IMAGES = 8
 ROLLING = replace(
     CONFIG,
-    epochs=TOTAL / (1_281_167 // 16),
+    epochs=TOTAL / (1_281_167 // IMAGES),
+    global_batch_size=IMAGES,
     log_every_steps=3,
     optim=replace(CONFIG.optim, fused_backend="fastmoco"),
     checkpoint=CheckpointConfig(every_steps=EVERY, every_minutes=1e6),

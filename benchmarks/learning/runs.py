@@ -62,6 +62,8 @@ class Run:
         """
         data = self.given["data"]
         sets = ("--train", data["train"], "--test", data["test"])
+        if "--json" not in words:
+            words = (*words, "--json")
         command = ("-m", "fastmoco", "eval", protocol, str(self.encoders / encoder), *sets, *words)
         result: dict[str, Any] = once(self.folder, f"{self.name}-{what}", *command)["result"]
         return result

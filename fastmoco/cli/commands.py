@@ -53,7 +53,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             ranks=True,
         ),
         _words("recipes", "recipe_commands:recipes", "List the recipes."),
-        _words("print-config", "recipe_commands:print_config", "Print a recipe's config as JSON."),
+        _words(
+            "print-config",
+            "recipe_commands:print_config",
+            "Print a config, as a file to train from.",
+        ),
         _words("plan", "recipe_commands:plan", "Memory, FLOPs and largest batches on given GPUs."),
         _words(
             "profile",
@@ -63,6 +67,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         ),
         _words("tune", "recipe_commands:tune", "Measure the fastest settings; a launch script."),
         Command("quickstart", "delayed:quickstart", "Train on handwritten digits, in minutes."),
+        Command("doctor", "doctor:doctor", "What works on this machine, and cures."),
     ),
     "Data": (
         Command("data pack", "data:pack", "Pack a folder of images into shards."),
@@ -90,7 +95,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         _eval("eval embed", "embed:embed", "Write the features of images to a file."),
         _eval("eval neighbours", "embed:neighbours", "The nearest images of each image."),
         _eval("eval outliers", "embed:outliers", "Images that are like no others."),
+        Command("runs", "runs:runs", "List the runs below a folder: state, step, kNN, speed."),
         Command("curves", "curves:curves", "Draw loss, kNN and gradient norms of a run."),
+        Command("report", "report:report", "Write a page about runs: curves, health, pictures."),
         Command("run images", "step_images:images", "Which images were in a step or a spike."),
     ),
 }

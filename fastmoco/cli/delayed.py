@@ -9,7 +9,9 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.opening import say_first
+from fastmoco.cli.output import run_logged
 from fastmoco.errors import EXIT_REFUSED, one_line
+from fastmoco.errors.log import Style
 from fastmoco_pipelines.text import redact
 
 
@@ -23,12 +25,15 @@ def eval_knn(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     out: Path | None = None,
+    json: bool = False,
 ) -> int:
     """kNN accuracy of an encoder (k = 20, temperature 0.07, cosine) on labelled shards.
 
-    One line of JSON, with an interval of 95 % (Wilson) about each accuracy. A command that was
-    interrupted continues where it was; under torchrun the processes share the images.
+    With an interval of 95 % (Wilson) about each accuracy. A command that was interrupted continues
+    where it was; under torchrun the processes share the images.
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, or of one checkpoint; or a file
@@ -41,12 +46,18 @@ def eval_knn(
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         out: A file for the JSON too.
+        json: Print JSON instead of text.
     """
     say_first(f"kNN of {run}: importing torch, then opening {redact(train)} and {redact(test)}")
     with collection_paused():
+        from fastmoco.cli.images import normalisation
         from fastmoco.cli.knn import eval_knn as measure
 
+    with one_line(EXIT_REFUSED, ValueError):
+        normalised = normalisation(mean, std)
     return measure(
         run,
         train,
@@ -56,19 +67,25 @@ def eval_knn(
         which=which,
         best=best,
         heads=heads,
+        normalised=normalised,
         out=out,
+        as_json=json,
     )
 
 
-def quickstart(out: Path = Path("quickstart")) -> int:
+def quickstart(out: Path = Path("quickstart"), *, log: Style = "auto") -> int:
     """Pack handwritten digits, train a tiny ViT on them for a few minutes, and report its kNN
     accuracy.
 
     Args:
         out: Folder for shards, run and pictures.
+        log: How progress is shown; json is for programs.
     """
     with collection_paused():
         from fastmoco.cli.quickstart import quickstart as run
 
-    with one_line(EXIT_REFUSED, ValueError, OSError):
-        return run(out)
+    def call() -> int:
+        with one_line(EXIT_REFUSED, ValueError, OSError):
+            return run(out)
+
+    return run_logged(log, call)

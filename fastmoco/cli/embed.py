@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.data import progress_bar
-from fastmoco.cli.images import of_options, set_of_folder
+from fastmoco.cli.images import normalisation, of_options, set_of_folder
 from fastmoco.cli.output import until_closed
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fastmoco.distributed.mesh import World
     from fastmoco.evaluation.embeddings import Embeddings, ImageNames, Outliers
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco.training.embed_run import StoredFeatures
     from fastmoco.training.encoder_source import EncoderSource
 
@@ -39,6 +40,8 @@ def embed(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> int:
     """Write the features of a set, with labels and file names, to .safetensors, .npz, .npy or
     .parquet.
@@ -59,6 +62,8 @@ def embed(
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError):
         _require_count("limit", limit)
@@ -70,7 +75,9 @@ def embed(
             require_target(out)
             return ""
 
-        options = _Options(which, best, heads, tokens, out.with_name(f"{out.name}.parts"))
+        options = _Options(
+            which, best, heads, normalisation(mean, std), tokens, out.with_name(f"{out.name}.parts")
+        )
         with _embedded(run, {"shards": (shards, limit)}, options, check=target_is_new) as (
             source,
             (found,),
@@ -105,6 +112,8 @@ def neighbours(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> int:
     """For each image of a set, the images of another one that the encoder finds most similar.
 
@@ -124,6 +133,8 @@ def neighbours(
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("limit", limit)
@@ -134,7 +145,11 @@ def neighbours(
         sets = {"train": (train, 0)}
         if train != query:
             sets["query"] = (query, limit)
-        with _embedded(run, sets, _Options(which, best, heads)) as (source, stored, world):
+        with _embedded(run, sets, _Options(which, best, heads, normalisation(mean, std))) as (
+            source,
+            stored,
+            world,
+        ):
             bank = stored[0].embeddings()
             queries = stored[1].embeddings() if train != query else bank.spread(limit)
             with progress_on(world, "searching") as progress:
@@ -203,6 +218,8 @@ def outliers(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> int:
     """Images of a set that are like no other: those with the lowest mean similarity to their nearest
     images.
@@ -219,6 +236,8 @@ def outliers(
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
         best: The checkpoint with the highest kNN accuracy, in place of the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
     """
     with one_line(EXIT_REFUSED, ValueError, OSError), until_closed():
         _require_count("show", show)
@@ -226,7 +245,9 @@ def outliers(
         with collection_paused():
             from fastmoco.evaluation.embeddings import outliers as search
 
-        with _embedded(run, {"shards": (shards, 0)}, _Options(which, best, heads)) as (
+        with _embedded(
+            run, {"shards": (shards, 0)}, _Options(which, best, heads, normalisation(mean, std))
+        ) as (
             source,
             (stored,),
             world,
@@ -293,6 +314,7 @@ class _Options:
     which: Literal["base", "momentum"] | None
     best: bool
     heads: int | None
+    normalised: Normalised | None
     tokens: Literal["class", "mean", "patch"] = "class"
     root: Path | None = None
 
@@ -346,6 +368,7 @@ def _embedded(
             which=options.which,
             best=options.best,
             heads=options.heads,
+            normalised=options.normalised,
             tokens=options.tokens,
             root=options.root,
             locate=locate,

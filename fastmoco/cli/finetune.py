@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import json as json_module
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
@@ -10,10 +10,12 @@ from typing import Literal
 from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
-from fastmoco.cli.images import of_options
-from fastmoco.cli.labelled_run import read_labelled, run_to_result
+from fastmoco.cli.images import normalisation, of_options
+from fastmoco.cli.labelled_run import read_labelled, run_to_result, show_accuracies
 from fastmoco.cli.opening import say_first
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco.cli.output import json_log, print_result, run_logged
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, show
+from fastmoco.errors.log import Style
 from fastmoco.recipes.supervised import FineTuning, fine_tuning
 from fastmoco_pipelines.files.whole import write_file
 
@@ -30,6 +32,8 @@ def eval_finetune(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     epochs: float | None = None,
     batch: int = 0,
     lr: float | None = None,
@@ -44,12 +48,13 @@ def eval_finetune(
     crop_min: float | None = None,
     pooling: Literal["class", "mean_norm"] | None = None,
     seed: int = 0,
+    log: Style = "auto",
+    json: bool = False,
 ) -> int:
     """Accuracy of an encoder that is trained on with labels (fine-tuning).
 
     A run of its own, which the same command continues and which several processes may share. The
     defaults are those of MAE for the size of the ViT (docs/evaluation.md), without RandAugment.
-    Prints one line of JSON, with an interval of 95 % (Wilson) about each accuracy.
 
     Args:
         run: Folder of the run, as given to `fastmoco train --out`, of one checkpoint, or a file of
@@ -59,8 +64,10 @@ def eval_finetune(
         out: Folder of the fine-tuning and its result, finetune.json.
         which: The trained encoder (base), or its moving average (default: the one that the
             method evaluates: for DINO, EsViT and ExtreMA the average, else the trained one).
-        best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        best: The checkpoint of the highest kNN accuracy, not the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         epochs: Passes over the training images (default: 100; 50 for ViT-L).
         batch: Images of a step; 0: 1024, halved until an epoch has 16 steps, down to 32.
         lr: Rate of the head for 256 images (default: 5e-4; 1e-3 for ViT-L).
@@ -73,15 +80,50 @@ def eval_finetune(
         drop_path: Rate of stochastic depth of the last block (default: 0.1; 0.2 for ViT-L,
             0 for a ResNet).
         label_smoothing: Share of the target that is spread over all classes.
-        mixup: Parameter of the Beta distribution of mixup; 0: none.
+        mixup: Parameter of the Beta distribution; 0: none.
         cutmix: That of cutmix; 0: none.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
         pooling: Feature of a ViT; default: mean_norm, of the patch tokens, after masked methods.
         seed: Of the head, the order, the views and the mixing.
+        log: How progress is shown; json is for programs.
+        json: Print JSON instead of text.
     """
     given = locals()
     options = FineTuning(**{field.name: given[field.name] for field in fields(FineTuning)})
+    return run_logged(
+        log,
+        lambda: _finetune(
+            run,
+            train,
+            test,
+            out,
+            options,
+            which,
+            best,
+            heads,
+            mean=mean,
+            std=std,
+            as_json=json,
+        ),
+    )
+
+
+def _finetune(
+    run: Path,
+    train: str,
+    test: str,
+    out: Path,
+    options: FineTuning,
+    which: Literal["base", "momentum"] | None,
+    best: bool,
+    heads: int | None,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    as_json: bool,
+) -> int:
+    """Train or continue, and print the result; returns the exit code."""
     say_first(f"fine-tuning of {run}: importing torch")
     with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
         with collection_paused():
@@ -89,7 +131,14 @@ def eval_finetune(
             from fastmoco.training.source_model import log_every, model_config, prepare
 
         source, train, test = read_labelled(
-            run, train, test, which=which, best=best, heads=heads, needed_by="fine-tuning"
+            run,
+            train,
+            test,
+            which=which,
+            best=best,
+            heads=heads,
+            normalised=normalisation(mean, std),
+            needed_by="fine-tuning",
         )
         images = _images(train)
         config = fine_tuning(
@@ -107,9 +156,21 @@ def eval_finetune(
         code, reports = run_to_result(config, out)
         if not reports:
             return code
-        line = json.dumps(finetune_result(out))
+        found = finetune_result(out)
+        line = json_module.dumps(found)
         write_file(out / RESULT, f"{line}\n".encode())
-        print(line)
+        if as_json or json_log() is not None:
+            print_result(line)
+            return EXIT_FINISHED
+        settings = found["settings"]
+        show_accuracies(found, f"epoch {found['epoch']:g}, the last")
+        at_best = found["best"]
+        show_accuracies(at_best, f"epoch {at_best['epoch']:g}, the best of all on the test images")
+        show(
+            f"{found['images']:,} test images, {found['classes']} classes; {settings['epochs']:g} "
+            f"epochs on {found['train_images']:,} images, lr {settings['lr']:g}"
+        )
+        show(f"wrote {out / RESULT}")
     return EXIT_FINISHED
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from fastmoco_pipelines.text import counted, spoken
 
 if TYPE_CHECKING:
     from fastmoco.distributed.mesh import World
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco_pipelines.making.folder_cache import FolderState, PackedFolder, PackOptions
 
 SHOWN = 5
@@ -203,3 +204,20 @@ def _report(packed: PackedFolder, images: Path) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalised | None:
+    """How images were normalised, by the options; None if they do not say it.
+
+    Raises:
+        ValueError: unless both have three numbers, those of `std` positive.
+    """
+    if not mean and not std:
+        return None
+    for name, given in (("mean", mean), ("std", std)):
+        if len(given) != 3 or not all(value > 0 or name == "mean" for value in given):
+            more = " above 0" if name == "std" else ""
+            raise ValueError(
+                f"{name}={given or ''!r}: must be three numbers{more}; give --mean and --std"
+            )
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

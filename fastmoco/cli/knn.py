@@ -1,4 +1,5 @@
-"""`fastmoco eval knn`: the accuracy for every pair of k and temperature, as JSON."""
+"""`fastmoco eval knn`: the accuracy for every pair of k and temperature, as text or
+JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from fastmoco.cli.embed import progress_on
 from fastmoco.cli.images import knn_sets_of_ranks, of_options
 from fastmoco.distributed.gather import gather_rows
 from fastmoco.distributed.mesh import World, start_world, stop_world
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
 from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.feature_cache import WAIT_S
 from fastmoco.evaluation.knn import KnnCount, require_votes, shared_knn_sweep
 from fastmoco.evaluation.monitor import judge, open_comparable
 from fastmoco.faults.first_cause import first_cause
+from fastmoco.models.weights.foreign import Normalised
 from fastmoco.training import setup
 from fastmoco.training.embed_run import Embedder, StoredFeatures, parts_folder
 from fastmoco.training.encoder_source import EncoderSource, load_source
@@ -37,9 +39,11 @@ def eval_knn(
     which: Literal["base", "momentum"] | None = None,
     best: bool = False,
     heads: int | None = None,
+    normalised: Normalised | None = None,
     out: Path | None = None,
+    as_json: bool = False,
 ) -> int:
-    """Print the kNN accuracy of an encoder as one JSON line; returns 0.
+    """Print the kNN accuracy of an encoder; returns 0.
 
     Args:
         run: folder of a run, for its newest checkpoint, or of one checkpoint, or a file of weights.
@@ -50,7 +54,9 @@ def eval_knn(
         which: the encoder of a run.
         best: the checkpoint of the run with the highest accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file that does not say it.
         out: a file for the JSON too; one of this name is replaced.
+        as_json: print one line of JSON instead of text.
 
     Raises:
         SystemExit: with 2 if the encoder or the shards cannot be used, after a message on standard
@@ -60,14 +66,21 @@ def eval_knn(
         require_votes(ks, temperatures)
         world = start_world("auto", timeout_s=WAIT_S)
         with first_cause(world), of_options({"train": train_shards, "test": test_shards}):
-            source = load_source(run, world.device, which=which, best=best, heads=heads)
+            source = load_source(
+                run, world.device, which=which, best=best, heads=heads, normalised=normalised
+            )
             found = _measure(run, source, (train_shards, test_shards), world, ks, temperatures)
             if world.rank == 0:
                 line = json.dumps(found)
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     write_file(out, f"{line}\n".encode())
-                print(line)
+                if as_json:
+                    print(line)
+                else:
+                    _show(found)
+                    if out is not None:
+                        show(f"wrote {out}")
     stop_world()
     return EXIT_FINISHED
 
@@ -125,6 +138,24 @@ def _measure(
         "classes": len(queries.shards.classes) or None,
         "source": source.facts,
     }
+
+
+def _show(found: dict[str, Any]) -> None:
+    """Print the accuracies for a person."""
+    for one in found.get("results", [found]):
+        what = f"(k = {one['k']}, temperature {one['temperature']:g})"
+        if one["knn"] is None:
+            show(f"kNN not measured {what}: see the warning above")
+            continue
+        low, high = one["interval"]
+        show(f"kNN {one['knn']:.2%} ({low:.2%} to {high:.2%})  {what}")
+    chance = f", chance {found['chance']:.1%}" if found["chance"] is not None else ""
+    images = found["images"]
+    classes = f", {found['classes']} classes" if found["classes"] else ""
+    show(
+        f"{images['test']:,} test images among {images['train']:,}{classes}{chance}, "
+        f"step {found['step']} of {found['run']}"
+    )
 
 
 def _drop(text: str) -> None:

@@ -3,18 +3,17 @@ fine-tuning."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.images import knn_sets
-from fastmoco.cli.output import training_beside_result
-from fastmoco.config.launched import read_launcher
-from fastmoco.errors import EXIT_FINISHED, say
+from fastmoco.cli.output import is_first, training_beside_result
+from fastmoco.errors import EXIT_FINISHED, say, show
 
 if TYPE_CHECKING:
     from fastmoco.config import Config
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco.training.encoder_source import EncoderSource
 
 
@@ -26,11 +25,6 @@ class Labelled(NamedTuple):
     test: str
 
 
-def is_first() -> bool:
-    """Whether this process is the first of its run, by the variables of the launcher."""
-    return read_launcher(os.environ).rank == 0
-
-
 def read_labelled(
     run: Path,
     train: str,
@@ -39,6 +33,7 @@ def read_labelled(
     which: Literal["base", "momentum"] | None,
     best: bool,
     heads: int | None,
+    normalised: Normalised | None,
     needed_by: str,
 ) -> Labelled:
     """Read the encoder and find both sets, before the run has its process group: every process reads
@@ -51,6 +46,7 @@ def read_labelled(
         which: the encoder of a run.
         best: the checkpoint with the highest kNN accuracy.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file that does not say it.
         needed_by: the evaluation, for errors.
 
     Raises:
@@ -60,7 +56,7 @@ def read_labelled(
         from fastmoco.training.encoder_source import load_source
         from fastmoco.training.images import max_side_for
 
-    source = load_source(run, "cpu", which=which, best=best, heads=heads)
+    source = load_source(run, "cpu", which=which, best=best, heads=heads, normalised=normalised)
     if is_first():
         for note in source.notes:
             say(note)
@@ -80,3 +76,12 @@ def run_to_result(config: Config, out: Path) -> tuple[int, bool]:
     with training_beside_result():
         code = train(config, out, hints=False)
     return code, code == EXIT_FINISHED and is_first()
+
+
+def show_accuracies(found: dict[str, Any], what: str) -> None:
+    """Print both accuracies of a classifier."""
+    parts = []
+    for name in ("top1", "top5"):
+        low, high = found[f"{name}_interval"]
+        parts.append(f"{name} {found[name]:.2%} ({low:.2%} to {high:.2%})")
+    show(f"{'  '.join(parts)}  {what}")

@@ -11,16 +11,23 @@ from tyro.conf import Positional
 
 from fastmoco.cli.collection import collection_paused
 from fastmoco.cli.embed import progress_on
-from fastmoco.cli.images import knn_sets_of_ranks, of_options
-from fastmoco.cli.labelled_run import is_first, read_labelled, run_to_result
+from fastmoco.cli.images import knn_sets_of_ranks, normalisation, of_options
+from fastmoco.cli.labelled_run import (
+    read_labelled,
+    run_to_result,
+    show_accuracies,
+)
 from fastmoco.cli.opening import say_first
+from fastmoco.cli.output import is_first, json_log, print_result, run_logged
 from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say, show
+from fastmoco.errors.log import Style
 
 Which = Literal["base", "momentum"]
 NEEDED_BY = "a linear classifier"
 """As errors about classes name this evaluation."""
 
 if TYPE_CHECKING:
+    from fastmoco.models.weights.foreign import Normalised
     from fastmoco.training.linear_official import OfficialOptions
 
 
@@ -34,6 +41,8 @@ def eval_linear(
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     lr: tuple[float, ...] = (),
     weight_decay: tuple[float, ...] = (),
     epochs: int | None = None,
@@ -45,6 +54,7 @@ def eval_linear(
     seed: int = 0,
     cache: Path | None = None,
     out: Path | None = None,
+    log: Style = "auto",
     json: bool = False,
 ) -> int:
     """Accuracy of a linear classifier on the frozen encoder of a run.
@@ -59,71 +69,86 @@ def eval_linear(
             once. Reports that of the official rate, and the best on held-out training images.
         protocol: Whose numbers. MAE's normalises features, with --fast too.
         which: The trained encoder (base), or its moving average (default: as the method evaluates).
-        best: The checkpoint with the highest kNN accuracy, in place of the newest.
+        best: The checkpoint of the highest kNN accuracy, not the newest.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
         lr: Learning rate for a batch of 256 images (default: of the protocol; moco_v3: 3 for a ViT,
             0.1 for a ResNet); with --fast several, which are all tried (default: 0.01 to 10).
-        weight_decay: Weight decay (default: 0); with --fast several (default: 0 to 1e-4).
+        weight_decay: Weight decay (default: 0; with --fast several, 0 to 1e-4).
         epochs: Passes over the images (default: 90, moby 100, mae of ViT-L 50).
-        batch: Images of a step; 0: 1024, or fewer for a set of less than 16,384 images.
+        batch: Images of a step; 0: 1024, or fewer below 16,384 images.
         copies: With --fast, augmented copies of the training images whose features are cached
             (default: 10). With as many as epochs it trains on the images of the official protocol;
             0: the images without augmentation.
         crop_min: Smallest share of an image's area in a crop; default: 0.08, and for images of at
             most 64 pixels, crops and flips of the run's first view.
         holdout: With --fast, share of the training images on which rate and decay are chosen.
-        precision: With --fast, of the encoder; the official protocol has fp32.
-        seed: Of the classifier, the order, the crops and the held-out images.
-        cache: Folder of cached features; default: fastmoco/features in the user's cache.
+        precision: Of the encoder; bf16 needs --fast.
+        seed: Of the classifier, the order, the crops and the hold-out.
+        cache: Folder of cached features; default: in the user's cache.
         out: Folder for the result, linear.json; without --fast also for the run, which the same
             command continues.
+        log: How progress is shown; json is for programs.
         json: Print JSON instead of text.
     """
-    say_first(f"linear classifier on {run}: importing torch")
-    with one_line(EXIT_REFUSED, ValueError, OSError), of_options({"train": train, "test": test}):
-        if fast:
-            if protocol == "moby":
-                raise ValueError(f"protocol={protocol!r}: leave out --fast, which has another one")
-            found = _fast(
-                run,
-                train,
-                test,
-                which,
-                best,
-                heads=heads,
-                lrs=lr,
-                weight_decays=weight_decay,
-                epochs=90 if epochs is None else epochs,
-                batch_size=batch,
-                copies=copies,
-                crop_min=crop_min,
-                holdout=holdout,
-                protocol=protocol,
-                precision=precision,
-                seed=seed,
-                cache=cache,
-            )
-        else:
-            _require_official(lr, weight_decay, copies, precision, out)
-            assert out is not None  # noqa: S101 - a type: required above
-            with collection_paused():
-                from fastmoco.training.linear_official import OfficialOptions
 
-            options = OfficialOptions(
-                protocol=protocol,
-                lr=lr[0] if lr else None,
-                weight_decay=weight_decay[0] if weight_decay else 0.0,
-                epochs=epochs,
-                batch_size=batch,
-                crop_min=crop_min,
-                seed=seed,
-            )
-            code, found = _official(run, train, test, which, best, heads, out, options)
-            if code != EXIT_FINISHED:
-                return code
-        if found is not None:
-            _report(found, out, json)
-    return EXIT_FINISHED
+    def call() -> int:
+        say_first(f"linear classifier on {run}: importing torch")
+        with (
+            one_line(EXIT_REFUSED, ValueError, OSError),
+            of_options({"train": train, "test": test}),
+        ):
+            if fast:
+                if protocol == "moby":
+                    raise ValueError(
+                        f"protocol={protocol!r}: leave out --fast, which has another one"
+                    )
+                found = _fast(
+                    run,
+                    train,
+                    test,
+                    which,
+                    best,
+                    heads=heads,
+                    normalised=normalisation(mean, std),
+                    lrs=lr,
+                    weight_decays=weight_decay,
+                    epochs=90 if epochs is None else epochs,
+                    batch_size=batch,
+                    copies=copies,
+                    crop_min=crop_min,
+                    holdout=holdout,
+                    protocol=protocol,
+                    precision=precision,
+                    seed=seed,
+                    cache=cache,
+                )
+            else:
+                _require_official(lr, weight_decay, copies, precision, out)
+                assert out is not None  # noqa: S101 - a type: required above
+                with collection_paused():
+                    from fastmoco.training.linear_official import OfficialOptions
+
+                options = OfficialOptions(
+                    protocol=protocol,
+                    lr=lr[0] if lr else None,
+                    weight_decay=weight_decay[0] if weight_decay else 0.0,
+                    epochs=epochs,
+                    batch_size=batch,
+                    crop_min=crop_min,
+                    seed=seed,
+                )
+                code, found = _official(
+                    run, train, test, which, best, heads, normalisation(mean, std), out, options
+                )
+                if code != EXIT_FINISHED:
+                    return code
+            if found is not None:
+                _report(found, out, json)
+        return EXIT_FINISHED
+
+    return run_logged(log, call)
 
 
 def _require_official(
@@ -158,6 +183,7 @@ def _fast(
     best: bool,
     *,
     heads: int | None,
+    normalised: Normalised | None,
     lrs: tuple[float, ...],
     weight_decays: tuple[float, ...],
     copies: int | None,
@@ -183,7 +209,9 @@ def _fast(
     )
     world = start_world("auto", timeout_s=WAIT_S)
     with first_cause(world):
-        source = load_source(run, world.device, which=which, best=best, heads=heads)
+        source = load_source(
+            run, world.device, which=which, best=best, heads=heads, normalised=normalised
+        )
         if world.rank == 0:
             for note in source.notes:
                 say(note)
@@ -203,6 +231,7 @@ def _official(
     which: Which | None,
     best: bool,
     heads: int | None,
+    normalised: Normalised | None,
     out: Path,
     options: OfficialOptions,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -213,7 +242,14 @@ def _official(
         from fastmoco.training.linear_official import official_config, official_result
 
     source, train, test = read_labelled(
-        run, train, test, which=which, best=best, heads=heads, needed_by=NEEDED_BY
+        run,
+        train,
+        test,
+        which=which,
+        best=best,
+        heads=heads,
+        normalised=normalised,
+        needed_by=NEEDED_BY,
     )
     config = official_config(
         source,
@@ -236,32 +272,23 @@ def _report(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / "linear.json", line.encode() + b"\n")
-    if as_json:
-        print(line)
+    if as_json or json_log() is not None:
+        print_result(line)
         return
-    _show(found, f"lr {found['lr']:g}, weight decay {found['weight_decay']:g}")
+    show_accuracies(found, f"lr {found['lr']:g}, weight decay {found['weight_decay']:g}")
     best = found["best"]
     if found["protocol"] == "fast":
         chosen = found["settings"]["holdout_images"]
-        _show(
+        show_accuracies(
             best,
             f"lr {best['lr']:g}, weight decay {best['weight_decay']:g}: the best of "
             f"{len(found['sweep'])} on {chosen} held-out training images",
         )
     else:
-        _show(best, f"epoch {best['epoch']:g}, the best of all on the test images")
+        show_accuracies(best, f"epoch {best['epoch']:g}, the best of all on the test images")
     show(
         f"{found['images']} test images, {found['classes']} classes, {found['protocol']} protocol, "
         f"step {found['step']} of {found['source']}"
     )
     if out is not None:
         show(f"wrote {out / 'linear.json'}")
-
-
-def _show(found: dict[str, Any], what: str) -> None:
-    """Print both accuracies of a classifier."""
-    parts = []
-    for name in ("top1", "top5"):
-        low, high = found[f"{name}_interval"]
-        parts.append(f"{name} {found[name]:.2%} ({low:.2%} to {high:.2%})")
-    show(f"{'  '.join(parts)}  {what}")

@@ -85,9 +85,9 @@ def _main(args: list[str], *, process_ends: bool) -> int:
         show_page(overview())
         return 0
     if args[0] in ("--version", "-V", "version"):
-        import fastmoco
+        from fastmoco.training.checkup.packages import version_line
 
-        print(fastmoco.__version__, flush=True)
+        print(version_line(), flush=True)
         return 0
 
     # A command.

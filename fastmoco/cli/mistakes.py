@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fastmoco.cli.options import REQUIRED, Described, Option, choices, describe, expected, fits
+from fastmoco.cli.options import (
+    REQUIRED,
+    Described,
+    Option,
+    as_parsed,
+    choices,
+    describe,
+    expected,
+    fits,
+)
 from fastmoco.cli.options import typed as as_words
 from fastmoco.cli.suggest import one_of, unknown_option
 from fastmoco.errors import EXIT_REFUSED, WORDING, say
@@ -44,6 +53,7 @@ def parse(
     *,
     default: Any = None,
     follows: Mapping[str, str] | None = None,
+    origin: str = "the recipe",
 ) -> T:
     """What tyro makes of a command's words.
 
@@ -53,11 +63,14 @@ def parse(
         args: the words after it.
         default: instance of the dataclass with the defaults.
         follows: options that follow another one where that is given, as in `Wording`.
+        origin: where values of a config come from that were not typed, as in `Wording`.
 
     Raises:
         SystemExit: with 2 for a mistake, after one line for each on standard error.
     """
     defaults = {} if default is None else {"default": default}
+    if any(word.rpartition("=")[2] == "none" for word in args):
+        args = as_parsed(args, describe(_inner(target), default))
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -65,7 +78,7 @@ def parse(
             return result
     except SystemExit as stop:
         described = describe(_inner(target), default)
-        wording = Wording(described, args, follows=follows or {})
+        wording = Wording(described, args, follows or {}, origin)
         error = _field_error(stop)
         faults = [wording(error)] if error is not None else find_faults(args, described, name)
         for fault in faults:
@@ -80,7 +93,7 @@ def parse(
         raise SystemExit(EXIT_REFUSED) from stop
     except FieldError as error:
         # Of a rule across groups, which tyro passes on.
-        say(Wording(describe(_inner(target), default), args, follows=follows or {})(error))
+        say(Wording(describe(_inner(target), default), args, follows or {}, origin)(error))
         raise SystemExit(EXIT_REFUSED) from error
     except ValueError as error:
         say(str(error))
@@ -239,6 +252,8 @@ class Wording:
     args: Sequence[str]
     follows: Mapping[str, str] = field(default_factory=dict)
     """Options that follow another one unless they are given: dotted name -> dotted name."""
+    origin: str = "the recipe"
+    """Where values of a config come from that were not typed."""
 
     def __call__(self, error: Exception) -> str:
         """The text of an error, with its fields named as options."""
@@ -291,7 +306,7 @@ class Wording:
         leader = self.described.named(self.follows.get(option.name, ""))
         if leader is not None and leader.name in given:
             return f" (follows {leader.flag})"
-        return " (of the recipe)" if option.group or self.described.named("epochs") else ""
+        return f" (of {self.origin})" if option.group or self.described.named("epochs") else ""
 
     def _option(self, name: str, group: str) -> Option | None:
         """The option of a name in a rule: of the same group, or of one that contains it."""

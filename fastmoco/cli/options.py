@@ -68,7 +68,7 @@ class Option:
     @property
     def value(self) -> str:
         """The kind of its value, `INT`; "" for a flag without a value."""
-        return "" if self.hint is bool else _value(self.hint)
+        return "" if self.hint is bool else _value(_given(self.hint, self.default))
 
     @property
     def count(self) -> int | None:
@@ -120,8 +120,34 @@ class Described:
         return next((option for option in self.options if option.name == name), None)
 
 
+def _given(hint: Any, default: Any) -> Any:
+    """The type of what would be typed: not None where that is the default."""
+    if default is not None or get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    return Union[tuple(part for part in get_args(hint) if part is not type(None))]  # noqa: UP007
+
+
+def as_parsed(args: Sequence[str], described: Described) -> list[str]:
+    """The words of a command with `None` for `none` where an option has no other word of that name:
+    the parser spells it as Python does."""
+    flags = described.by_flag()
+    words = list(args)
+    for number, word in enumerate(args):
+        flag, equals, value = word.partition("=")
+        if not equals:
+            flag, value = words[number - 1] if number else "", word
+        option = flags.get(flag.replace("_", "-"))
+        if value == "none" and option is not None and "none" in choices(option.hint):
+            own = Literal["none"] in get_args(option.hint)
+            if not own and type(None) in get_args(option.hint):
+                words[number] = word.removesuffix("none") + "None"
+    return words
+
+
 def typed(value: Any) -> str:
     """A value as it would be typed; words of several values with spaces between them."""
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
         return " ".join(map(typed, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -232,7 +258,7 @@ def _words(hint: Any) -> list[str]:
         return [str(word) for word in get_args(hint)]
     if hint is bool:
         return ["True", "False"]
-    return ["None"] if hint is type(None) else []
+    return ["none"] if hint is type(None) else []
 
 
 def fits(hint: Any, word: str) -> bool:
@@ -249,7 +275,7 @@ def fits(hint: Any, word: str) -> bool:
             return False
         return True
     words = _words(hint)
-    return not words or word in words
+    return not words or word in words or (hint is type(None) and word == "None")
 
 
 def expected(option: Option) -> str:

@@ -303,7 +303,7 @@ def _option_rows(options: Sequence[Option], *, whole: bool = False) -> list[str]
 
 def _option_row(option: Option, whole: bool) -> Row:
     text = option.help if whole else first_sentence(option.help)
-    value = option.value.removeprefix("{None}|") if option.default is None else option.value
+    value = option.value
     if len(value) > LONG:
         value = "NAME"
         text += f" One of {', '.join(choices(option.hint))}." if whole else ""

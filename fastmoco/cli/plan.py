@@ -15,7 +15,7 @@ from fastmoco.config import Config
 from fastmoco.config.limits import require_limits
 from fastmoco.config.model import Recompute
 from fastmoco.config.phases import Phase, Phases
-from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line
+from fastmoco.errors import EXIT_FINISHED, EXIT_REFUSED, one_line, say
 
 if TYPE_CHECKING:
     from fastmoco.errors.terminal import Terminal
@@ -26,6 +26,24 @@ if TYPE_CHECKING:
 PLANNED_THREADS = 14
 """Assumed threads of DALI per GPU, for the memory of its decoder."""
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+PARTS = {
+    "state": "weights and optimizer",
+    "kept activations": "activations stored for the backward",
+    "temporary": "work space",
+}
+"""Parts of the memory as they are shown."""
+LEGEND = """\
+recompute  --model.checkpointing: what the backward computes again instead of storing it
+copy over  GPUs that share one copy of weights, gradients and optimizer state
+state      GiB of a GPU for that copy, with what FSDP2 gathers for a time
+MB/image   activations of an image that the backward needs
+passes     how the batch of a GPU goes through the encoder: passes x images, or whole
+stored     images whose activations stay in memory; those of the others are computed again
+repeated   FLOPs that are computed again, relative to the step
+peak       GiB of a GPU in a step (! does not fit)
+largest    largest batch over all GPUs that fits whole, and in passes of this size"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +102,19 @@ def plan(options: PlanArguments) -> int:
     with one_line(EXIT_REFUSED, ValueError):
         memory = memory_of(options.memory)
         if options.scale:
+            say(
+                f"{options.config.recipe}: importing torch, then counting a step for each number "
+                "of GPUs, up to a minute"
+            )
             found = describe_scale(options, memory)
         else:
             # Refuse wrong words before seconds of counting.
             cluster = cluster_of(options, options.gpus)
             require_divided(options.config, options.gpus)
+            say(
+                f"{options.config.recipe}: importing torch, then counting the operations and the "
+                "memory of a step without computing it, some ten seconds"
+            )
             counted = count(options.config)
             found = describe(counted, options.gpus, memory, cluster.gpus_per_node)
             if options.config.device != "cpu":
@@ -534,7 +560,7 @@ def _print_tables(found: dict[str, Any]) -> None:
     print(
         f"{found['recipe']}: batch {found['global_batch_size']} on {found['gpus']} x "
         f"{found['memory_bytes'] / gib:.4g} GiB, "
-        f"{found['precision']}; {found['usable_share']:.0%} of the memory is used for the plan"
+        f"{found['precision']}; the plan fills at most {found['usable_share']:.0%} of the memory"
     )
     print(
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['trainable_parameters'] / 1e6:.1f} "
@@ -548,15 +574,15 @@ def _print_tables(found: dict[str, Any]) -> None:
         _print_phases(console, found["phases"])
     heading = (
         "recompute",
-        "share",
+        "copy over",
         "state",
-        "MB/img",
-        "batch in",
-        "kept",
-        "extra",
+        "MB/image",
+        "passes",
+        "stored",
+        "repeated",
         "peak",
-        "whole",
-        "chunks",
+        "largest",
+        "in passes",
     )
 
     table = Table(*heading, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
@@ -567,8 +593,8 @@ def _print_tables(found: dict[str, Any]) -> None:
             f"{row['state_over']}",
             f"{state / gib:.2f}",
             f"{row['activation_bytes_per_image'] / 1e6:.1f}",
-            f"{plan['chunks']} x {plan['chunk']}" if plan["chunk"] else "one",
-            f"{plan['kept_images']}" if plan["chunk"] else "",
+            f"{plan['chunks']} x {plan['chunk']}" if plan["chunk"] else "whole",
+            f"{plan['kept_images']}" if plan["chunk"] else "all",
             f"{plan['overhead']:+.1%}",
             f"{(row['step_bytes'] + state) / gib:.1f}" + ("" if row["fits"] else " !"),
             f"{row['largest_batch_whole']}",
@@ -581,27 +607,17 @@ def _print_tables(found: dict[str, Any]) -> None:
     parts = {"state": chosen["state_bytes"]["total"], **chosen["parts_bytes"]}
     parts |= {"loader": found["loader_bytes"]["beside_batch_bytes"]}
     print(
-        "as configured, GiB: "
-        + ", ".join(f"{name} {size / gib:.2f}" for name, size in parts.items())
+        "as configured, GiB of a GPU: "
+        + ", ".join(f"{PARTS.get(name, name)} {size / gib:.2f}" for name, size in parts.items())
     )
-    blocks = (
-        f"compiled, {chosen['plan']['activation_budget']:g} of the activations kept"
-        if found["compiled"]
-        else "not compiled"
-    )
+    budget = chosen["plan"]["activation_budget"]
+    stored = "all activations" if budget == 1 else f"{budget:.0%} of the activations"
+    blocks = f"compiled, storing {stored}" if found["compiled"] else "not compiled"
     print(f"blocks {blocks}; views as {found['views']}")
     if chosen["plan"]["keys"]:
         way = "in a ring" if chosen["plan"]["keys"] == "ring" else "gathered"
         print(f"keys of the other GPUs {way} ({chosen['plan']['keys_reason']})")
-    print(
-        "share: GPUs that share one copy of parameters, gradients and optimizer. state, peak: GiB "
-        "per GPU (! does not fit),\n"
-        "including tensors that FSDP2 gathers temporarily.\n"
-        "MB/img: activations of an image. batch in: chunks x images. kept: images that keep their "
-        "activations.\n"
-        "extra: FLOPs computed twice. whole, chunks: the largest batch over all GPUs at once, and "
-        "in such chunks."
-    )
+    print(LEGEND)
 
 
 def _print_phases(console: Terminal, phases: list[dict[str, Any]]) -> None:

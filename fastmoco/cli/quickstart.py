@@ -12,6 +12,7 @@ from shlex import quote
 import torch
 
 from fastmoco.cli.next_steps import program
+from fastmoco.cli.output import json_log
 from fastmoco.cli.train import train
 from fastmoco.config import Config
 from fastmoco.errors import show
@@ -69,6 +70,8 @@ def _summary(config: Config, out: Path, when: str) -> None:
     history = RunFolder(out / "run").read_metric("knn")
     before, after = history[0][1], history[-1][1]
     pixels = _raw_pixel_accuracy(config)
+    if (log := json_log()) is not None:
+        log.write("result", run=str(out / "run"), knn_before=before, knn=after, raw_pixels=pixels)
     command = program()
     run, encoder = (escaped(quote(str(out / name))) for name in ("run", "encoder.safetensors"))
     chosen = suggest("gpu" if torch.cuda.is_available() else "cpu")

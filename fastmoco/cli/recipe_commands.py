@@ -1,10 +1,9 @@
-"""The commands that take a recipe and overrides: `train`, `print-config`, `plan`, `profile` and
-`tune`; and `recipes`.
+"""The commands that take a recipe, or a config file, and overrides: `train`, `print-config`, `plan`,
+`profile` and `tune`; and `recipes`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -19,19 +18,24 @@ from fastmoco.cli import plan as cli_plan
 from fastmoco.cli import profile as cli_profile
 from fastmoco.cli import tune as cli_tune
 from fastmoco.cli.collection import collection_paused
+from fastmoco.cli.config_text import Format, config_text
 from fastmoco.cli.mistakes import Wording, parse, sort_words, worded
 from fastmoco.cli.opening import announce, suggestion
 from fastmoco.cli.options import Described, describe, docstring
+from fastmoco.cli.output import run_logged
 from fastmoco.cli.pages import HELP, no_recipe, of_config, show_page
 from fastmoco.cli.plan import PlanArguments
 from fastmoco.cli.profile import ProfileArguments
+from fastmoco.cli.suggest import near_options
 from fastmoco.cli.tune import TuneArguments
+from fastmoco.cli.words import typed_path
 from fastmoco.config import Config
 from fastmoco.config.limits import require_limits
-from fastmoco.config.serial import to_json
 from fastmoco.errors import EXIT_REFUSED, close_output, one_line, say
+from fastmoco.errors.log import Style
 from fastmoco.faults.start_up import StartUp
 from fastmoco.recipes import EXPECTED, RECIPES, get_recipe, with_image_size
+from fastmoco.recipes.files import is_config_file, near_fields, read_config
 from fastmoco_pipelines.spec import require
 from fastmoco_pipelines.text import first_sentence
 
@@ -45,14 +49,15 @@ class TrainArguments:
     out: Path
     """Folder of the run: checkpoints, metrics.jsonl, config.json, curves.png."""
     gpus: int = 0
-    """Processes to start on this machine, one per GPU, or on its CPU; 0: train in this process,
-    also as one of several under torchrun, srun or launch/slurm.sh."""
+    """Processes to start on this machine, one per GPU, or on its CPU; 0: this one alone, or as one
+    of several under torchrun or srun."""
     allow: tuple[str, ...] = ()
     """Fields that may differ from those of the run in --out, e.g. optim.lr; the
     error of a refused run lists them."""
     trust: bool = False
-    """Continue from the newest checkpoint in --out even if another run wrote
-    it. Its SHA-256 is still checked."""
+    """Continue from a checkpoint in --out that another run wrote. Its SHA-256 is still checked."""
+    log: Style = "auto"
+    """How progress is shown; json is for programs. `auto`: a table on a terminal, else lines."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def __post_init__(self) -> None:
@@ -62,8 +67,13 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigArguments:
-    """Print the config of a recipe with these overrides as JSON."""
+    """Print the config of a recipe with these overrides, as a file that every command takes in place
+    of a recipe."""
 
+    format: Format = "yaml"
+    """How it is written."""
+    comments: bool = True
+    """Write the help of each field above it. JSON has no comments."""
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -109,16 +119,45 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
             f"name a recipe: fastmoco {verb} RECIPE {shlex.join(args)}; `fastmoco recipes` lists them"
         )
         return None
-    with one_line(EXIT_REFUSED, ValueError):
-        base = get_recipe(recipe)
-    with worded(wording(kind, base, rest)), one_line(EXIT_REFUSED, ValueError):
+    base = base_config(recipe)
+    origin = recipe if is_config_file(recipe) else "the recipe"
+    with worded(wording(kind, base, rest, origin)), one_line(EXIT_REFUSED, ValueError):
         config = _follow_image_size(base, rest)
-    return parse(kind, f"{verb} {recipe}", rest, default=_defaults(kind, config), follows=FOLLOWS)
+    return parse(
+        kind,
+        f"{verb} {shlex.quote(recipe)}",
+        rest,
+        default=_defaults(kind, config),
+        follows=FOLLOWS,
+        origin=origin,
+    )
 
 
-def wording(kind: type[P], config: Config, args: list[str]) -> Callable[[Exception], str]:
-    """How errors of fields are shown for these words."""
-    return lambda error: Wording(describe(kind, _defaults(kind, config)), args, FOLLOWS)(error)
+def base_config(word: str) -> Config:
+    """The config of a recipe, or of a file.
+
+    Raises:
+        SystemExit: with 2, after a message, if there is none.
+    """
+    with one_line(EXIT_REFUSED, ValueError, OSError):
+        if not is_config_file(word):
+            return get_recipe(word)
+        return read_config(Path(word), near=_near, meant=typed_path)
+
+
+def _near(name: str, config: Config) -> list[str]:
+    """Fields that an unknown key of a file may mean: as options, also by words of other scripts."""
+    found = [option.name for option in near_options(name, describe(Config, config))]
+    return found or near_fields(name, config)
+
+
+def wording(
+    kind: type[P], config: Config, args: list[str], origin: str = "the recipe"
+) -> Callable[[Exception], str]:
+    """How errors of fields are shown for these words; `origin`: where values come from that were not
+    typed."""
+    described = describe(kind, _defaults(kind, config))
+    return lambda error: Wording(described, args, FOLLOWS, origin)(error)
 
 
 def _defaults(kind: type[P], config: Config) -> P:
@@ -148,8 +187,8 @@ def _page(kind: type[P], verb: str, recipe: str | None, *, whole: bool) -> str:
     about = ""
     config = Config()
     if recipe is not None:
-        with one_line(EXIT_REFUSED, ValueError):
-            config = get_recipe(recipe)
+        config = base_config(recipe)
+    if recipe in RECIPES:
         about = f"{recipe}: {first_sentence(docstring(RECIPES[recipe]))}"
         about += f" {EXPECTED[recipe]}" if recipe in EXPECTED else ""
     return of_config(
@@ -199,11 +238,11 @@ def recipes(args: list[str]) -> int:
 
 
 def print_config(args: list[str]) -> int:
-    """Print the config of a recipe with overrides, as JSON."""
+    """Print the config of a recipe with overrides."""
     parsed = parse_config(ConfigArguments, "print-config", args)
     if parsed is None:
         return EXIT_REFUSED
-    show_page(json.dumps(to_json(parsed.config), indent=2))
+    show_page(config_text(parsed.config, parsed.format, comments=parsed.comments))
     return 0
 
 
@@ -270,25 +309,35 @@ def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
         return EXIT_REFUSED
     announce(parsed.config)
     with worded(wording(TrainArguments, parsed.config, args)):
-        if parsed.gpus:
-            from fastmoco.cli.launch import launch
-
-            start_up.end()
-            with one_line(EXIT_REFUSED, ValueError, OSError):
-                words = ["train", *_without_gpus(args)]
-                return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
-        start_up.opens(parsed.out)
-        with collection_paused():
-            from fastmoco.cli.train import train
-
-        return train(
-            parsed.config,
-            parsed.out,
-            allow=parsed.allow,
-            trust=parsed.trust,
+        return run_logged(
+            parsed.log,
+            lambda: _run(parsed, args, start_up, process_ends=process_ends),
             process_ends=process_ends,
-            begun=start_up.end,
+            starts_others=parsed.gpus > 0,
         )
+
+
+def _run(parsed: TrainArguments, args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
+    """Train in this process, or start others that do."""
+    if parsed.gpus:
+        from fastmoco.cli.launch import launch
+
+        start_up.end()
+        with one_line(EXIT_REFUSED, ValueError, OSError):
+            words = ["train", *_without_gpus(args)]
+            return launch(parsed.gpus, words, parsed.out, device=parsed.config.device)
+    start_up.opens(parsed.out)
+    with collection_paused():
+        from fastmoco.cli.train import train
+
+    return train(
+        parsed.config,
+        parsed.out,
+        allow=parsed.allow,
+        trust=parsed.trust,
+        process_ends=process_ends,
+        begun=start_up.end,
+    )
 
 
 def _without_gpus(args: list[str]) -> list[str]:

@@ -62,15 +62,18 @@ MEANINGS: dict[str, str] = {
 NOTES = {
     "resume": "the same command again continues the run in --out",
     "start-epoch": "the same command again continues the run in --out",
-    "wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
-    "use-wandb": "metrics are in metrics.jsonl and curves.png of the folder --out",
+    "wandb": "--trackers.use wandb",
+    "use-wandb": "--trackers.use wandb",
+    "wandb-project": "--trackers.project NAME",
+    "mlflow": "--trackers.use mlflow",
+    "trackio": "--trackers.use trackio",
     "tensorboard": "its files are in the folder --out if it is installed",
     "rank": "--gpus N starts the processes of this machine",
     "local-rank": "--gpus N starts the processes of this machine",
     "dist-url": "--gpus N starts the processes of this machine",
     "dist-backend": "--gpus N starts the processes of this machine",
-    "config": "name a recipe and give overrides as options",
-    "cfg": "name a recipe and give overrides as options",
+    "config": "name the file in place of a recipe",
+    "cfg": "name the file in place of a recipe",
     "stop-grad-conv1": "the patch embedding of every ViT is fixed",
     "cos": "every schedule is a cosine after the warm-up",
 }
@@ -82,6 +85,7 @@ COMMAND_MEANINGS = {
     "plan": "memory estimate flops",
     "profile": "trace bottleneck timing perf",
     "quickstart": "demo example tutorial try",
+    "runs": "ls list status ps experiments jobs",
     "data pack": "pack prepare convert make-shards shard create write",
     "data index": "index",
     "data check": "check validate scan clean verify",
@@ -115,9 +119,12 @@ def near_options(word: str, described: Described, *, most: int = 3) -> list[Opti
 
     # The last parts of an option's name, e.g. `--view1.size` or `--lr`.
     found = [o for o, name in names.items() if name == wanted or name.endswith(f".{wanted}")]
+    # An option under the name of another group: `--optim.epochs`.
+    last = wanted.rpartition(".")[2]
+    if not found and last != wanted and not wanted.startswith(SMALL_CROPS):
+        found = [o for o, name in names.items() if name == last or name.endswith(f".{last}")]
     # The number of a group of small crops that a recipe has not.
     if wanted.startswith(SMALL_CROPS):
-        last = wanted.rpartition(".")[2]
         crops = [o for o, name in names.items() if name.startswith(SMALL_CROPS)]
         found += [o for o in crops if names[o].rpartition(".")[2] == last]
     # Words of other scripts, also with the wrong group: `--optim.learning-rate`.

@@ -32,6 +32,7 @@ from fastmoco.run.curves import Panels, draw_curves
 from fastmoco.run.folder import RunFolder
 from fastmoco.training.classes import with_classes
 from fastmoco.training.start import Start, close_if_finished, find_start, give_back
+from fastmoco_pipelines.errors import install_command
 from fastmoco_pipelines.processes import is_orphan
 
 if TYPE_CHECKING:
@@ -194,9 +195,6 @@ def _draw(folder: RunFolder, config: Config, *, unless_drawn: bool) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        say(
-            f"{folder.curves.name} not drawn; "
-            "it needs pip install '.[logging]' in the source folder of fastmoco"
-        )
+        say(f"{folder.curves.name} not drawn; it needs {install_command('logging')}")
     finally:
         folder.release()

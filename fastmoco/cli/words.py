@@ -53,7 +53,7 @@ def prepare_words(words: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"{shown_word(name)[:40]}...: is no option: a name has no {len(name):,} characters"
             )
-    meant = _join_shards([_at_home(word) for word in words])
+    meant = _join_shards([_typed(word) for word in words])
     if len(meant) > 2 and meant[0] == "data":
         _require_places(meant[1], list(takewhile(lambda word: word[:1] != "-", meant[2:])))
     return meant
@@ -79,15 +79,24 @@ def _require_places(verb: str, places: Sequence[str]) -> None:
         )
 
 
-def _at_home(word: str) -> str:
+def _typed(word: str) -> str:
     """A word with `~` at its beginning, or after the `=` of an option, replaced."""
     option, value = match.groups() if (match := _OPTION.fullmatch(word)) else ("", word)
+    return option + typed_path(value)
+
+
+def typed_path(value: str) -> str:
+    """A value that may be a path, with `~` at its beginning replaced; URLs are as they were.
+
+    Raises:
+        ValueError: for a variable that no shell has replaced, and the home folder of nobody.
+    """
     if _URL.match(value):
-        return word
+        return value
     if value.startswith("~"):
         value = at_home(value)
     _refuse_variable(value)
-    return option + value
+    return value
 
 
 def _refuse_variable(path: str) -> None:

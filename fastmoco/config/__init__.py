@@ -13,6 +13,7 @@ from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
 from fastmoco.config.resolve import Resolved, resolve, schedule_notes
 from fastmoco.config.run import BatchConfig, CheckpointConfig, Config
+from fastmoco.config.trackers import TrackersConfig
 
 __all__ = [
     "AccuracyConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Resolved",
+    "TrackersConfig",
     "resolve",
     "schedule_notes",
 ]

@@ -84,7 +84,7 @@ class KnnConfig:
     train_shards: str = ""
     """Labelled shards of the kNN bank; empty: the training shards."""
     test_shards: str = ""
-    """Held-out labelled shards to classify; empty: no kNN during training."""
+    """Held-out labelled shards to classify; empty: no kNN in training."""
     images: str = ""
     """In place of `test_shards`: a folder of held-out images, one folder per class, whose names are
     those of the training images. It is packed once, beside the run."""

@@ -68,7 +68,7 @@ class OptimConfig:
     of two or more dimensions; LARC and SGD add it to that of every tensor."""
     final_weight_decay: Annotated[float | None, Resume.WITH_ALLOW] = None
     """Weight decay at the end of the run, to which it goes from `weight_decay` by half a cosine;
-    None: it is constant. 0.4 from 0.04 in DINO."""
+    `none`: it is constant. 0.4 from 0.04 in DINO."""
     betas: Annotated[tuple[float, float], Resume.WITH_ALLOW] = (0.9, 0.999)
     """Averaging coefficients of AdamW and LAMB."""
     eps: Annotated[float, Resume.WITH_ALLOW] = 1e-8

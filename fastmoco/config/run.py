@@ -18,6 +18,7 @@ from fastmoco.config.model import ModelConfig
 from fastmoco.config.objective import MoCoV3Config, ObjectiveConfig
 from fastmoco.config.optim import OptimConfig
 from fastmoco.config.parallel import ParallelConfig
+from fastmoco.config.trackers import TrackersConfig
 from fastmoco_pipelines.spec import (
     Device,
     EvalLoaderSpec,
@@ -36,12 +37,12 @@ EVAL_BATCH = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """How a process passes its part of a batch through the encoder: at once or in chunks
-    (micro-batches), with equal gradients."""
+    """How a process passes its part of a batch through the encoder: whole or in chunks
+    (micro-batches)."""
 
     chunk: Literal["auto", "none"] | int = "auto"
-    """Images per pass through the encoder. `none`: all; `auto`: all if they fit into the free
-    memory, else a chunk that fits."""
+    """Images per pass through the encoder (a micro-batch); the gradients are those of the whole.
+    `none`: all; `auto`: all if they fit into the free memory, else a chunk that fits."""
     kept: Literal["auto"] | int = "auto"
     """Chunks that keep their activations and need no second forward; `auto`: as many as fit,
     including parts of chunks."""
@@ -112,7 +113,7 @@ class Config:
     device: Literal["auto", "cuda"] | Device = "auto"
     """`auto` uses a GPU if there is one. `cuda`, as torch spells it, is stored as `gpu`."""
     threads: Annotated[int, Resume.FREE] = 0
-    """CPU threads of torch per process; 0 divides the machine's cores among its processes, and is at
+    """CPU threads of torch per process. 0 divides the machine's cores among its processes, and is at
     most `OMP_NUM_THREADS` for a process alone."""
     log_every_steps: Annotated[int, Resume.FREE] = 10
     """Steps between two lines of metrics; only these steps wait for the device."""
@@ -126,6 +127,7 @@ class Config:
     accuracy: Annotated[AccuracyConfig, Resume.FREE] = field(default_factory=AccuracyConfig)
     checkpoint: Annotated[CheckpointConfig, Resume.FREE] = field(default_factory=CheckpointConfig)
     faults: Annotated[FaultConfig, Resume.FREE] = field(default_factory=FaultConfig)
+    trackers: Annotated[TrackersConfig, Resume.FREE] = field(default_factory=TrackersConfig)
 
     def __post_init__(self) -> None:
         require_limits(self)

@@ -108,7 +108,7 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
         if hint is ObjectiveConfig:
             require(isinstance(value, dict), f"{path}.{name}", value, "must be an object of JSON")
             value = dict(value)
-            hint = _objective(value.pop("kind", MoCoV3Config.kind), path)
+            hint = objective_class(value.pop("kind", MoCoV3Config.kind), path)
         if dataclasses.is_dataclass(hint):
             values[name] = _build(hint, value, f"{path}.{name}")
         else:
@@ -120,7 +120,7 @@ def _build(cls: Any, data: dict[str, Any], path: str) -> Any:
         raise FieldError(path, data, f"a value has the wrong type ({error})") from error
 
 
-def _objective(kind: Any, path: str) -> type[ObjectiveConfig]:
+def objective_class(kind: Any, path: str) -> type[ObjectiveConfig]:
     """The config class of an objective, from the recipes module named after its kind.
 
     Raises:

@@ -41,9 +41,15 @@ ECHOES = "ranks.log"
 """File there with these lines."""
 
 EXTRAS = {
-    "nvidia": "dali-cu13",
+    "nvidia": "cuda13",
     "sklearn": "data",
     "matplotlib": "logging",
+    "plotly": "report",
+    "jinja2": "report",
+    "tensorboard": "logging",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
     "torchao": "float8",
     "pyarrow": "parquet",
     "onnx": "export",
@@ -131,7 +137,7 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         SystemExit: with `code` instead; 2 if an optional dependency is missing.
     """
     from fastmoco_pipelines import BadImageError, ShardError
-    from fastmoco_pipelines.errors import DecoderBrokenError
+    from fastmoco_pipelines.errors import DecoderBrokenError, install_command
 
     known: tuple[type[Exception], ...] = (
         RunError,
@@ -147,8 +153,8 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        also = " (dali-cu12 for CUDA 12 drivers)" if extra == "dali-cu13" else ""
-        say(f"this needs {error.name}: pip install '.[{extra}]' in fastmoco's source folder{also}")
+        also = " (cuda12 for CUDA 12 drivers)" if extra == "cuda13" else ""
+        say(f"this needs {error.name}: {install_command(extra)}{also}")
         raise SystemExit(EXIT_REFUSED) from error
     except known as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
@@ -162,7 +168,12 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
 
 
 def no_checkpoint(path: Path | str) -> RunError:
-    """The error for a folder without checkpoints."""
+    """The error for a folder without checkpoints, and for a path where there is nothing."""
+    if not os.path.lexists(path):
+        return RunError(
+            f"{path}: no such file or folder; give the folder given to fastmoco train --out, "
+            "`fastmoco runs` lists those below a folder"
+        )
     return RunError(
         f"{path} contains no checkpoint; is it the folder given to fastmoco train --out?"
     )

@@ -197,6 +197,16 @@ class Attention(nn.Module):
         out: Tensor = self.proj(values_BE + b_v)
         return out
 
+    def class_weights(self, x_BLE: Tensor) -> Tensor:
+        """The attention of row 0 to every token, [B, A, L]: rows of a softmax, in float32."""
+        B, L, E = x_BLE.shape
+        A = self.num_heads
+        q_BA1d = self.queries(x_BLE[:, :1]).view(B, 1, A, E // A).transpose(1, 2)
+        k_BALd = self.keys_values(x_BLE)[..., :E].view(B, L, A, E // A).transpose(1, 2)
+        scores_BA1L = q_BA1d.float() @ k_BALd.float().transpose(2, 3) * (E // A) ** -0.5
+        weights_BAL: Tensor = scores_BA1L.softmax(dim=-1)[:, :, 0]
+        return weights_BAL
+
 
 class Mlp(nn.Module):
     """Two linear layers with the exact (erf) GELU between them."""

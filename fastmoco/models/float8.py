@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.models.vit import VisionTransformer
+from fastmoco_pipelines.errors import install_command
 
 BALANCE = 367.0
 """FLOP per byte above which float8 products are limited by arithmetic, not memory: 1580 TFLOP/s
@@ -151,8 +152,7 @@ def _torchao() -> tuple[Callable[..., Any], Any]:
         if (error.name or "").partition(".")[0] != "torchao":
             raise
         raise ModuleNotFoundError(
-            "model.linears='float8' needs torchao: "
-            "pip install '.[float8]' in fastmoco's source folder",
+            f"model.linears='float8' needs torchao: {install_command('float8')}",
             name="torchao",
         ) from error
     return convert_to_float8_training, Float8LinearConfig.from_recipe_name("rowwise")

@@ -428,6 +428,41 @@ class VisionTransformer(nn.Module):
         normalised: Tensor = self.norm(tokens[:, -patches.shape[1] :])
         return normalised
 
+    def class_attention(self, images: Tensor) -> Tensor:
+        """What the class token attends to in the last block that it is in.
+
+        Args:
+            images: [B, 3, H, W], as of a call.
+
+        Returns:
+            [B, A, L] shares of the attention of each head to the patch tokens, row by row of the
+            image; their sum is 1 less the share of the class token itself.
+
+        Raises:
+            ValueError: if the feature is no class token.
+        """
+        if self.pooling not in CLASS_TOKEN:
+            raise ValueError(
+                f"pooling={self.pooling!r}: the feature is a mean of patch tokens, and no class "
+                "token attends to them"
+            )
+        tokens = self._plain_tokens(self.patch_tokens(images), None)
+        in_trunk = self.pooling == "class"
+        for block in self.blocks[:-1] if in_trunk else self.blocks:
+            tokens = sum_of(*block(tokens, None, None))
+        if in_trunk:
+            last = self.blocks[-1]
+        else:
+            *before, last = self.blocks_token
+            assert self.cls_token is not None  # noqa: S101 - a type: there are blocks for it
+            token = self.cls_token[:, 0].expand(len(tokens), -1)
+            for block in before:
+                assert isinstance(block, ClassBlock)  # noqa: S101 - a type: all are of this class
+                token = block.plain(token, tokens)
+            tokens = torch.cat([token[:, None], tokens], dim=1)
+        assert isinstance(last, Block)  # noqa: S101 - a type: all blocks are of this class
+        return last.attn.class_weights(last.norm1(tokens))[..., 1:]
+
     def stem_tensors(self) -> list[Tensor]:
         """All tensors that turn pixels into patch tokens."""
         tensors = list(self.patch_embed.parameters())

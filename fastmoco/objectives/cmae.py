@@ -197,7 +197,7 @@ class CMAE(MAE):
     ) -> dict[str, Tensor]:
         """What telemetry sees."""
         return {
-            **watched(figures, queries.detach()),
+            **watched(figures, queries.detach(), name="queries"),
             "keys": keys.detach()[None],
             "reconstruction_loss": of_pixels.detach(),
             "contrast_loss": of_keys.detach(),

@@ -123,7 +123,9 @@ class Output(NamedTuple):
     """What telemetry may look at, on the device and without gradient, by name. "queries" and "keys"
     are [V, B, D], before they are normalised: row i of the first view's queries and of the last
     view's keys are of one image. "accuracy" is [2]: shares of queries whose positive ranks first,
-    and among the first five. Anything else is a scalar, and is logged."""
+    and among the first five. "features" [V, B, D] are those that no loss reads, where there are no
+    queries: they are logged, and not judged. "target_entropy" is the mean entropy of targets that
+    are distributions. Anything else is a scalar, and is logged."""
 
 
 class Objective(nn.Module, ABC):
@@ -340,6 +342,30 @@ class Objective(nn.Module, ABC):
         """
         return {}
 
+    def averaged_norms(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each batch norm with running statistics, beside the same one of the network of averages.
+
+        Found by the names of weights and averages, which differ in the name of the network alone.
+        """
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        prefixes = {
+            _prefixes(names[own], names[average]): None  # in the order of the network
+            for own, average in self.averages().items()
+            if isinstance(average, nn.Parameter) and own in names and average in names
+        }
+        found: dict[nn.Module, nn.Module] = {}
+        for prefix, other in prefixes:
+            counterparts = dict(self.get_submodule(other).named_modules())
+            for name, module in self.get_submodule(prefix).named_modules():
+                counterpart = counterparts.get(name)
+                statistics = (
+                    getattr(module, "running_mean", None),
+                    getattr(counterpart, "running_mean", None),
+                )
+                if counterpart is not None and all(isinstance(s, Tensor) for s in statistics):
+                    found.setdefault(module, counterpart)
+        return list(found.items())
+
     def ema_momentum(self, at: Progress) -> float | None:
         """Momentum of the move that ends the step: m(t + 1) for MoCo v3, m(t) for BYOL and DINO.
 
@@ -467,3 +493,12 @@ class Objective(nn.Module, ABC):
         return {
             name: found[p] for name, p in self.named_parameters() if p in found and p.requires_grad
         }
+
+
+def _prefixes(name: str, other: str) -> tuple[str, str]:
+    """Two names without the parts that they share at the end."""
+    parts, others = name.split("."), other.split(".")
+    while parts and others and parts[-1] == others[-1]:
+        parts.pop()
+        others.pop()
+    return ".".join(parts), ".".join(others)

@@ -216,7 +216,7 @@ class MACRL(KeepsKeys, MAE):
         """The loss of both parts, and what telemetry sees; the keys are also kept for the queue."""
         self.push(keys)
         watch = {
-            **watched(figures, queries.detach()),
+            **watched(figures, queries.detach(), name="queries"),
             "keys": keys.detach()[None],
             "queue_fill": self.queue_fill,
             "reconstruction_loss": of_pixels.detach(),

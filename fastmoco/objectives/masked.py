@@ -259,7 +259,8 @@ def figures_of(
     return flat, predictions.to(targets.dtype).std(dim=-1, correction=0)
 
 
-def watched(figures: Tensor, queries: Tensor) -> dict[str, Tensor]:
-    """What telemetry sees of figures [B, 2] and features [B, E]."""
+def watched(figures: Tensor, rows: Tensor, *, name: str = "features") -> dict[str, Tensor]:
+    """What telemetry sees of figures [B, 2] and rows [B, E]: features that no loss reads, unless
+    they are `queries`."""
     flat, spread = figures.mean(dim=0).unbind()
-    return {"queries": queries[None], "patch_mean_loss": flat, "prediction_std": spread}
+    return {name: rows[None], "patch_mean_loss": flat, "prediction_std": spread}

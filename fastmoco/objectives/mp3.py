@@ -130,8 +130,8 @@ class MP3(MaskedObjective):
         """The mean over images."""
         with part(LOSS):
             loss = features.online[0].mean()
-        right, queries = features.target
-        return Output(loss, {"queries": queries[None], "position_accuracy": right.mean()})
+        right, rows = features.target
+        return Output(loss, {"features": rows[None], "position_accuracy": right.mean()})
 
     def reference(self, inputs: Inputs, at: Progress, *, accuracy: bool = False) -> Output:
         """The same an image at a time, with attention written out."""
@@ -144,7 +144,7 @@ class MP3(MaskedObjective):
             losses.append(-chosen.mean())
             right.append((rows.argmax(dim=1) == torch.arange(len(rows))).to(rows.dtype).mean())
         watch = {
-            "queries": tokens.detach().mean(dim=1)[None],
+            "features": tokens.detach().mean(dim=1)[None],
             "position_accuracy": torch.stack(right).mean(),
         }
         return Output(torch.stack(losses).mean(), watch)

@@ -282,10 +282,12 @@ class SwAV(Objective):
         """
         mean = (scores / self.temperature).softmax(-1).mean(0)
         entropy = torch.special.entr
+        of_codes = entropy(codes).sum(-1).mean()
         return {
             "queries": embeddings,
             "keys": embeddings,
-            "code_entropy": entropy(codes).sum(-1).mean(),
+            "code_entropy": of_codes,
+            "target_entropy": of_codes,  # the name that methods with targets share
             "mean_code_entropy": entropy(codes.mean(1)).sum(-1).mean(),
             "used_prototypes": entropy(mean).sum().exp(),
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fastmoco.config.launched import local_processes
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_bytes(
@@ -29,8 +31,15 @@ def free_bytes(
         ValueError: on a CPU whose system does not report its memory; the message contains the cure.
     """
     if device.type == "cuda":
+        import torch
+
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    return free_host_bytes(proc=proc, cgroups=cgroups)
+
+
+def free_host_bytes(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """`free_bytes` on a CPU, without torch."""
     left = [_available(proc / "meminfo"), *_group_leaves(proc / "self" / "cgroup", cgroups)]
     return min(left) // local_processes(os.environ)
 

@@ -128,6 +128,7 @@ from fastmoco.recipes.simsiam import (
 )
 from fastmoco.recipes.small import (
     quickstart_digits,
+    unstable_digits,
     vit_nano7_e12_b256,
     vit_nano8_e60_b256,
 )
@@ -170,6 +171,7 @@ __all__ = [
     "resnet50_e100_b4096",
     "resnet50_e300_b4096",
     "resnet50_e1000_b4096",
+    "unstable_digits",
     "vit_b16_e300_b4096",
     "vit_conv_b16_e300_b4096",
     "vit_conv_s16_e300_b4096",
@@ -198,6 +200,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         vit_nano7_e12_b256,
         vit_nano8_e60_b256,
         quickstart_digits,
+        unstable_digits,
         vit_s16_e300_b4096_drop50,
         vit_nano7_e12_b256_drop50,
         digits_drop50,

@@ -56,6 +56,23 @@ def quickstart_digits() -> Config:
     return replace(config, objective=objective, knn=replace(config.knn, every_epochs=13))
 
 
+def unstable_digits() -> Config:
+    """MoCo v3 made unstable on purpose, on 8x8 handwritten digits: a trained patch projection, and a
+    rate that rises a hundredfold. --model.freeze-patch-embed: the calmer counterpart.
+    """
+    base = quickstart_digits()
+    return replace(
+        base,
+        recipe="unstable_digits",
+        epochs=40,
+        log_every_steps=5,
+        model=replace(base.model, freeze_patch_embed=False),
+        # beta2 of the paper: the shorter average of the quickstart follows a spike at once.
+        optim=replace(base.optim, lr=0.15, betas=(0.9, 0.999), warmup_epochs=40),
+        knn=replace(base.knn, every_epochs=1, max_share=1.0),
+    )
+
+
 def vit_nano7_e12_b256() -> Config:
     """ViT-nano/7 on 28-pixel grey images such as Fashion-MNIST: ten minutes on two cores."""
     model = ModelConfig(

@@ -51,6 +51,8 @@ _GROWING = ("lock", "metrics.jsonl", "quarantine.jsonl")
 """Files that are written in place; others are replaced by a new file."""
 FOLDERS = ("checkpoints", "tensorboard")
 """Folders in that of a run; they may be links."""
+TRACKED = ("wandb", "mlruns")
+"""The same of runs with a tracker that writes there."""
 
 MARKS = ("DONE", "PREEMPTED")
 """Files in the folder of a run that record how it ended; only the owner of its lock writes them."""
@@ -249,7 +251,7 @@ class RunFolder:
 
     def _links(self) -> list[str]:
         """The folders of the run that are links, in sentences."""
-        folders = [self.path, *(self.path / name for name in FOLDERS)]
+        folders = [self.path, *(self.path / name for name in (*FOLDERS, *TRACKED))]
         if not self.checkpoints.is_symlink():
             folders.remove(self.checkpoints)  # a save says what it is
         return [f"{path} is a link to {to}" for path in folders if (to := linked_to(path))]

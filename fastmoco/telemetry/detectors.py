@@ -83,28 +83,199 @@ class SpikeDetector:
         return spikes
 
 
+@dataclass(slots=True)
+class _Episode:
+    """Spikes of one place that follow each other."""
+
+    first: Spike
+    last: int
+    """The step of the latest one."""
+    largest: float
+    """The largest ratio of which an event told."""
+    count: int = 1
+
+
+class SpikeEvents:
+    """Events of the spikes of a run, one for each place and episode.
+
+    An episode is a sequence of spikes with less than `quiet` steps between them. Its first spike is
+    an event, and so is one that is `louder` times as large as those told before. At the end of an
+    episode of at least `lasting` spikes one more event, `gradient_level`, tells what has become of
+    the norm: so a new level of hundreds of steps is two events.
+    """
+
+    def __init__(
+        self,
+        detector: SpikeDetector | None = None,
+        *,
+        quiet: int = 50,
+        lasting: int = 10,
+        louder: float = 5.0,
+    ) -> None:
+        """Set the rule.
+
+        Args:
+            detector: what a spike is.
+            quiet: steps without a spike that end an episode.
+            lasting: spikes of an episode whose end is an event.
+            louder: see the class.
+        """
+        self._detector = detector or SpikeDetector()
+        self._quiet = quiet
+        self._lasting = lasting
+        self._louder = louder
+        self._episodes: dict[tuple[str, bool], _Episode] = {}
+        self._recent: dict[str, deque[float]] = {}
+
+    def observe(self, step: int, norms: Mapping[str, float]) -> tuple[list[Spike], list[Event]]:
+        """Take the norms of one step; return its spikes, and the events of which to tell."""
+        events = [event for name in norms if (event := self._ended(step, name))]
+        spikes = self._detector.observe(step, norms)
+        for spike in spikes:
+            key = (spike.name, math.isfinite(spike.value))
+            episode = self._episodes.get(key)
+            if episode is None or step - episode.last > self._quiet:
+                self._episodes[key] = _Episode(spike, step, spike.ratio)
+                events.append(spike.event())
+                continue
+            episode.last = step
+            episode.count += 1
+            if spike.ratio >= self._louder * episode.largest:
+                episode.largest = spike.ratio
+                events.append(spike.event())
+        for name, value in norms.items():
+            if math.isfinite(value):
+                self._recent.setdefault(name, deque(maxlen=self._quiet)).append(value)
+        return spikes, events
+
+    def _ended(self, step: int, name: str) -> Event | None:
+        """The event of an episode that is over, if it was a long one."""
+        episode = self._episodes.get((name, True))
+        if episode is None or step - episode.last <= self._quiet:
+            return None
+        del self._episodes[name, True]
+        if episode.count < self._lasting:
+            return None
+        before, now = episode.first.median, statistics.median(self._recent[name])
+        ratio = now / before if before else math.inf
+        steps = episode.last - episode.first.step + 1
+        text = (
+            f"gradient of {name}: {episode.count} spikes in {steps} steps from step "
+            f"{episode.first.step} on are over, its median is {now:.3g} and was {before:.3g}"
+        )
+        return Event(step, "gradient_level", name, ratio, text)
+
+
 class CollapseDetector:
     """Event when `feature_std` stays below a share of its healthy value 1/sqrt(D)."""
 
-    def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3) -> None:
-        """Set the rule: an event after `patience` consecutive values below `floor / sqrt(dim)`."""
+    def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3, after: int = 0) -> None:
+        """Set the rule: an event after `patience` consecutive values below `floor / sqrt(dim)`.
+
+        Args:
+            dim: D.
+            floor: share of the healthy value.
+            patience: values.
+            after: first step that is judged where no value was healthy before: at their start some
+                heads give nearly one output for all images.
+        """
+        self._after = after
+        self._told = False
         self._healthy = dim**-0.5
         self._floor = floor
         self._patience = patience
         self._low = 0
 
     def observe(self, step: int, std: float) -> Event | None:
-        """Take one value; return the event when the patience ends, once until recovery. Its size is
-        the value as a share of the healthy one."""
+        """Take one value; return the event when the patience ends, once until a value is at twice the
+        floor. Its size is the value as a share of the healthy one."""
         low = not std >= self._floor * self._healthy  # NaN counts as low
-        self._low = self._low + 1 if low else 0
-        if self._low != self._patience:
+        if not low:
+            self._after = 0
+        if std >= 2 * self._floor * self._healthy:
+            self._told = False
+        self._low = self._low + 1 if low and step >= self._after else 0
+        if self._low < self._patience or self._told:
             return None
+        self._told = True
         text = (
             f"features are collapsing, their deviation over the batch is {std:.2g} "
             f"and would be {self._healthy:.2g} if they were evenly spread"
         )
         return Event(step, "collapse", None, std / self._healthy, text)
+
+
+class NarrowingDetector:
+    """Event when the features have lost most of the directions that they used: dimensional
+    collapse."""
+
+    def __init__(
+        self, *, share: float = 0.25, least: float = 4.0, patience: int = 3, after: int = 0
+    ) -> None:
+        """Set the rule: an event after `patience` consecutive values of `effective_rank` below
+        `share` of the largest one, once that was at least `least`. Values before step `after` do not
+        count: heads that were not trained yet use many directions."""
+        self._after = after
+        self._share = share
+        self._least = least
+        self._patience = patience
+        self._best = 0.0
+        self._low = 0
+
+    def observe(self, step: int, rank: float) -> Event | None:
+        """Take one value; return the event when the patience ends, once until recovery. Its size is
+        the value."""
+        if step >= self._after:
+            self._best = max(self._best, rank)  # NaN leaves it
+        low = self._best >= self._least and not rank >= self._share * self._best
+        self._low = self._low + 1 if low else 0
+        if self._low != self._patience:
+            return None
+        text = (
+            f"features lose directions, their effective rank is {rank:.1f} and was {self._best:.1f}"
+        )
+        return Event(step, "effective_rank", None, rank, text)
+
+
+class BoundDetector:
+    """Event when a figure stays above a bound.
+
+    Args:
+        name: of the event.
+        text: of it, with `{value}` and `{bound}`.
+        bound: above which a value is none of a healthy run; so is one that is not finite.
+        layer: place in the network.
+        after: steps of the run before the first event.
+        patience: consecutive values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        *,
+        bound: float,
+        layer: str | None = None,
+        after: int = 0,
+        patience: int = 3,
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._bound = bound
+        self._layer = layer
+        self._after = after
+        self._patience = patience
+        self._high = 0
+
+    def observe(self, step: int, value: float) -> Event | None:
+        """Take one value; return the event when the patience ends, once until recovery. Its size is
+        the value."""
+        high = step >= self._after and not value <= self._bound
+        self._high = self._high + 1 if high else 0
+        if self._high != self._patience:
+            return None
+        text = self._text.format(value=f"{value:.2g}", bound=f"{self._bound:g}")
+        return Event(step, self._name, self._layer, value, text)
 
 
 class ForgettingDetector:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import shlex
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from fastmoco.config import Config, Resolved
+from fastmoco.config.serial import flatten
 from fastmoco.distributed.agree import mean
 from fastmoco.distributed.mesh import World
 from fastmoco.errors import say
@@ -20,22 +22,48 @@ from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import SPIKE
 from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.detectors import (
+    BoundDetector,
     CollapseDetector,
     DipDetector,
     ForgettingDetector,
-    SpikeDetector,
+    NarrowingDetector,
+    SpikeEvents,
     UninformedDetector,
 )
+from fastmoco.telemetry.histograms import GradientHistograms
 from fastmoco.telemetry.metrics import Throughput
-from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
-from fastmoco.telemetry.stability import GradientRecorder, feature_std, pair_cosines
+from fastmoco.telemetry.sinks import JsonlSink
+from fastmoco.telemetry.stability import (
+    GradientRecorder,
+    effective_rank,
+    feature_std,
+    pair_cosines,
+)
+from fastmoco.telemetry.trackers.interface import TrackedRun
+from fastmoco.telemetry.trackers.trackers import Trackers
+from fastmoco.telemetry.view_pairs import pair_grid
+from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
+from fastmoco_pipelines.spec import ViewSpec
 from fastmoco_pipelines.text import counted
 
 WARM_STEPS = 100
 """Steps before a loss is judged, however short the warm-up is."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
+BOUNDS = {
+    "update_ratio": (
+        0.05,
+        "a step changes the weights of {layer} by {{value}} of their norm (bound {{bound}}): "
+        "lower --optim.lr",
+    ),
+    "batch_norm_drift": (
+        3.0,
+        "the running statistics of the momentum encoder's batch norms are {{value}} standard "
+        "deviations from the encoder's (bound {{bound}})",
+    ),
+}
+"""Figures of log steps that have a bound, after the warm-up: the bound, and the text of the event."""
 
 
 def _left_out(config: Config, resolved: Resolved) -> str:
@@ -67,12 +95,14 @@ class Recorder:
     Args:
         config: of the run.
         resolved: its resolved numbers.
-        folder: of the run; gets `metrics.jsonl`, and TensorBoard's files if it is installed.
+        folder: of the run; gets `metrics.jsonl`, and files of trackers.
         world: this process among its peers.
         start_step: steps done before this process began.
         figures: metric name -> label of the accuracies that `measured` will get.
         chance: the accuracies that knowing nothing gives, where they are known.
         uninformed_loss: the loss of knowing nothing (`Objective.uninformed_loss`).
+        run_id: of the run, for its trackers; "": a new one.
+        resumed: whether the run continues from a checkpoint.
     """
 
     def __init__(
@@ -86,6 +116,8 @@ class Recorder:
         figures: Mapping[str, str] | None = None,
         chance: Mapping[str, float] | None = None,
         uninformed_loss: float | None = None,
+        run_id: str = "",
+        resumed: bool = False,
     ) -> None:
         self.resolved = resolved
         self.world = world
@@ -97,11 +129,14 @@ class Recorder:
         self._gradients = GradientRecorder()
 
         # Detectors of instability.
-        self._spikes = SpikeDetector()
-        self._collapse = CollapseDetector(dim=config.model.projection_dim)
-        self._forgetting = ForgettingDetector()
         warmup = round(config.optim.warmup_epochs * resolved.steps_per_epoch)
-        self._uninformed = UninformedDetector(uninformed_loss, after=max(warmup, WARM_STEPS))
+        self._warm = max(warmup, WARM_STEPS)
+        self._spikes = SpikeEvents()
+        self._collapse: CollapseDetector | None = None
+        self._narrowing = NarrowingDetector(after=self._warm)
+        self._forgetting = ForgettingDetector()
+        self._uninformed = UninformedDetector(uninformed_loss, after=self._warm)
+        self._bounds: dict[str, BoundDetector] = {}
 
         # Accuracies by metric name.
         self._labels = dict(figures or {})
@@ -120,26 +155,52 @@ class Recorder:
         self._told_of_images = False
 
         # Outputs.
-        self._sinks: list[JsonlSink | TensorBoardSink] = []
+        self._file: JsonlSink | None = None
         self._refused = False
+        self._not_shown: set[str] = set()
         self.console = Console(rank=world.rank, figures=self._labels)
         if world.rank == 0:
-            self._sinks.append(JsonlSink(folder.metrics))
-            try:
-                self._sinks.append(
-                    TensorBoardSink(folder.path / "tensorboard", first_step=start_step + 1)
-                )
-            except ImportError:
-                self.console.event(
-                    "TensorBoard is not installed: metrics are written to metrics.jsonl only"
-                )
+            self._file = JsonlSink(folder.metrics)
+        tracked = TrackedRun(
+            name=config.trackers.name or folder.path.absolute().name,
+            id=run_id or secrets.token_hex(7),
+            folder=str(folder.path.absolute()),
+            project=config.trackers.project,
+            mode=config.trackers.mode,
+            uri=config.trackers.uri,
+            config=flatten(config),
+            measures=tuple(self._labels),
+            first_step=start_step + 1 if resumed or start_step else 0,
+            total_steps=resolved.total_steps,
+            resumed=resumed,
+        )
+        names = config.trackers.use if world.rank == 0 else ()
+        self._trackers = Trackers(names, tracked, tell=self.console.event)
+        self._histograms = GradientHistograms(
+            every=config.trackers.histogram_every if self._trackers.active else 0
+        )
         self.console.start(
             resolved.total_steps,
             f"{config.recipe}  {counted(resolved.sample_count, 'image')}, "
             f"{counted(resolved.steps_per_epoch, 'step')} per epoch, "
             f"batch {config.global_batch_size} on {world.world_size} x {world.device.type}, "
             f"{_peak_line(config)}",
+            facts={
+                "run": str(folder.path),
+                "recipe": config.recipe,
+                "step": start_step,
+                "images": resolved.sample_count,
+                "steps_per_epoch": resolved.steps_per_epoch,
+                "global_batch_size": config.global_batch_size,
+                "world_size": world.world_size,
+                "device": world.device.type,
+            },
         )
+        if start_step and self.console.is_live:
+            with contextlib.suppress(OSError, UnfitFileError):
+                for name in self._labels:
+                    past = folder.read_metric(name)
+                    self.console.remember(name, (value for step, value in past if step))
 
         if start_step == 0 and (rest := _left_out(config, resolved)):
             self.event(rest)
@@ -165,6 +226,44 @@ class Recorder:
         """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
         self._gradients.record(step, norms)
 
+    def wants_histograms(self, step: int) -> bool:
+        """Whether the log step that comes next has histograms of the gradients, on this rank."""
+        return self._histograms.due(step)
+
+    def gradient_values(
+        self, gradients: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Count the gradients of a step on their device, for the `log` that follows. No host sync.
+
+        Args:
+            gradients: name -> gradient; of a sharded one this rank's part.
+            places: parameter name -> places in which it counts (`Objective.places`).
+        """
+        with self._shown("the histograms of the gradients"):
+            self._histograms.take(gradients, places)
+
+    def views(self, step: int, views: Sequence[Tensor], specs: Sequence[ViewSpec]) -> None:
+        """Send a picture of view pairs to the trackers. Waits for the device.
+
+        Args:
+            step: of the batch.
+            views: of the batch; on this rank.
+            specs: of these views.
+        """
+        if self._trackers.active:
+            with self._shown("the picture of the views"):
+                self._trackers.picture(step, "views", pair_grid(views, specs))
+
+    @contextmanager
+    def _shown(self, what: str) -> Iterator[None]:
+        """A context whose errors are a warning, the first time: what is only shown ends no run."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._not_shown:
+                self._not_shown.add(what)
+                self.event(f"warning: {what} failed ({type(error).__name__}: {error})")
+
     def rolled_back(self, step: int, to: int) -> None:
         """Record that the state is that of an earlier step again."""
         self._write(step, {"epoch": step / self.resolved.steps_per_epoch, "rolled_back_to": to})
@@ -174,6 +273,7 @@ class Recorder:
     def stepped(self, wait_seconds: float) -> None:
         """Count one finished step."""
         self.meter.step(wait_seconds)
+        self.console.stepped()
 
     def loader(self, figures: StageFigures) -> None:
         """Take the loader's figures so far; `log` writes the change between two calls."""
@@ -197,6 +297,7 @@ class Recorder:
         *,
         lr: float,
         schedules: Mapping[str, float],
+        figures: Mapping[str, Tensor] | None = None,
     ) -> float:
         """Write one line of metrics. Only this call waits for the device.
 
@@ -205,33 +306,40 @@ class Recorder:
             loss: this rank's loss, a scalar on the device; its mean over ranks is written.
             watch: what the objective reports (`Output.watch`). The cosines of "queries" and "keys"
                 show whether pairs, or all images, have equal features; "accuracy" contains the
-                shares of queries whose positive ranks first, and among the first five.
+                shares of queries whose positive ranks first, and among the first five. "features" are
+                those that no loss reads: they are logged as queries are, and not judged.
             lr: learning rate of this step.
             schedules: the objective's own numbers of this step (`Objective.schedules`).
+            figures: scalars on the device, the same on all ranks (`StepResult.figures`).
 
         Returns:
             The mean loss over ranks, equal on all of them.
         """
         # All scalars in one tensor: one exchange, and one wait for the device.
-        shown = {"loss": loss.detach(), **_figures(watch)}
-        figures = mean(torch.stack([figure.double() for figure in shown.values()]))
-        values = dict(zip(shown, figures.tolist(), strict=True))
+        shown = {"loss": loss.detach(), **_figures(watch), **(figures or {})}
+        means = mean(torch.stack([figure.double() for figure in shown.values()]))
+        values = dict(zip(shown, means.tolist(), strict=True))
         mean_loss = values.pop("loss")
 
         # Events of the detectors.
         peaks = self._gradient_peaks()
         events = []
-        if "feature_std" in values:
+        if "queries" in watch:
+            if self._collapse is None:
+                dim = watch["queries"].shape[-1]
+                self._collapse = CollapseDetector(dim=dim, after=self._warm)
             events.append(self._collapse.observe(step, values["feature_std"]))
+            events.append(self._narrowing.observe(step, values["effective_rank"]))
         if "cosine/positive" in values:
             events.append(
                 self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"])
             )
         events.append(self._uninformed.observe(step, mean_loss))
+        events += [self._within_bound(step, *figure) for figure in values.items()]
         for event in filter(None, events):
             self.occurred(event)
 
-        # The line, for the sinks and for the console.
+        # The line, for the file, the trackers and the console.
         speed = self.meter.report()
         metrics = {
             "epoch": step / self.resolved.steps_per_epoch,
@@ -245,6 +353,9 @@ class Recorder:
             **self._loader_metrics(step),
         }
         self._write(step, metrics)
+        if histograms := self._histograms.fetched():
+            self._trackers.histograms(step, histograms)
+        self._trackers.news()
         eta = None if math.isnan(speed.eta_s) else speed.eta_s
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": eta}
         row["quarantined"] = self._loader.left_out or None
@@ -268,9 +379,9 @@ class Recorder:
         between two lines."""
         peaks: dict[str, float] = {}
         for step, norms in self._gradients.flush():
-            spikes = self._spikes.observe(step, norms)
-            for spike in spikes:
-                self.occurred(spike.event())
+            spikes, events = self._spikes.observe(step, norms)
+            for event in events:
+                self.occurred(event)
             if spikes:
                 self._write(step, {f"{SPIKE}{spike.name}": spike.value for spike in spikes})
                 self._tell_of_images(step)
@@ -279,6 +390,18 @@ class Recorder:
                 # NaN survives: max() would drop it or keep it depending on the order.
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
+
+    def _within_bound(self, step: int, name: str, value: float) -> Event | None:
+        """Judge a figure of a log step that has a bound."""
+        kind, _, layer = name.partition("/")
+        if kind not in BOUNDS:
+            return None
+        if name not in self._bounds:
+            bound, text = BOUNDS[kind]
+            self._bounds[name] = BoundDetector(
+                kind, text.format(layer=layer), bound=bound, layer=layer or None, after=self._warm
+            )
+        return self._bounds[name].observe(step, value)
 
     def _tell_of_images(self, step: int) -> None:
         """Name the command that lists the images of a step, once."""
@@ -297,7 +420,9 @@ class Recorder:
         for name, value in finite.items():
             if name not in self._best or value > self._best[name]:
                 self._best[name], self._best_step[name] = value, step
-        self.console.keep(finite)
+        best = {f"{name}_best": value for name, value in self._best.items()}
+        self._trackers.summary(step, {**self._last, **best})
+        self.console.keep({"step": step, **finite})
         shown = [self._accuracy(name, value, step) for name, value in finite.items()]
         self.event(f"step {step}: {', '.join(shown)}")
         for name, value in finite.items():
@@ -319,17 +444,19 @@ class Recorder:
     def occurred(self, event: Event) -> None:
         """Write an event to the files, and show it as a warning."""
         self._write_event(event)
-        self.event(f"warning: {event}")
+        self.event(f"warning: {event}", _facts(event))
 
     def reported(self, step: int, name: str, text: str, *, size: float | None = None) -> None:
         """Log the text of another part of the trainer, and write it as an event of the run."""
         said = text.removeprefix("warning: ").removeprefix(f"step {step}: ")
-        self._write_event(Event(step, name, None, size, said))
-        self.event(text)
+        event = Event(step, name, None, size, said)
+        self._write_event(event)
+        self.event(text, _facts(event))
 
-    def event(self, text: str) -> None:
-        """Log an event; a text that begins with `warning: ` is shown as one."""
-        self.console.event(text)
+    def event(self, text: str, facts: Mapping[str, object] | None = None) -> None:
+        """Log an event; a text that begins with `warning: ` is shown as one. `facts`: the same for
+        programs (`Console.event`)."""
+        self.console.event(text, facts)
 
     def event_of_any_rank(self, text: str) -> None:
         """Log an event that only this rank may know."""
@@ -339,39 +466,43 @@ class Recorder:
             say(f"rank {self.world.rank}: {text}")
 
     def close(self) -> None:
-        """Close console and files; may be called more than once."""
+        """Close trackers, console and file; may be called more than once. Trackers have some seconds
+        to send what they have."""
+        self._trackers.close()
         self.console.close()
-        for sink in self._sinks:
-            # TensorBoard flushes what a full disk has refused before.
-            with contextlib.suppress(OSError):
-                sink.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write_event(self, event: Event) -> None:
-        self._to_sinks(lambda sink: sink.event(event))
+        self._to_file(lambda file: file.event(event))
+        self._trackers.event(event)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        self._to_sinks(lambda sink: sink.write(step, metrics))
+        self._to_file(lambda file: file.write(step, metrics))
+        self._trackers.write(step, metrics)
 
-    def _to_sinks(self, write: Callable[[JsonlSink | TensorBoardSink], None]) -> None:
-        refused = []
-        for sink in self._sinks:
-            try:
-                write(sink)
-            except OSError as error:  # lost metrics do not end a run
-                refused.append(f"{type(sink).__name__}: {error.strerror or error}")
+    def _to_file(self, write: Callable[[JsonlSink], None]) -> None:
+        """Write a line. What cannot be written is lost, and does not end the run."""
+        if self._file is None:
+            return
+        refused = ""
+        try:
+            write(self._file)
+        except OSError as error:
+            refused = f"JsonlSink: {error.strerror or error}"
         if refused and not self._refused:
-            self.event(
-                f"warning: metrics cannot be written and are lost meanwhile ({'; '.join(refused)})"
-            )
+            self.event(f"warning: metrics cannot be written and are lost meanwhile ({refused})")
         self._refused = bool(refused)
 
 
 def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scalars on the device from what an objective reports, by metric name."""
     figures: dict[str, Tensor] = {}
-    if "queries" in watch:
-        queries = watch["queries"][0]
+    features = watch.get("queries", watch.get("features"))
+    if features is not None:
+        queries = features[0]
         figures["feature_std"] = feature_std(queries)
+        figures["effective_rank"] = effective_rank(queries)
         if "keys" in watch:
             figures["cosine/positive"], figures["cosine/negative"] = pair_cosines(
                 queries, watch["keys"][-1]
@@ -381,6 +512,11 @@ def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     others = {
         name: tensor
         for name, tensor in watch.items()
-        if name not in ("queries", "keys", "accuracy")
+        if name not in ("queries", "keys", "features", "accuracy")
     }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}
+
+
+def _facts(event: Event) -> dict[str, object]:
+    """An event for programs."""
+    return {"step": event.step, "name": event.name, "layer": event.layer, "size": event.size}

@@ -1,21 +1,18 @@
-"""Sinks of metrics: JSON lines, and TensorBoard if it is installed."""
+"""The record of a run: JSON lines, written at once. Trackers get copies (`trackers`)."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fastmoco.run.events import Event
 from fastmoco.run.metrics_file import EVENT
 from fastmoco_pipelines.files.small import open_regular
-from fastmoco_pipelines.files.whole import utf8_name
 
 
 class JsonlSink:
@@ -74,36 +71,3 @@ class JsonlSink:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class TensorBoardSink:
-    """Metrics as TensorBoard scalars."""
-
-    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """Open an event file in `folder`, of a name that nobody knows before; earlier values from
-        `first_step` on are hidden.
-
-        Raises:
-            ImportError: if TensorBoard is not installed.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._open = ExitStack()
-        folder.mkdir(parents=True, exist_ok=True)
-        place = self._open.enter_context(utf8_name(folder))
-        suffix = f".{secrets.token_hex(4)}"
-        self._writer = SummaryWriter(log_dir=place, purge_step=first_step, filename_suffix=suffix)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one scalar for each metric."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def event(self, event: Event) -> None:
-        """Add the text of an event."""
-        self._writer.add_text(f"event/{event.name}", event.text, event.step)
-
-    def close(self) -> None:
-        """Flush and close; may be called more than once."""
-        self._writer.close()
-        self._open.close()

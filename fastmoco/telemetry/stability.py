@@ -19,6 +19,9 @@ from torch.nn.functional import normalize
 
 from fastmoco_kernels.tensors import norms_of
 
+LARGEST_GRAM = 256
+"""Rows of the largest matrix of which `effective_rank` computes eigenvalues: some milliseconds."""
+
 
 def feature_std(features_BD: Tensor) -> Tensor:
     """Standard deviation over the batch of the L2-normalised rows, averaged over the dimensions.
@@ -46,24 +49,31 @@ def effective_rank(features_BD: Tensor) -> Tensor:
     It is exp of the entropy of their variance spectrum.
 
     Between 1 (all on a line: dimensional collapse) and min(B - 1, D). Source: Roy and Vetterli
-    2007.
+    2007. The eigenvalues are those of a matrix of at most `LARGEST_GRAM` rows: where both B and D
+    are larger, the first rows are a sample of the batch, and no value exceeds that number.
 
     Args:
         features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
 
     Returns:
-        Scalar float32 on the same device, without gradient. Waits for the device (an eigenvalue
-        problem of size D).
+        Scalar float32 on the same device, without gradient; NaN if a feature is not finite. Waits
+        for the device (an eigenvalue problem), so a run computes it in log steps, which wait anyway.
 
     Raises:
         ValueError: if the shape is not [B >= 2, D].
     """
     rows = _unit_rows(features_BD)
+    if rows.shape[1] > LARGEST_GRAM:
+        rows = rows[:LARGEST_GRAM]
     rows = rows - rows.mean(dim=0)
-    spectrum = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0)
+    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+
+    # The solver refuses what is not finite.
+    finite = gram.isfinite().all()
+    spectrum = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0)
     shares = spectrum / spectrum.sum().clamp_min(1e-20)
     entropy: Tensor = torch.special.entr(shares).sum()
-    return entropy.exp()
+    return torch.where(finite, entropy.exp(), math.nan)
 
 
 def pair_cosines(q_BD: Tensor, keys_BD: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from fastmoco.evaluation.feature_cache import (
 from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.monitor import evenly
 from fastmoco.models.precision import choose_precision
+from fastmoco.models.weights.foreign import Normalised
 from fastmoco.training import setup
 from fastmoco.training.encoder_source import EncoderSource, Which, load_source
 from fastmoco.training.images import max_side_for
@@ -356,6 +357,7 @@ def embed_run(
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
+    normalised: Normalised | None = None,
     tokens: Tokens = "class",
     root: Path | None = None,
     locate: Callable[[str, int], str] = lambda pattern, max_side: pattern,
@@ -371,6 +373,7 @@ def embed_run(
         which: the encoder of a run.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file that does not say it.
         tokens: what is kept of an image.
         root: folder of the parts of features; None: that of `parts_folder`.
         locate: returns the shards of a pattern, which may be a folder of images, whose images are
@@ -385,7 +388,9 @@ def embed_run(
         RunError, CheckpointError: as of `load_source` and `Embedder`.
         ShardError, ValueError: if a set cannot be opened.
     """
-    source = load_source(run, world.device, which=which, best=best, heads=heads)
+    source = load_source(
+        run, world.device, which=which, best=best, heads=heads, normalised=normalised
+    )
     if world.rank == 0:
         for note in source.notes:
             report(note)

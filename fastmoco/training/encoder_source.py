@@ -22,7 +22,7 @@ from fastmoco.models.encoder_file import (
     load_encoder,
 )
 from fastmoco.models.weights.building import load_foreign
-from fastmoco.models.weights.foreign import ENCODERS, Which, which_of
+from fastmoco.models.weights.foreign import ENCODERS, Normalised, Which, which_of
 from fastmoco.models.weights.reading import is_weights
 from fastmoco.training.load_run import load_run
 from fastmoco_pipelines.files.whole import hash_file
@@ -67,6 +67,7 @@ def load_source(
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
+    normalised: Normalised | None = None,
 ) -> EncoderSource:
     """Load an encoder to evaluate or to export.
 
@@ -78,6 +79,7 @@ def load_source(
             objective evaluates (`Objective.evaluated`), of a file as of `find_encoder`.
         best: the checkpoint with the highest kNN accuracy, in place of the newest.
         heads: attention heads, for a file of a ViT that does not show them.
+        normalised: how images were normalised, for a file of another package.
 
     Raises:
         RunError, CheckpointError: if there is no such encoder, with the cure.
@@ -87,10 +89,11 @@ def load_source(
             raise CheckpointError(
                 f"{source} is a file of weights; --best needs the folder of a run"
             )
-        return _of_file(Path(source), device, which, heads)
+        return _of_file(Path(source), device, which, heads, normalised)
     objective, config, checkpoint = load_run(source, device, best=best)
     description = describe_run(config)
     _require_heads(source, description.heads, heads)
+    _require_unknown(source, normalised)
     which = which or which_of(objective.evaluated)
     name = ENCODERS[which].removesuffix(".")
     if name not in objective.networks():
@@ -124,7 +127,11 @@ def load_source(
 
 
 def _of_file(
-    source: Path, device: torch.device | str, which: Which | None, heads: int | None
+    source: Path,
+    device: torch.device | str,
+    which: Which | None,
+    heads: int | None,
+    normalised: Normalised | None,
 ) -> EncoderSource:
     """The encoder of a file: our own by its header, another one by its names."""
     if _is_ours(source):
@@ -136,6 +143,7 @@ def _of_file(
             )
         description = description_of(loaded.header)
         _require_heads(source, description.heads, heads)
+        _require_unknown(source, normalised)
         step = _step(loaded)
         return EncoderSource(
             encoder=loaded.encoder,
@@ -152,7 +160,7 @@ def _of_file(
             description=description,
             header=loaded.header,
         )
-    found = load_foreign(source, which, heads=heads, device=device)
+    found = load_foreign(source, which, heads=heads, normalised=normalised, device=device)
     facts = {
         "source": str(source),
         "sha256": hash_file(Path(found.weights.source)),
@@ -184,6 +192,14 @@ def _require_heads(source: Path, own: int | None, given: int | None) -> None:
     if given is not None and given != own:
         has = "no attention heads" if own is None else f"{own} attention heads"
         raise CheckpointError(f"{source} has {has}; leave out --heads {given}")
+
+
+def _require_unknown(source: Path, given: Normalised | None) -> None:
+    """Refuse a normalisation where the source has its own."""
+    if given is not None:
+        raise CheckpointError(
+            f"{source} knows how its images were normalised; leave out --mean and --std"
+        )
 
 
 def _is_ours(source: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from fastmoco.optim.clipping import clip_each_, clip_together_
 from fastmoco.optim.groups import set_learning_rates, set_weight_decays
 from fastmoco.optim.schedule import run_learning_rate, run_weight_decay
 from fastmoco.telemetry.stability import gradient_norms
+from fastmoco.telemetry.stability_weights import UpdateRatios, batch_norm_drift, ema_distance
 from fastmoco.training.step_guard import StepGuard
 from fastmoco_kernels.tensors import sent
 from fastmoco_pipelines import Batch
@@ -32,6 +33,9 @@ class StepResult(NamedTuple):
     """The step."""
     lr: float
     """Its learning rate, as the schedule has it; groups of parameters may scale it."""
+
+    figures: Mapping[str, Tensor] = {}
+    """Scalars about the weights by metric name, the same on all ranks, where they were asked for."""
 
     @property
     def loss(self) -> Tensor:
@@ -74,6 +78,14 @@ class TrainStep:
         self._trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._device = next(iter(self._trainable.values())).device
         self._places = objective.places()
+        self._ratios = UpdateRatios(self._trainable, self._places)
+        self._norm_pairs = objective.averaged_norms()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients of the last step by name, clipped, as the optimizer got them."""
+        for name, parameter in self._trainable.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def learning_rate(self, at: Progress) -> float:
         """The learning rate of a step, a pure function of its progress."""
@@ -83,13 +95,16 @@ class TrainStep:
         """The weight decay of a step; None where it is constant, as the optimizer was built."""
         return run_weight_decay(at.step, self._config, self._resolved)
 
-    def __call__(self, batch: Batch, at: Progress, *, accuracy: bool = False) -> StepResult:
+    def __call__(
+        self, batch: Batch, at: Progress, *, accuracy: bool = False, figures: bool = False
+    ) -> StepResult:
         """One optimizer step.
 
         Args:
             batch: this rank's part of the global batch.
             at: the step.
             accuracy: as for `Objective.compare`.
+            figures: whether the result gets figures about the weights, which read all of them.
         """
         lr = self.learning_rate(at)
         set_learning_rates(self._optimizer.param_groups, lr, peak=self._resolved.peak_lr)
@@ -119,9 +134,21 @@ class TrainStep:
             self._clip(norms["total"])
 
             # Update weights and averages, then queues and centres. A skipped step changes none.
+            if figures:
+                self._ratios.begin()
             self._optimizer.step(ema_momentum=self._objective.ema_momentum(at), skip=skip)
             self._objective.after_step(skip, at)
-        return StepResult(output, norms, at, lr)
+            found = self._figures() if figures else {}
+        return StepResult(output, norms, at, lr, found)
+
+    def _figures(self) -> dict[str, Tensor]:
+        """What the weights show after the update, by metric name. No host sync."""
+        trained = [pair for pair in self._objective.averages().items() if pair[0].requires_grad]
+        others = {
+            "ema_distance": ema_distance(trained),
+            "batch_norm_drift": batch_norm_drift(self._norm_pairs),
+        }
+        return self._ratios.finish() | {k: v for k, v in others.items() if v is not None}
 
     @torch.no_grad()
     def _clip(self, total: Tensor) -> None:

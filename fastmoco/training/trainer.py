@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fastmoco.run.curves import Panels
 from fastmoco.run.drawing import CurveDrawer
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.identity import RunIdentity
+from fastmoco.run.listing import HOST
 from fastmoco.run.world_sizes import NAME as RANKS
 from fastmoco.run.world_sizes import with_start
 from fastmoco.telemetry.recorder import Recorder
@@ -261,7 +263,7 @@ class Trainer:
             ranks = with_start(before, self.step_count, self.world.world_size)
             initial = self.initial.to_json() if self.initial is not None else before.get(INITIAL)
             kept = {INITIAL: initial} if initial and self.config.model.init else {}
-            self.folder.write_config(saved | {RANKS: ranks} | kept)
+            self.folder.write_config(saved | {RANKS: ranks, HOST: socket.gethostname()} | kept)
         recorder = Recorder(
             self.config,
             self.resolved,
@@ -271,6 +273,8 @@ class Trainer:
             figures=self.figures,
             chance=chance,
             uninformed_loss=uninformed,
+            run_id=self.identity.run_id,
+            resumed=checkpoint is not None,
         )
 
         # Log the choices.
@@ -355,7 +359,8 @@ class Trainer:
     def step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of the global batch (`TrainStep`)."""
         at = self.progress(self.step_count)
-        result = self.train_step(batch, at, accuracy=self._logs(at.step + 1))
+        logged = self._logs(at.step + 1)
+        result = self.train_step(batch, at, accuracy=logged, figures=logged)
         self.step_count += 1
         return result
 
@@ -443,6 +448,8 @@ class Trainer:
         # Record. Norms stay on the device until a log step.
         with part(LOG):
             self._record(result)
+            if self.step_count == 1:
+                self.recorder.views(1, batch.views, self.loader.spec.each_view)
 
     def _record(self, result: StepResult) -> None:
         """Record the step that is done, and act on what the records show."""
@@ -452,6 +459,8 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
+            if self.recorder.wants_histograms(number):
+                self.recorder.gradient_values(self.train_step.gradients(), self.objective.places())
             schedules = {
                 **self.objective.schedules(result.at),
                 **self.objective.lengths(result.at),
@@ -460,7 +469,12 @@ class Trainer:
             if decay is not None:
                 schedules["weight_decay"] = decay
             self.recorder.log(
-                number, result.loss, result.output.watch, lr=result.lr, schedules=schedules
+                number,
+                result.loss,
+                result.output.watch,
+                lr=result.lr,
+                schedules=schedules,
+                figures=result.figures,
             )
 
         # Roll back before the guard may end the run: a spike can cause the bad steps after it.

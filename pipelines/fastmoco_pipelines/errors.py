@@ -3,6 +3,11 @@ and the cure."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import json
+from pathlib import Path
+
 
 class ShardError(RuntimeError):
     """A shard, an index or a manifest that cannot be used: names the file, the member, what is
@@ -118,3 +123,30 @@ class BadImageError(RuntimeError):
 class DecoderBrokenError(RuntimeError):
     """The decoder crashes, hangs or makes wrong pixels on this machine; names which, and the
     cure."""
+
+
+@functools.cache
+def install_command(extra: str) -> str:
+    """What installs an extra, in the way in which fastmoco was installed.
+
+    Args:
+        extra: of the distribution, e.g. "s3".
+    """
+    if _is_source_folder(Path(__file__).parents[2]):
+        return f"pip install '.[{extra}]' in fastmoco's source folder"
+    return f"pip install 'fastmoco[{extra}]'"
+
+
+def _is_source_folder(root: Path) -> bool:
+    """Whether fastmoco runs in its source folder, or was installed from it.
+
+    Args:
+        root: the folder two above this package.
+    """
+    if (root / "pyproject.toml").exists():
+        return True
+    try:
+        origin = importlib.metadata.distribution("fastmoco").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return origin is not None and "dir_info" in json.loads(origin)

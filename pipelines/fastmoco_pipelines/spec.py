@@ -518,7 +518,7 @@ class LoaderOptions(CacheSpec):
     """Seconds that one image may take to decode; one that takes longer, in a process of its own
     too, is left out as a damaged one is."""
     shuffle_window: int | None = None
-    """Shards shuffled together; 0: all. None: all of a local set, of a remote one 64, or as many as
+    """Shards shuffled together; 0: all. `none`: all of a local set, of a remote one 64, or as many as
     fit into half of the cache."""
     max_bad_share: Annotated[float, Resume.FREE] = 0.001
     """Share of the images that may prove bad before the run ends, or 10 images if that is more; 0:

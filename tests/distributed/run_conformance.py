@@ -1,4 +1,4 @@
-"""What one of two real processes does with each objective of the table: three steps under DDP,
+"""What one of two real processes does with each objective of the table: two steps under DDP,
 FSDP2, and in chunks.
 
 Started by test_conformance_ranks.py as `python -m tests.distributed.run_conformance OUT`; the test
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastmoco.config import (
@@ -40,7 +39,7 @@ from fastmoco.recipes.supervised import SupervisedConfig
 from fastmoco.recipes.swav import SwAVConfig
 from fastmoco.training import state as training_state
 from fastmoco.training.forward_backward import ForwardBackward
-from tests.distributed.cases import run_cases
+from tests.distributed.cases import run_cases, whole
 from tests.distributed.run_ranks import part
 from tests.distributed.some_costs import with_some_costs
 from tests.fastmoco.objectives.test_conformance import (
@@ -54,7 +53,7 @@ from tests.fastmoco.objectives.test_conformance import (
     views_of,
 )
 
-IMAGES, STEPS = 12, 3
+IMAGES, STEPS = 12, 2
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp"},
@@ -132,18 +131,10 @@ def config_for(
     )
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the whole tensors, put together of all ranks' parts."""
-    return {
-        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for n, t in tensors.items()
-    }
-
-
 def run_steps(
     world: World, kind: type[ObjectiveConfig], trunk: str = "vit", **how: Any
 ) -> dict[str, Any]:
-    """Losses, gradients of the first step, the state after three and the records that FSDP2 keeps
+    """Losses, gradients of the first step, the state after two and the records that FSDP2 keeps
     for a backward that never comes, on this rank's part of each batch."""
     config = config_for(kind, trunk, **how)
     objective = rough(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -29,8 +29,9 @@ from fastmoco.optim import build_adamw, build_adamw_ema, build_lars
 from fastmoco.optim.averaged import AveragedLARS, AveragedOptimizer, FusedAdamW, SweptAdamW
 from fastmoco.optim.groups import ParameterGroup, set_learning_rates, split_groups
 from fastmoco.telemetry.stability import gradient_norms
+from fastmoco.telemetry.stability_weights import UpdateRatios, ema_distance
 from fastmoco.training import state as training_state
-from tests.distributed.cases import run_cases
+from tests.distributed.cases import run_cases, whole
 from tests.distributed.run_ranks import GLOBAL_BATCH, message_of, part
 from tests.golden_objective import random_views, rough_objective
 
@@ -50,14 +51,6 @@ def build(
     objective = rough_objective(stem=stem)
     batches = [random_views(objective, GLOBAL_BATCH) for _ in range(STEPS)]
     return objective.to(dtype), [(one.to(dtype), two.to(dtype)) for one, two in batches]
-
-
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the unsharded tensors."""
-    return {
-        n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for n, t in tensors.items()
-    }
 
 
 def build_optimizer(name: str, objective: MoCoV3) -> AveragedOptimizer:
@@ -144,7 +137,12 @@ def run_steps(
             )
         result["norms"].append(gradient_norms(trained.items(), objective.places()))
         result["shares"].append(objective.momentum.shares_tokens())
+        ratios = UpdateRatios(trained, objective.places())
+        ratios.begin()
         weights.step(ema_momentum=0.9, skip=torch.zeros(()))
+        distance = ema_distance(objective.averages().items())
+        assert distance is not None
+        result["norms"][-1] |= {**ratios.finish(), "ema_distance": distance}
         if step == 1:
             result["features"] = evaluate(objective, mine[0], autocast)
 

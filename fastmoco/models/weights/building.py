@@ -27,6 +27,7 @@ from fastmoco.models.vit import ARCHITECTURES
 from fastmoco.models.weights.fitting import fit_encoder
 from fastmoco.models.weights.foreign import (
     EncoderWeights,
+    Normalised,
     Which,
     find_encoder,
     fixed_positions,
@@ -56,6 +57,7 @@ def load_foreign(
     which: Which | None = None,
     *,
     heads: int | None = None,
+    normalised: Normalised | None = None,
     device: torch.device | str = "cpu",
 ) -> ForeignEncoder:
     """Load an encoder from a file of weights of another package or of fastmoco (docs/weights.md).
@@ -64,12 +66,13 @@ def load_foreign(
         path: a file, or a folder of Hugging Face.
         which: as of `find_encoder`.
         heads: attention heads of a ViT, for a file that does not show them.
+        normalised: how its images were normalised, in place of what it states.
         device: of the encoder.
 
     Raises:
         CheckpointError: naming the file, what is wrong and the cure.
     """
-    weights = find_encoder(read_weights(path), which, heads=heads)
+    weights = find_encoder(read_weights(path), which, heads=heads, normalised=normalised)
     description = describe(weights)
     with torch.device("meta"):
         try:

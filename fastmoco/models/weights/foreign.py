@@ -124,8 +124,16 @@ class ViTSizes:
     grid: int | None
 
 
+Normalised = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of each channel, of values in [0, 1]."""
+
+
 def find_encoder(
-    raw: RawWeights, which: Which | None = None, *, heads: int | None = None
+    raw: RawWeights,
+    which: Which | None = None,
+    *,
+    heads: int | None = None,
+    normalised: Normalised | None = None,
 ) -> EncoderWeights:
     """Find the encoder in what a file contains.
 
@@ -135,6 +143,7 @@ def find_encoder(
             the one that its run evaluates, of student and teacher the teacher, and else the base
             encoder.
         heads: attention heads of a ViT, if the caller knows them.
+        normalised: how images were normalised, if the caller knows it.
 
     Raises:
         CheckpointError: naming the file, what in it has no place in an encoder, or which encoder is
@@ -209,7 +218,7 @@ def find_encoder(
         facts=_facts(raw),
         notes=(*notes, *_notes(format_name, raw, known.family)),
     )
-    return _described(weights, raw, heads)
+    return _described(weights, raw, heads, normalised)
 
 
 def vit_sizes(trunk: Mapping[str, Tensor], source: str) -> ViTSizes:
@@ -331,7 +340,9 @@ def _what(name: str) -> str:
     return next(heads, "the other encoder")
 
 
-def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> EncoderWeights:
+def _described(
+    weights: EncoderWeights, raw: RawWeights, heads: int | None, normalised: Normalised | None
+) -> EncoderWeights:
     """Add heads, the preparation of images, and notes about both."""
     stated = _stated(raw)
     notes = [*weights.notes, *stated.notes]
@@ -341,16 +352,17 @@ def _described(weights: EncoderWeights, raw: RawWeights, heads: int | None) -> E
     size = IMAGE_SIZE if sizes is None else (sizes.grid or 0) * sizes.patch_size
     size = max(stated.image_size or size, 0)
     resize = stated.resize or (round(size * 256 / 224) if size > 64 else size)
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if stated.mean and stated.std:
-        mean, std = stated.mean, stated.std
+    mean, std = normalised or (IMAGENET_MEAN, IMAGENET_STD)
+    said = normalised is not None or weights.format == "moco-v3"
+    if stated.mean and stated.std and normalised is None:
+        mean, std, said = stated.mean, stated.std, True
     try:
         image = stated_image(max(size, 1), max(resize, 1), mean, std)
     except ValueError as error:
         raise CheckpointError(
             f"{weights.source}: what it states cannot be used: {error}"
         ) from error
-    if not (stated.mean and stated.std) and weights.format != "moco-v3":
+    if not said:
         notes.append(
             "the file does not say how its images were normalised: by mean and standard deviation "
             "of ImageNet"

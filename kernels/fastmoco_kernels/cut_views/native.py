@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import threading
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,10 +56,10 @@ class _Batch(ctypes.Structure):
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
     """The library; None where fastmoco was installed without a C compiler."""
-    spec = importlib.util.find_spec(LIBRARY)
-    if spec is None or spec.origin is None:
+    file = _library_file()
+    if file is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(file)
     ends = ("", BICUBIC, PART, BICUBIC + PART)
     names = [name + end for name in (VIEWS, LEVELS) for end in ends]
     for function in (getattr(library, name, None) for name in names):
@@ -66,6 +67,15 @@ def native_library() -> ctypes.CDLL | None:
             function.argtypes = [ctypes.POINTER(_Batch)]
             function.restype = ctypes.c_int
     return library
+
+
+def _library_file() -> str | None:
+    spec = importlib.util.find_spec(LIBRARY)
+    if spec is not None and spec.origin is not None:
+        return spec.origin
+    # Python without a global lock does not import files of this ending; ctypes loads them.
+    beside = Path(__file__).with_name(f"{LIBRARY.rpartition('.')[2]}.abi3.so")
+    return str(beside) if beside.is_file() else None
 
 
 def cut_views_native(

@@ -25,6 +25,7 @@ from fastmoco_pipelines.errors import (
     BusyError,
     PassingError,
     RemoteError,
+    install_command,
 )
 from fastmoco_pipelines.stores.connections import POOL_CONNECTIONS
 from fastmoco_pipelines.stores.retries import Limits
@@ -146,8 +147,7 @@ def file_system(scheme: str) -> Any:
         importlib.import_module(package)
     except ImportError as error:
         raise RemoteError(
-            f"{scheme}://: needs the package {package} ({error}): pip install '.[{scheme}]' in "
-            "fastmoco's source folder"
+            f"{scheme}://: needs the package {package} ({error}): {install_command(scheme)}"
         ) from None
     options = {}
     if scheme == "s3":

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastmoco_pipelines.errors import install_command
 from fastmoco_pipelines.spec import require
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ WHY, CURE = (
     if _WITHOUT_DOCSTRINGS
     else (
         "is not installed",
-        "pip install '.[dali-cu13]' in fastmoco's source folder installs it (dali-cu12 for CUDA 12 "
-        "drivers)",
+        f"{install_command('cuda13')} installs it (cuda12 for CUDA 12 drivers)",
     )
 )
 """Why DALI is not used where it is not, and what to do."""

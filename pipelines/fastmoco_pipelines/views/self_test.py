@@ -93,7 +93,7 @@ def require_working_decoder(
         said = f"died of signal {-done.returncode}" if done.returncode < 0 else f"failed: {last}"
     raise DecoderBrokenError(
         f"DALI cannot decode ordinary JPEGs on this machine's {device}: a test of eight {said}. "
-        "Reinstall the DALI that fits the driver (extra '.[dali-cu13]' or '.[dali-cu12]'), or "
+        "Reinstall the DALI that fits the driver (extra cuda13 or cuda12), or "
         "decode on the CPU: --data.device cpu"
     )
 

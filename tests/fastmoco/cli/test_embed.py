@@ -27,6 +27,7 @@ from fastmoco.evaluation.embed import embed
 from fastmoco.models.encoder_file import ResNetDescription
 from fastmoco.models.resnet import RESNETS
 from fastmoco.objectives.build import build_objective
+from fastmoco.training.encoder_source import load_source
 from fastmoco_pipelines import ShardSet, build_eval_loader
 from fastmoco_pipelines.spec import EvalLoaderSpec, EvalSpec
 from tests.command_line import main
@@ -113,12 +114,12 @@ def test_tokens_the_momentum_encoder_and_a_file(small_run, digits, tmp_path, cap
     for name, source, options in (("base", two, []), ("momentum", two, ["--which", "momentum"])):
         words = ["--train", digits[0], "--test", digits[1], "--k", "5", *options]
         capsys.readouterr()
-        assert main(["eval", "knn", str(source), *words]) == 0
+        assert main(["eval", "knn", str(source), *words, "--json"]) == 0
         line = json.loads(capsys.readouterr().out)
         assert line["source"]["encoder"] == name
         accuracies[name] = line["knn"]
     assert accuracies["base"] != accuracies["momentum"]
-    assert main(["eval", "knn", str(file), *words[:6]]) == 0
+    assert main(["eval", "knn", str(file), *words[:6], "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["knn"] == pytest.approx(accuracies["base"], abs=0.03)
     assert line["source"]["header"]["architecture"] == "vit_nano"
@@ -147,7 +148,7 @@ def test_an_official_checkpoint(digits, tmp_path, capsys, monkeypatch):
     lines = {}
     for which in ("base", "momentum"):
         words = ["--train", digits[0], "--test", digits[1], "--heads", "4", "--which", which]
-        assert main(["eval", "knn", str(file), *words, "--k", "2"]) == 0
+        assert main(["eval", "knn", str(file), *words, "--k", "2", "--json"]) == 0
         lines[which] = json.loads(capsys.readouterr().out)
         assert lines[which]["source"]["encoder"] == which
     assert lines["base"]["knn"] != lines["momentum"]["knn"]
@@ -200,7 +201,19 @@ def test_a_killed_command_continues_on_two_processes_with_equal_bytes(
         picture = ["--out", str(folder / "x.png"), "--json"]
         return [
             ["eval", "embed", str(run), *embedded],
-            ["eval", "knn", str(run), *knn, "--k", "5", "20", "--temperature", "0.07", "1"],
+            [
+                "eval",
+                "knn",
+                str(run),
+                *knn,
+                "--k",
+                "5",
+                "20",
+                "--temperature",
+                "0.07",
+                "1",
+                "--json",
+            ],
             ["eval", "neighbours", str(run), *sets, *picture],
             ["eval", "outliers", str(run), "--shards", digits[1], "--json"],
         ]
@@ -312,3 +325,32 @@ def test_a_checkpoint_a_folder_of_images_and_the_best(run, tmp_path, capsys, mon
 def test_wrong_commands_are_refused(tmp_path, capsys, options, words):
     assert main(["eval", options[0], str(tmp_path), *options[1:]]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_normalisation_of_a_file_can_be_given(run, digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "vit.pth.tar"
+    torch.save(official_checkpoint("vit", width=64, depth=1), file)
+    more = ["--shards", digits[1], "--limit", "6"]
+    base = ["eval", "embed", str(file), *more, "--heads", "4", "--which", "base"]
+    found = {}
+    for name, words in (("own", []), ("half", ["--mean", *["0.5"] * 3, "--std", *["0.5"] * 3])):
+        assert main([*base, "--out", str(tmp_path / f"{name}.npz"), *words]) == 0
+        found[name] = np.load(tmp_path / f"{name}.npz")["features"]
+    assert found["own"].shape == found["half"].shape == (6, 64)
+    assert not np.allclose(found["own"], found["half"])
+    half = (0.5,) * 3
+    source = load_source(file, which="base", heads=4, normalised=(half, half))
+    assert (source.image.mean, source.image.std) == (half, half)
+
+    # Both are needed, of three channels; a run has its own.
+    capsys.readouterr()
+    given = ["--mean", "1", "1", "1", "--std", "1", "1", "1"]
+    for command, text in (
+        ([*base, *given[:4]], "--std is missing: be three numbers above 0; give --mean and --std"),
+        ([*base, *given[:4], "--std", "0", "1", "1"], "--std 0 1 1: must be three numbers above 0"),
+        ([*base, "--mean", "1", *given[4:]], "--mean 1: must be three numbers; give --mean and"),
+        (["eval", "embed", str(run), *more, *given], "leave out --mean and --std"),
+    ):
+        assert main([*command, "--out", str(tmp_path / "x.npz")]) == 2
+        assert text in capsys.readouterr().err

@@ -59,6 +59,7 @@ def test_a_run_is_fine_tuned_and_continued(
         "2e-3",
         "--mixup",
         "0",
+        "--json",
     ]
 
     # Stopped after 3 of 10 steps, then continued by the same command.

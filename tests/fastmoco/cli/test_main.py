@@ -121,6 +121,8 @@ def test_print_config_takes_overrides(capsys):
                 "3e-4",
                 "--data.view2.blur-probability",
                 "0.5",
+                "--format",
+                "json",
             ]
         )
         == 0
@@ -133,12 +135,13 @@ def test_print_config_takes_overrides(capsys):
 
 @pytest.mark.parametrize("recipe", ["quickstart_digits", "vit_b16_e300_b4096"])
 def test_print_config_without_overrides_prints_the_recipe(recipe, capsys):
-    assert main(["print-config", recipe]) == 0
+    assert main(["print-config", recipe, "--format", "json"]) == 0
     assert from_json(json.loads(capsys.readouterr().out)) == get_recipe(recipe)
 
 
 def test_an_image_size_carries_the_views_along(capsys):
-    assert main(["print-config", "vit_s16_e300_b1024", "--model.image-size=112"]) == 0
+    words = ["--model.image-size=112", "--format=json"]
+    assert main(["print-config", "vit_s16_e300_b1024", *words]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["view2"]["size"] == 112
 
 

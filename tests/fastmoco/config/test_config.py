@@ -298,7 +298,8 @@ def test_parallel_settings_that_make_no_sense_are_refused(fields, text):
 FREE = """recipe threads log_every_steps batch.* parallel.* model.checkpointing model.compile model.blocks
 model.init objective.keys optim.fused_backend data.shards data.images data.max_side data.threads data.view_dtype
 data.prefetch data.sub_batch data.decode_gb data.seconds_per_image data.cache_dir
-data.cache_size_gb data.max_bad_share data.timeout_s data.max_transfers knn.* accuracy.* checkpoint.* faults.*"""
+data.cache_size_gb data.max_bad_share data.timeout_s data.max_transfers knn.* accuracy.* checkpoint.* faults.*
+trackers.*"""
 WITH_ALLOW = """epochs model.linears model.momentum_linears objective.temperature objective.ema_momentum
 objective.ema_schedule optim.lr optim.weight_decay optim.betas optim.eps optim.sgd_momentum optim.trust_coefficient
 optim.warmup_epochs optim.clip_norm optim.clip_tensor_norm optim.final_weight_decay

@@ -161,7 +161,8 @@ def test_the_command_line_reaches_every_group_and_the_picture_shows_all_views(
     config = get_recipe("quickstart_digits")
     config = replace(config, data=replace(config.data, more_views=(small,)))
     monkeypatch.setitem(recipes.RECIPES, "multi_crop", lambda: config)
-    assert main(["print-config", "multi_crop", "--data.more-views.0.copies", "3"]) == 0
+    words = ["--data.more-views.0.copies", "3", "--format", "json"]
+    assert main(["print-config", "multi_crop", *words]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["more_views"][0]["copies"] == 3
     shards, _ = pack_digits(tmp_path / "digits")
     pictures = {}

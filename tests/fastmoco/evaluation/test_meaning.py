@@ -121,6 +121,7 @@ def test_one_class_trains_without_an_accuracy_and_the_command_reports_none(
     # The command: no number for one class, and a word on images that find themselves.
     for shards, words, number in ((one, "every encoder", False), (two, "find themselves", True)):
         words_of = ["eval", "knn", str(tmp_path / "run"), "--train", shards, "--test", shards]
+        words_of.append("--json")
         assert main(words_of) == 0
         out, error = capsys.readouterr()
         assert words in error

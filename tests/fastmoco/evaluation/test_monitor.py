@@ -378,7 +378,7 @@ def _train(config: Config, out: Path) -> None:
 def _eval_knn(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
     """The line that `fastmoco eval knn` prints."""
     capsys.readouterr()
-    assert main(["eval", "knn", *words]) == 0
+    assert main(["eval", "knn", *words, "--json"]) == 0
     line: dict[str, object] = json.loads(capsys.readouterr().out)
     return line
 

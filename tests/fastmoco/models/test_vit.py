@@ -321,3 +321,37 @@ def test_bf16_autocast_keeps_parameters_and_comes_close() -> None:
 def test_tiny_has_the_heads_of_deit() -> None:
     with torch.device("meta"):
         assert vit_tiny().blocks[0].attn.num_heads == 3
+
+
+@pytest.mark.parametrize("pooling", ["class", "class_attention"])
+def test_the_attention_of_the_class_token_is_that_which_makes_the_feature(pooling: Pooling) -> None:
+    torch.manual_seed(0)
+    encoder = vit_micro(image_size=32, pooling=pooling).double().eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    inputs: list[Tensor] = []
+    last = (encoder.blocks_token or encoder.blocks)[-1]
+    last.norm1.register_forward_hook(lambda module, given, out: inputs.append(out))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        weights = encoder.class_attention(images)
+        normed = inputs[-1]
+        wanted = last.attn(normed)[:, 0]
+
+        # The values weighted by this attention, and what the token itself adds.
+        B, L, E = normed.shape
+        heads = weights.shape[1]
+        values = last.attn.keys_values(normed)[..., E:].view(B, L, heads, E // heads)
+        own = 1 - weights.sum(-1, keepdim=True)
+        whole = torch.cat([own, weights], dim=-1).to(values)
+        mixed = torch.einsum("bal,blad->bad", whole, values).reshape(B, E)
+        torch.testing.assert_close(last.attn.proj(mixed), wanted, atol=1e-6, rtol=1e-5)
+    assert weights.shape == (2, heads, encoder.patch_tokens(images).shape[1])
+    assert (weights > 0).all()
+
+
+def test_a_mean_of_tokens_has_no_attention_of_a_class_token() -> None:
+    encoder = vit_micro(image_size=32, pooling="mean_norm")
+    with pytest.raises(ValueError, match="pooling='mean_norm'"):
+        encoder.class_attention(torch.zeros(1, 3, 32, 32))

@@ -299,9 +299,8 @@ def test_the_command_line_trains_evaluates_and_narrows_to_the_numbers_of_byol(
     assert isinstance(objective, BYOL)
     assert config.objective == BYOLConfig(ema_momentum=0.5)
     capsys.readouterr()
-    assert (
-        main(["eval", "knn", str(tmp_path / "run"), "--train", digits[0], "--test", digits[1]]) == 0
-    )
+    words = ["--train", digits[0], "--test", digits[1], "--json"]
+    assert main(["eval", "knn", str(tmp_path / "run"), *words]) == 0
     assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["knn"] <= 1
     assert (
         main(

@@ -354,5 +354,6 @@ def test_the_command_line_trains_and_evaluates(
     assert isinstance(objective, SimCLR)
     assert (config.objective, objective.temperature) == (SimCLRConfig(temperature=0.3), 0.3)
     capsys.readouterr()
-    assert main(["eval", "knn", out, "--train", digits[0], "--test", digits[1]]) == 0
+    words = ["--train", digits[0], "--test", digits[1], "--json"]
+    assert main(["eval", "knn", out, *words]) == 0
     assert 0 < json.loads(capsys.readouterr().out.splitlines()[-1])["knn"] <= 1

@@ -27,7 +27,7 @@ from fastmoco.errors import RunError
 from fastmoco.faults.start_up import mark_stopped
 from fastmoco.run import curves, metrics_file
 from fastmoco.run.drawing import draw_run
-from fastmoco.run.folder import FILES, FOLDERS, RunFolder
+from fastmoco.run.folder import FILES, FOLDERS, TRACKED, RunFolder
 from fastmoco.run.metrics_file import LONGEST, last_step, read_spikes
 from fastmoco.telemetry.sinks import JsonlSink
 from fastmoco.training.profiling.profile import output_to
@@ -247,11 +247,12 @@ def test_folders_may_be_links_of_the_user_and_are_said(copy: Path, tmp_path: Pat
     ]
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "."])
+@pytest.mark.parametrize("name", [*FOLDERS, *TRACKED, "."])
 def test_a_link_of_another_user_is_refused(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     place = copy / name
+    place.mkdir(exist_ok=True)
     shutil.move(place, tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     if os.geteuid() == 0:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmoco.config import Config, resolve
+from fastmoco.config import Config, TrackersConfig, resolve
 from fastmoco.distributed.mesh import World
 from fastmoco.recipes import get_recipe
 from fastmoco.run.events import read_events
@@ -22,8 +22,9 @@ from fastmoco.telemetry.recorder import Recorder, _left_out, _peak_line
 from fastmoco.telemetry.stability import gradient_norms
 
 
-def _recorder(folder):
+def _recorder(folder, *trackers):
     config = get_recipe("quickstart_digits")
+    config = replace(config, trackers=TrackersConfig(use=trackers, histogram_every=2))
     resolved = resolve(config, world_size=1, sample_count=1437)
     return Recorder(
         config, resolved, RunFolder(folder), World(), start_step=0, figures={"knn": "kNN"}
@@ -130,6 +131,34 @@ def test_a_constant_encoder_raises_the_alarm_within_ten_steps(tmp_path, capsys):
     assert "the encoder has collapsed" in text
 
 
+def test_features_that_no_loss_reads_are_logged_and_not_judged(tmp_path, capsys):
+    recorder = _recorder(tmp_path)
+    for step in range(1, 300, 10):
+        recorder.stepped(0.0)
+        watch = {"features": torch.ones(1, 8, 64) if step > 20 else torch.randn(1, 8, 64)}
+        recorder.log(step, torch.tensor(1.0), watch, lr=0.1, schedules={})
+    assert "warning" not in capsys.readouterr().out
+    row = _rows(recorder, tmp_path)[-1]
+    assert row["feature_std"] < 1e-6
+    assert row["effective_rank"] == pytest.approx(1.0)
+    assert read_events(tmp_path / "metrics.jsonl") == []
+
+
+def test_figures_about_the_weights_are_written_and_judged_after_the_warm_up(tmp_path):
+    recorder = _recorder(tmp_path)
+    ratio = {"update_ratio/heads": torch.tensor(0.2), "ema_distance": torch.tensor(0.5)}
+    for step in (10, 20, 30, 90, 100, 110, 120, 130):
+        recorder.stepped(0.0)
+        recorder.log(step, torch.tensor(1.0), {}, lr=0.1, schedules={}, figures=ratio)
+    assert _rows(recorder, tmp_path)[-1]["update_ratio/heads"] == pytest.approx(0.2)
+    (event,) = read_events(tmp_path / "metrics.jsonl")
+    assert (event.step, event.name, event.layer) == (120, "update_ratio", "heads")
+    assert event.size == pytest.approx(0.2)
+    assert event.text == (
+        "a step changes the weights of heads by 0.2 of their norm (bound 0.05): lower --optim.lr"
+    )
+
+
 def test_forgetting_is_noticed_once_and_only_after_learning():
     detector = ForgettingDetector()
     assert [detector.observe(step, 0.001, 0.0) for step in range(10)] == [None] * 10
@@ -154,13 +183,9 @@ def test_knn_dips_are_said(tmp_path, capsys):
 
 
 @pytest.mark.faults
-def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_costs_lines_of_metrics_and_not_the_run(tmp_path, capsys):
     """T10, of the metrics: said once, and written again as soon as there is room."""
 
-    def missing(*args, **more):  # TensorBoard writes in a thread of its own, which a full disk ends
-        raise ImportError
-
-    monkeypatch.setattr("fastmoco.telemetry.recorder.TensorBoardSink", missing)
     recorder = _recorder(tmp_path)
     q = torch.randn(8, 64)
 
@@ -197,3 +222,45 @@ def test_images_that_no_batch_has_are_named(count, batch, line):
     config = replace(Config(), global_batch_size=batch)
     assert _left_out(config, resolve(config, world_size=1, sample_count=count)).startswith(line)
     assert bool(line) == bool(_left_out(config, resolve(config, world_size=1, sample_count=count)))
+
+
+def test_trackers_get_what_the_file_gets(tmp_path, capsys):
+    """Lines, kNN with the best so far, histograms of every second log step, and events."""
+    recorder = _recorder(tmp_path, "tests.faulty_sinks:Notes")
+    model = nn.Linear(4, 1, bias=False)
+    for step in range(1, 4):
+        recorder.gradients(step, _norms(model, 1.0 if step < 3 else math.nan))
+        recorder.stepped(0.0)
+        if recorder.wants_histograms(step):
+            recorder.gradient_values([("weight", model.weight.grad)], {"weight": ("heads",)})
+        q = torch.randn(8, 64)
+        recorder.log(step, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
+        recorder.measured(step, {"knn": 0.5 - step / 10})
+    rows = _rows(recorder, tmp_path)
+    told = (tmp_path / "notes.txt").read_text().splitlines()
+    assert told[-1] == "closed"
+    notes = [json.loads(line) for line in told[:-1]]
+    written = [{"step": note[1], **note[2]} for note in notes if note[0] == "write"]
+    assert written == [{k: v for k, v in row.items() if k != "time"} for row in rows]
+    assert [note[1] for note in notes if note[0] == "histograms"] == [1]
+    counts = next(note[2] for note in notes if note[0] == "histograms")["gradients/heads"]
+    assert counts == [4.0]
+    best = [note[2] for note in notes if note[0] == "summary"]
+    assert best == [{"knn": 0.5 - step / 10, "knn_best": 0.4} for step in (1, 2, 3)]
+    events = [note[1:] for note in notes if note[0] == "event"]
+    saved = read_events(tmp_path / "metrics.jsonl")
+    assert events == [[event.step, event.name] for event in saved]
+    assert {event.name for event in saved} == {"gradient_not_finite", "knn_dip"}
+    assert "tests.faulty_sinks:Notes: notes.txt" in capsys.readouterr().out
+
+
+def test_a_picture_or_a_histogram_that_fails_is_one_warning(tmp_path, capsys):
+    recorder = _recorder(tmp_path, "tests.faulty_sinks:Notes")
+    spec = Config().data.view1
+    for step in (1, 2):
+        recorder.views(step, [torch.zeros(2, 3, 8)], [spec])
+        recorder.gradient_values([("weight", torch.zeros(3, dtype=torch.int64))], {"weight": 7})
+    recorder.close()
+    said = capsys.readouterr().out
+    assert said.count("warning: the picture of the views failed") == 1
+    assert said.count("warning: the histograms of the gradients failed") == 1

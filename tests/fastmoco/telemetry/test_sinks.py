@@ -2,12 +2,11 @@ import json
 import os
 import resource
 import stat
-import sys
 from pathlib import Path
 
 import pytest
 
-from fastmoco.telemetry.sinks import JsonlSink, TensorBoardSink
+from fastmoco.telemetry.sinks import JsonlSink
 from fastmoco_pipelines.files.small import UnfitFileError
 
 
@@ -75,32 +74,6 @@ def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
     assert {name: row[name] for name in "abc"} == {"a": None, "b": None, "c": 1e-45}
 
 
-@pytest.mark.parametrize("name", ["plain", "[v1] \u732b", os.fsdecode(b"na\xefve")])
-def test_tensorboard_gets_the_same_scalars(tmp_path: Path, name: str) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    sink = TensorBoardSink(tmp_path / name)
-    sink.write(1, {"loss": 3.5})
-    sink.write(2, {"loss": 2.5, "knn": 0.5})
-    sink.close()
-    sink.close()
-    (tmp_path / name).rename(tmp_path / "readable")
-    events = accumulator.EventAccumulator(str(tmp_path / "readable"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.5), (2, 2.5)]
-    assert [(e.step, e.value) for e in events.Scalars("knn")] == [(2, 0.5)]
-
-
-def test_without_tensorboard_it_is_an_import_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError):
-        TensorBoardSink(tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("what", ["link", "hard link", "pipe"])
 def test_nothing_but_a_file_of_its_own_is_appended_to(tmp_path: Path, what: str) -> None:
     path, precious = tmp_path / "metrics.jsonl", tmp_path / "precious"
@@ -112,13 +85,3 @@ def test_nothing_but_a_file_of_its_own_is_appended_to(tmp_path: Path, what: str)
     with pytest.raises(UnfitFileError, match=r"metrics.jsonl: (is a|has a second name)"):
         JsonlSink(path)
     assert precious.read_text() == "all of it"
-
-
-def test_the_name_of_an_event_file_is_new_each_time(tmp_path: Path) -> None:
-    """A link of that name would be followed."""
-    pytest.importorskip("tensorboard")
-    for _ in range(2):
-        TensorBoardSink(tmp_path).close()
-    ends = {path.name.rpartition(".")[2] for path in tmp_path.glob("events.out.tfevents.*")}
-    assert len(ends) == 2
-    assert all(len(end) == 8 for end in ends)

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fastmoco.objectives.interface import Objective, Parts
+from fastmoco.run.events import Event
 from fastmoco.telemetry.detectors import (
+    BoundDetector,
     CollapseDetector,
     DipDetector,
+    NarrowingDetector,
     SpikeDetector,
+    SpikeEvents,
     UninformedDetector,
 )
 from fastmoco.telemetry.stability import (
+    LARGEST_GRAM,
     GradientRecorder,
     chance_loss,
     effective_rank,
@@ -330,6 +335,102 @@ def test_a_dip_of_knn_is_told_once() -> None:
     ]
     assert [i for i, _ in events] == [4, 8]
     assert str(events[0][1]) == "step 4: kNN fell to 61.0%, 9.0 points below its best"
+
+
+def _told(values: list[float], **rule: float) -> tuple[list[int], list[Event]]:
+    """Steps of all spikes, and the events of which a run tells."""
+    episodes, spikes, events = SpikeEvents(**rule), [], []  # type: ignore[arg-type]
+    for step, value in enumerate(values):
+        found, told = episodes.observe(step, {"x": value})
+        spikes += [spike.step for spike in found]
+        events += told
+    return spikes, events
+
+
+def test_a_lasting_new_level_is_one_event_and_one_about_its_end() -> None:
+    spikes, events = _told([1.0] * 150 + [10.0] * 250)
+    assert spikes == list(range(150, 200))
+    assert [(event.step, event.name, event.layer) for event in events] == [
+        (150, "gradient_spike", "x"),
+        (250, "gradient_level", "x"),
+    ]
+    assert [event.size for event in events] == [pytest.approx(10.0)] * 2
+    assert events[1].text == (
+        "gradient of x: 50 spikes in 50 steps from step 150 on are over, its median is 10 and was 1"
+    )
+
+
+def test_spikes_far_apart_are_events_of_their_own_and_a_much_larger_one_is_told_at_once() -> None:
+    values = [1.0] * 400
+    for step, size in ((100, 10.0), (110, 9.0), (120, 60.0), (300, 7.0)):
+        values[step] = size
+    spikes, events = _told(values)
+    assert spikes == [100, 110, 120, 300]
+    assert [(event.step, event.size) for event in events] == [(100, 10.0), (120, 60.0), (300, 7.0)]
+
+
+def test_values_that_are_not_finite_are_told_once_and_apart_from_spikes() -> None:
+    values = [1.0] * 60
+    values[30:40] = [math.nan] * 10
+    values[35] = 20.0
+    _, events = _told(values)
+    assert [(event.step, event.name, event.size) for event in events] == [
+        (30, "gradient_not_finite", None),
+        (35, "gradient_spike", 20.0),
+    ]
+
+
+def test_a_head_that_starts_with_one_output_is_given_the_warm_up() -> None:
+    detector = CollapseDetector(dim=64, after=10)
+    assert [detector.observe(step, 1e-4) for step in range(1, 9)] == [None] * 8
+    told = [step for step in range(10, 20) if detector.observe(step, 1e-4)]
+    assert told == [12]
+    spread = CollapseDetector(dim=64, after=10)
+    values = [0.1, *[1e-4] * 5, *[0.0126] * 3, *[1e-4] * 5, 0.03, *[1e-4] * 5]
+    assert [step for step, std in enumerate(values) if spread.observe(step, std)] == [3, 17]
+
+
+def test_lost_directions_are_told_against_the_most_after_the_warm_up() -> None:
+    detector = NarrowingDetector(after=3)
+    ranks = [40.0, 30.0, 9.0, 8.0, 12.0, 9.0, 2.9, 2.9, math.nan, 2.0, 9.0, 2.0, 2.0, 2.0]
+    events = [e for step, rank in enumerate(ranks) if (e := detector.observe(step, rank))]
+    assert [event.step for event in events] == [8, 13]
+    assert events[1].text == "features lose directions, their effective rank is 2.0 and was 12.0"
+    narrow = NarrowingDetector()
+    assert not any(narrow.observe(step, rank) for step, rank in enumerate([3.0, *[0.5] * 9]))
+
+
+def test_a_figure_above_its_bound_is_told_once_until_it_is_below() -> None:
+    detector = BoundDetector(
+        "update_ratio", "{value} of {bound}", bound=0.05, layer="heads", after=2
+    )
+    values = [1.0, 1.0, 0.06, 0.06, 0.04, 0.06, math.nan, 0.07, 0.07, 0.0, 0.3, 0.3, 0.3]
+    events = [e for step, value in enumerate(values) if (e := detector.observe(step, value))]
+    assert events == [
+        Event(7, "update_ratio", "heads", 0.07, "0.07 of 0.05"),
+        Event(12, "update_ratio", "heads", 0.3, "0.3 of 0.05"),
+    ]
+
+
+def test_effective_rank_of_large_batches_of_wide_features_is_that_of_a_sample() -> None:
+    rng = torch.Generator().manual_seed(0)
+    wide = torch.randn(600, 512, generator=rng)
+    of_sample = effective_rank(wide).item()
+    assert of_sample == pytest.approx(effective_rank(wide[:LARGEST_GRAM]).item())
+    assert 150 < of_sample < LARGEST_GRAM
+    few = wide[:40]
+    rows = normalize(few, dim=1)
+    spectrum = torch.linalg.svdvals(rows - rows.mean(dim=0)).square()
+    shares = spectrum / spectrum.sum()
+    expected = torch.special.entr(shares).sum().exp().item()
+    assert effective_rank(few).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_effective_rank_of_what_is_not_finite_is_no_number(value: float) -> None:
+    features = torch.randn(8, 4)
+    features[3, 2] = value
+    assert math.isnan(effective_rank(features).item())
 
 
 @pytest.mark.parametrize(

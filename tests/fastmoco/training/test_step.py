@@ -14,6 +14,7 @@ import torch
 
 from fastmoco.config import Config
 from fastmoco.objectives.interface import Progress
+from fastmoco.training.profiling.counting import StepCounter
 from tests.step_runs import images_of, running, short_run
 
 
@@ -115,3 +116,37 @@ def test_rates_follow_every_number_of_the_config(
             if step:
                 assert trainer.objective.ema_momentum(trainer.progress(step - 1)) == expected
         assert trainer.objective.ema_momentum(trainer.progress(total - 1)) is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "fastmoco"])
+def test_figures_of_the_weights_change_no_bit_and_wait_for_nothing(
+    backend: Any, tmp_path: Path
+) -> None:
+    config = short_run("cpu")
+    config = replace(config, optim=replace(config.optim, fused_backend=backend))
+    ended = []
+    for figures in (False, True):
+        counter = StepCounter()
+        with running(config, tmp_path / str(figures), "cpu") as trainer:
+            for number in range(3):
+                batch = images_of(config, number, "cpu")
+                at = trainer.progress(number)
+                result = trainer.train_step(batch, at, accuracy=True, figures=figures)
+            trainer.step_count = 3
+            tensors, _ = trainer._state()
+            ended.append({name: tensor.clone() for name, tensor in tensors.items()})
+            places = [name for name in result.norms if name != "total"]
+            expected = {f"update_ratio/{place}" for place in places}
+            expected |= {"ema_distance", "batch_norm_drift"}
+            assert result.figures.keys() == (expected if figures else set())
+            assert all(0 < value.item() < 1 for value in result.figures.values())
+
+            # On a CPU fastmoco's sweep reads its numbers on the host, and other kernels are counted.
+            if figures and backend == "torch":
+                with counter:
+                    trainer.train_step(batch, at, accuracy=True, figures=True)
+        assert not counter.waits
+        assert bool(counter.operators) == (figures and backend == "torch")
+    without, with_figures = ended
+    assert without.keys() == with_figures.keys()
+    assert all(torch.equal(without[name], with_figures[name]) for name in without)

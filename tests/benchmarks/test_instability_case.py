@@ -1,0 +1,115 @@
+"""The picture of the instability: what a fall is, when it fails, and what it draws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import instability, telemetry
+from benchmarks.cases.instability import judged
+from fastmoco.recipes import get_recipe
+
+KNN = [[0, 5, 10, 15, 20], [0.5, 0.8, 0.73, 0.71, 0.79]]
+SPIKES = [[9, "patch_embed", 7.0], [12, "last_block", 6.0]]
+
+
+def _runs(*, fall_first: bool = False, frozen_falls: bool = False):
+    """Both runs of a seed."""
+    still = [[0, 5, 10, 15, 20], [0.5, 0.8, 0.78, 0.79, 0.81]]
+    late = [[16, "patch_embed", 7.0]]
+    norms = {"first_block": [[5, 10], [1.0, 2.0]]}
+    sides = {
+        "trained": (KNN, late if fall_first else SPIKES),
+        "frozen": (KNN if frozen_falls else still, []),
+    }
+    return [
+        {
+            "side": side,
+            "seed": 0,
+            "knn": knn,
+            "norms": norms,
+            "spikes": spikes,
+            "figures": judged(knn, spikes),
+        }
+        for side, (knn, spikes) in sides.items()
+    ]
+
+
+def test_a_run_is_judged_by_its_distance_to_its_best_so_far():
+    assert judged(KNN, SPIKES) == {
+        "best": 0.8,
+        "last": 0.79,
+        "fall": pytest.approx(0.09),
+        "fall_step": 15,
+        "spikes": 2,
+        "spike_step": 9,
+    }
+    calm = judged([[0, 5], [0.5, 0.45]], [])
+    assert (calm["fall_step"], calm["spike_step"]) == (None, None)
+
+
+def test_a_picture_with_a_spike_after_the_fall_or_a_frozen_fall_is_a_failure():
+    assert instability._failed(_runs()) == {}
+    late = instability._failed(_runs(fall_first=True))
+    assert late == {"seed 0": "first spike at 16, first fall at 15"}
+    frozen = instability._failed(_runs(frozen_falls=True))
+    assert frozen == {"sides": "1 trained and 1 frozen ones fall"}
+
+
+def test_the_sides_differ_in_the_patch_projection_alone():
+    sides = [
+        instability.config_of("unstable_digits", Path("set"), seed=1, frozen=frozen)
+        for frozen in instability.SIDES.values()
+    ]
+    trained, frozen = sides
+    assert not trained.model.freeze_patch_embed
+    model = replace(trained.model, freeze_patch_embed=True)
+    assert replace(trained, model=model) == frozen
+
+
+def test_the_recipe_has_the_views_and_heads_of_the_quickstart():
+    unstable, calm = get_recipe("unstable_digits"), get_recipe("quickstart_digits")
+    assert unstable.data == calm.data
+    assert unstable.objective == calm.objective
+    assert replace(unstable.model, freeze_patch_embed=True) == calm.model
+    assert unstable.optim.lr == 100 * calm.optim.lr
+
+
+def test_the_table_and_the_picture_show_every_run(tmp_path):
+    pytest.importorskip("matplotlib", reason="draws a picture")
+    result = {"failed": {}, "runs": _runs()}
+    rows = instability.table(result).splitlines()
+    assert len(rows) == 4
+    assert "| trained | 0 | 80.0% | 79.0% | 9.0 points | step 15 | step 9 |" in rows[2]
+    assert rows[3].endswith("| none | none | none |")
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    for path in (first, second):
+        instability.draw(result, path)
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes().count(b'id="axes_') == 3
+
+
+def test_the_case_of_telemetry_counts_what_its_calls_take(monkeypatch):
+    monkeypatch.setattr(telemetry, "config_of", _tiny)
+    result = telemetry.run({**telemetry.DEFAULTS, "shapes": "vit_nano", "rounds": 1})
+    assert result["failed"] == {}
+    figures = result["shapes"]["vit_nano"]
+    assert figures["parts"].keys() == set(telemetry._Clock.names)
+    assert 0 < figures["share"]["median"] < 1
+    assert sum(figures["parts"].values()) == pytest.approx(figures["share"]["median"], abs=1e-4)
+    assert "vit_nano" in telemetry.table(result)
+
+
+def _tiny(shape: str, threads: int):
+    config = get_recipe("quickstart_digits")
+    return replace(
+        config,
+        device="cpu",
+        threads=threads,
+        global_batch_size=16,
+        log_every_steps=2,
+        data=replace(config.data, synthetic=True),
+        knn=replace(config.knn, every_epochs=0),
+    )
