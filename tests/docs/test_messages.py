@@ -18,6 +18,7 @@ from fastmoco.cli.commands import COMMANDS
 from fastmoco.cli.data import ViewsArguments
 from fastmoco.cli.options import describe
 from fastmoco.cli.recipe_commands import (
+    ConfigArguments,
     PlanArguments,
     ProfileArguments,
     TrainArguments,
@@ -91,7 +92,7 @@ def options() -> frozenset[str]:
         found |= set(
             describe(TrainArguments, _defaults(TrainArguments, get_recipe(name))).by_flag()
         )
-    for kind in (PlanArguments, ProfileArguments, TuneArguments):
+    for kind in (ConfigArguments, PlanArguments, ProfileArguments, TuneArguments):
         found |= set(describe(kind, _defaults(kind, Config())).by_flag())
     for command in COMMANDS.values():
         if not command.reads_words:
