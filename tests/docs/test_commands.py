@@ -104,7 +104,7 @@ def filled(words: list[str]) -> list[str]:
 
 def verb_of(words: list[str]) -> str:
     """The command of fastmoco that words begin with."""
-    return next(" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS)
+    return next((w for n in (2, 1) if (w := " ".join(words[:n])) in COMMANDS), "")
 
 
 def treatment(command: Typed) -> str:
@@ -242,10 +242,11 @@ def parse_own(words: list[str]) -> None:
         AssertionError: with what the parser says if it refuses.
     """
     words = prepare_words(filled(["fastmoco", *words])[1:])
-    if words[0] == "help" or "--help" in words or "--help-all" in words:
+    if words[0] == "--version" or {"help", "--help", "--help-all"} & set(words):
         assert main(words) == 0
         return
     verb = verb_of(words)
+    assert verb, f"unknown command {words}"
     rest = words[len(verb.split()) :]
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
