@@ -24,7 +24,7 @@ PROGRAMS = (
     "docker",
     "conda",
 )
-TYPED = re.compile(rf"(({'|'.join(PROGRAMS)}) |\. \.venv|launch/)(?! *help\b)[^:]*$")
+TYPED = re.compile(rf"(({'|'.join(PROGRAMS)}) (?! )|\. \.venv|launch/)(?! *help\b)[^:]*$")
 """The first line of a block that a reader types, where the block has no language."""
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
