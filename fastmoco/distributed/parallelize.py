@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoco.distributed.agree import any_rank
 from fastmoco.distributed.mesh import World
 from fastmoco.distributed.sharding import shard_
-from fastmoco.distributed.uncompiled import spared_compiler
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 STATE_SHARE = 0.25
@@ -146,7 +145,7 @@ def parallelize(
         return objective
     if not average_gradients:
         return objective
-    with spared_compiler(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers and warns; older versions have only the old name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
