@@ -64,6 +64,20 @@ class HangsAtEnd(Sink):
         time.sleep(3600)
 
 
+class HangsAtWrite(Sink):
+    """Its first write never returns; notes its process."""
+
+    def start(self, run: TrackedRun) -> Started:
+        vars(sys.modules["__main__"])["LAST_S"] = 0.5
+        self._folder = run.folder
+        return Started()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        with open(f"{self._folder}/called", "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(3600)
+
+
 class Notes(Sink):
     """Writes what it gets into a file of the run, a line of JSON for each call, and its end."""
 
@@ -93,3 +107,14 @@ class Notes(Sink):
     def close(self) -> None:
         print("closed", file=self._file)
         self._file.close()
+
+
+class SlowNotes(Notes):
+    """The same; a write takes a second, and returns what no JSON has."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> Any:
+        with open(f"{os.path.dirname(self._file.name)}/called", "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(1)
+        super().write(step, metrics)
+        return object()

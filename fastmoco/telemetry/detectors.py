@@ -99,7 +99,7 @@ class SpikeEvents:
     """Events of the spikes of a run, one for each place and episode.
 
     An episode is a sequence of spikes with less than `quiet` steps between them. Its first spike is
-    an event, and so is one that is `louder` times as large as those told before. At the end of an
+    an event, and so is one that is over `louder` times as large as those told before. At the end of an
     episode of at least `lasting` spikes one more event, `gradient_level`, tells what has become of
     the norm: so a new level of hundreds of steps is two events.
     """
@@ -140,7 +140,8 @@ class SpikeEvents:
                 continue
             episode.last = step
             episode.count += 1
-            if spike.ratio >= self._louder * episode.largest:
+            # Of two infinite ratios none is larger.
+            if spike.ratio > self._louder * episode.largest:
                 episode.largest = spike.ratio
                 events.append(spike.event())
         for name, value in norms.items():

@@ -45,7 +45,7 @@ from fastmoco.telemetry.view_pairs import pair_grid
 from fastmoco_pipelines.files.small import UnfitFileError
 from fastmoco_pipelines.loading.stages import StageFigures
 from fastmoco_pipelines.spec import ViewSpec
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.text import counted, escaped
 
 WARM_STEPS = 100
 """Steps before a loss is judged, however short the warm-up is."""
@@ -162,13 +162,16 @@ class Recorder:
         if world.rank == 0:
             self._file = JsonlSink(folder.metrics)
         tracked = TrackedRun(
-            name=config.trackers.name or folder.path.absolute().name,
+            name=escaped(config.trackers.name or folder.path.absolute().name),
             id=run_id or secrets.token_hex(7),
             folder=str(folder.path.absolute()),
             project=config.trackers.project,
             mode=config.trackers.mode,
             uri=config.trackers.uri,
-            config=flatten(config),
+            config={  # bytes of a path that are no UTF-8 would be refused
+                name: escaped(value) if isinstance(value, str) else value
+                for name, value in flatten(config).items()
+            },
             measures=tuple(self._labels),
             first_step=start_step + 1 if resumed or start_step else 0,
             total_steps=resolved.total_steps,

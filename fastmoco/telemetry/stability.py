@@ -56,8 +56,9 @@ def effective_rank(features_BD: Tensor) -> Tensor:
         features_BD: [B, D] outputs of a head or encoder, any floating dtype, any device, B >= 2.
 
     Returns:
-        Scalar float32 on the same device, without gradient; NaN if a feature is not finite. Waits
-        for the device (an eigenvalue problem), so a run computes it in log steps, which wait anyway.
+        Scalar float32 on the same device, without gradient; NaN if a feature is not finite, or if the
+        solver does not converge. Waits for the device (an eigenvalue problem), so a run computes it
+        in log steps, which wait anyway.
 
     Raises:
         ValueError: if the shape is not [B >= 2, D].
@@ -70,7 +71,10 @@ def effective_rank(features_BD: Tensor) -> Tensor:
 
     # The solver refuses what is not finite.
     finite = gram.isfinite().all()
-    spectrum = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0)
+    try:
+        spectrum = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0)
+    except torch.linalg.LinAlgError:
+        return gram.new_tensor(math.nan)
     shares = spectrum / spectrum.sum().clamp_min(1e-20)
     entropy: Tensor = torch.special.entr(shares).sum()
     return torch.where(finite, entropy.exp(), math.nan)

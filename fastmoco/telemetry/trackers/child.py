@@ -1,6 +1,8 @@
 """The process of a sink: makes the calls that a run sends, and ends with the run.
 
-A run that is killed leaves its sink the time to send what it has.
+A run that is killed leaves its sink the time to send what it has. Signals that ask a run to stop do
+not reach the sink: SLURM sends them to every process of a job, and the run needs its trackers until
+it has ended.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,7 +20,16 @@ from fastmoco.telemetry.trackers.messages import packed, unpacked
 from fastmoco_pipelines.processes import follow_parent
 
 LAST_S = 15.0
-"""Seconds to end after the run."""
+"""Seconds to end after the run, also for a call that is being made."""
+REQUESTS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+"""Signals that ask a run to stop (`faults/signals.py`)."""
 
 
 def made(name: str) -> Any:
@@ -32,12 +44,17 @@ def made(name: str) -> Any:
 
 def main(name: str, descriptor: int) -> None:
     """Make the calls until the run is closed or has ended."""
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(10)
     os.umask(0o077)
     connection = socket.socket(fileno=descriptor)
 
     def run_has_ended() -> None:
+        limit = threading.Timer(LAST_S, os._exit, [1])
+        limit.daemon = True
+        limit.start()
         connection.shutdown(socket.SHUT_RD)
 
     follow_parent(at_end=run_has_ended)
@@ -45,21 +62,19 @@ def main(name: str, descriptor: int) -> None:
     with connection.makefile("rb") as lines:
         for line in lines:
             call, arguments = unpacked(line)
-            answer: dict[str, Any]
             try:
                 sink = made(name) if call == "start" else sink
-                answer = {"result": getattr(sink, call)(*arguments)}
+                result = getattr(sink, call)(*arguments)
+                answer = packed({"result": result if call == "start" else None})
             except BaseException as error:  # whatever a sink raises, also SystemExit
-                answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            connection.sendall(packed(answer))
+                answer = packed({"error": f"{type(error).__name__}: {error}"[:2000]})
+            with contextlib.suppress(OSError):  # the run has ended meanwhile
+                connection.sendall(answer)
             if call == "close":
                 return
 
     # The run has ended without a close.
     if sink is not None:
-        limit = threading.Timer(LAST_S, os._exit, [1])
-        limit.daemon = True
-        limit.start()
         sink.close()
 
 

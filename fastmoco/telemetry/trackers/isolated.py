@@ -107,7 +107,7 @@ class Isolated(Sink):
         """End the process at once, from any thread; a call that waits for it raises."""
         self._killed = True
         child = self._child
-        if child is not None:
+        if child is not None and child.returncode is None:  # else its number may be another's
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in its file system

@@ -1,7 +1,8 @@
 """The way of a run's records to one tracker: a bounded queue, and a thread that empties it.
 
 `put` takes microseconds whatever the tracker does. A tracker that fails is begun again after some
-minutes, so a server may be restarted during a run; the user reads about it once.
+minutes, so a server may be restarted during a run; the user reads about it once. A call that fails
+twice is left out, so a record that a tracker refuses does not keep it from the others.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Outlet:
         self._warned = False
         self._closing = False
         self._given_up = False
+        self._failed: _Call | None = None
         self._sink: Sink | None = None
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -136,9 +138,20 @@ class Outlet:
                 sink.close()
                 return
             if call.step > started.last_step:
-                getattr(sink, call.method)(*call.arguments)
+                self._call(sink, call)
             with self._lock:
                 self._calls.popleft()
+
+    def _call(self, sink: Sink, call: _Call) -> None:
+        """Make a call; one that fails for the second time leaves the queue."""
+        try:
+            getattr(sink, call.method)(*call.arguments)
+        except Exception:
+            with self._lock:
+                if call is self._failed:
+                    self._calls.popleft()
+                self._failed = call
+            raise
 
     def _abandon(self) -> None:
         """Leave a sink that has failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from fastmoco.run.metrics_file import EVENT, read_spikes
 from fastmoco.telemetry.detectors import ForgettingDetector
 from fastmoco.telemetry.recorder import Recorder, _left_out, _peak_line
 from fastmoco.telemetry.stability import gradient_norms
+from fastmoco.telemetry.trackers.trackers import Trackers
 
 
 def _recorder(folder, *trackers):
@@ -222,6 +224,27 @@ def test_images_that_no_batch_has_are_named(count, batch, line):
     config = replace(Config(), global_batch_size=batch)
     assert _left_out(config, resolve(config, world_size=1, sample_count=count)).startswith(line)
     assert bool(line) == bool(_left_out(config, resolve(config, world_size=1, sample_count=count)))
+
+
+def test_trackers_get_text_that_they_can_encode(tmp_path, monkeypatch):
+    """Names of files may have bytes that are no UTF-8, which TensorBoard refuses."""
+    seen_runs = []
+
+    class Kept(Trackers):
+        def __init__(self, names, run, *, tell):
+            seen_runs.append(run)
+            super().__init__((), run, tell=tell)
+
+    monkeypatch.setattr("fastmoco.telemetry.recorder.Trackers", Kept)
+    odd = os.fsdecode(b"na\xefve")
+    config = get_recipe("quickstart_digits")
+    config = replace(config, data=replace(config.data, shards=f"/{odd}/*.tar"))
+    resolved = resolve(config, world_size=1, sample_count=1437)
+    Recorder(config, resolved, RunFolder(tmp_path / odd), World(), start_step=0).close()
+    (run,) = seen_runs
+    assert run.config["data.shards"].encode() == b"/na\\udcefve/*.tar"
+    assert run.name.encode() == b"na\\udcefve"
+    assert run.folder == str(tmp_path / odd)
 
 
 def test_trackers_get_what_the_file_gets(tmp_path, capsys):

@@ -360,6 +360,17 @@ def test_a_lasting_new_level_is_one_event_and_one_about_its_end() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[1.0] * 50 + [math.inf] * 30, [1.0] * 50 + [math.nan] * 30, [0.0] * 60 + [1.0] * 45],
+    ids=["infinite", "not a number", "of a part that was frozen"],
+)
+def test_spikes_without_a_finite_ratio_are_one_event(values: list[float]) -> None:
+    spikes, events = _told(values)
+    assert len(spikes) >= 30
+    assert len(events) == 1
+
+
 def test_spikes_far_apart_are_events_of_their_own_and_a_much_larger_one_is_told_at_once() -> None:
     values = [1.0] * 400
     for step, size in ((100, 10.0), (110, 9.0), (120, 60.0), (300, 7.0)):
@@ -431,6 +442,14 @@ def test_effective_rank_of_what_is_not_finite_is_no_number(value: float) -> None
     features = torch.randn(8, 4)
     features[3, 2] = value
     assert math.isnan(effective_rank(features).item())
+
+
+def test_a_solver_that_does_not_converge_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_matrix: torch.Tensor) -> torch.Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    assert math.isnan(effective_rank(torch.randn(8, 4)).item())
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.faults.signals import SIGNALS
+from fastmoco.telemetry.trackers.child import REQUESTS
 from fastmoco.telemetry.trackers.interface import Sink, Started
 from fastmoco.telemetry.trackers.isolated import Isolated, TrackerError
 from fastmoco.telemetry.trackers.outlet import Outlet, without_values
 from fastmoco.telemetry.trackers.trackers import Trackers
-from fastmoco_pipelines.processes import child_environment
+from fastmoco_pipelines.processes import child_environment, started
 from tests.tracked_runs import log, tracked
 
 
@@ -231,6 +233,76 @@ def test_a_killed_run_lets_its_sink_end(tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     eventually(lambda: notes.exists() and notes.read_text().endswith("closed\n"))
     assert notes.read_text().splitlines()[1:] == ['["write", 1, {"loss": 1.0}]', "closed"]
+
+
+def killed_in_a_call(folder: Path, sink: str) -> int:
+    """The process of a sink whose run dies of -9 while it writes the first step."""
+    program = (
+        "import os, pathlib, time; from tests.tracked_runs import *; "
+        f"folder = pathlib.Path({str(folder)!r}); "
+        f"trackers = Trackers(['tests.faulty_sinks:{sink}'], tracked(folder, 0), tell=print); "
+        "trackers.write(1, {'loss': 1.0}); called = folder / 'called'"
+        "\nwhile not (called.exists() and called.read_text()): time.sleep(0.02)"
+        "\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert done.returncode == -9
+    return int((folder / "called").read_text())
+
+
+def test_a_run_killed_during_a_call_lets_its_sink_end(tmp_path: Path) -> None:
+    """Nobody reads the answer of the call, and the sink is closed all the same."""
+    process = killed_in_a_call(tmp_path, "SlowNotes")
+    eventually(lambda: started(process) is None)
+    lines = (tmp_path / "notes.txt").read_text().splitlines()
+    assert lines[1:] == ['["write", 1, {"loss": 1.0}]', "closed"]
+
+
+def test_a_sink_that_hangs_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
+    process = killed_in_a_call(tmp_path, "HangsAtWrite")
+    eventually(lambda: started(process) is None)
+
+
+def test_signals_that_ask_a_run_to_stop_do_not_reach_its_sink(tmp_path: Path) -> None:
+    """SLURM sends them to every process of a job; the run still has its last steps to log."""
+    assert REQUESTS == SIGNALS
+    sink = Isolated("tests.faulty_sinks:Notes")
+    sink.start(tracked(tmp_path, 0))
+    assert sink._child is not None
+    for number in SIGNALS:
+        os.killpg(sink._child.pid, number)
+    sink.write(1, {"loss": 1.0})
+    sink.close()
+    assert (tmp_path / "notes.txt").read_text().endswith("closed\n")
+
+
+def test_the_number_of_a_process_that_has_ended_gets_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be that of another process by then."""
+    sink = Isolated("tests.faulty_sinks:Notes")
+    sink.start(tracked(tmp_path, 0))
+    sink.close()
+    monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("a signal was sent"))
+    sink.kill()
+
+
+def test_a_record_that_a_tracker_refuses_is_left_out(tmp_path: Path) -> None:
+    """After its second failure; the others arrive."""
+    written = []
+
+    class Refuses(Sink):
+        def write(self, step, metrics):
+            if step == 1:
+                raise ValueError("not that one")
+            written.append(step)
+
+    outlet = Outlet("refuses", Refuses, tracked(tmp_path, 0), retry_s=0.02)
+    for step in range(4):
+        outlet.put("write", step, step, {})
+    eventually(lambda: len(written) == 3)
+    assert len(warnings_of(outlet, 0)) == 1
+    assert written == [0, 2, 3]
 
 
 def test_what_is_not_installed_is_named_with_its_extra(
