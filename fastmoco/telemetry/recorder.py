@@ -8,6 +8,7 @@ import secrets
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,16 +21,10 @@ from fastmoco.errors import say
 from fastmoco.run.events import Event
 from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import SPIKE
+from fastmoco.telemetry.accuracies import Accuracies
 from fastmoco.telemetry.console import Console
-from fastmoco.telemetry.detectors import (
-    BoundDetector,
-    CollapseDetector,
-    DipDetector,
-    ForgettingDetector,
-    NarrowingDetector,
-    SpikeEvents,
-    UninformedDetector,
-)
+from fastmoco.telemetry.detectors import SpikeEvents
+from fastmoco.telemetry.health import Health
 from fastmoco.telemetry.histograms import GradientHistograms
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink
@@ -51,19 +46,6 @@ WARM_STEPS = 100
 """Steps before a loss is judged, however short the warm-up is."""
 SLOW_LOADER = 0.2
 """Share of an interval spent waiting for data above which the recorder logs an event."""
-BOUNDS = {
-    "update_ratio": (
-        0.05,
-        "a step changes the weights of {layer} by {{value}} of their norm (bound {{bound}}): "
-        "lower --optim.lr",
-    ),
-    "batch_norm_drift": (
-        3.0,
-        "the running statistics of the momentum encoder's batch norms are {{value}} standard "
-        "deviations from the encoder's (bound {{bound}})",
-    ),
-}
-"""Figures of log steps that have a bound, after the warm-up: the bound, and the text of the event."""
 
 
 def _left_out(config: Config, resolved: Resolved) -> str:
@@ -126,26 +108,13 @@ class Recorder:
             total_steps=resolved.total_steps,
             first_step=start_step,
         )
-        self._gradients = GradientRecorder()
 
-        # Detectors of instability.
+        # Figures, and their detectors.
         warmup = round(config.optim.warmup_epochs * resolved.steps_per_epoch)
-        self._warm = max(warmup, WARM_STEPS)
+        self._health = Health(warm=max(warmup, WARM_STEPS), uninformed_loss=uninformed_loss)
+        self._gradients = GradientRecorder()
         self._spikes = SpikeEvents()
-        self._collapse: CollapseDetector | None = None
-        self._narrowing = NarrowingDetector(after=self._warm)
-        self._forgetting = ForgettingDetector()
-        self._uninformed = UninformedDetector(uninformed_loss, after=self._warm)
-        self._bounds: dict[str, BoundDetector] = {}
-
-        # Accuracies by metric name.
-        self._labels = dict(figures or {})
-        self._dips = {name: DipDetector(label, name=name) for name, label in self._labels.items()}
-        self._last: dict[str, float] = {}
-        self._best: dict[str, float] = {}
-        self._best_step: dict[str, int] = {}
-        self._chance = dict(chance or {})
-
+        self._accuracies = Accuracies(figures or {}, chance or {})
         self._loader = self._loader_before = StageFigures()
         self._loader_was_slow = False
 
@@ -158,21 +127,13 @@ class Recorder:
         self._file: JsonlSink | None = None
         self._refused = False
         self._not_shown: set[str] = set()
-        self.console = Console(rank=world.rank, figures=self._labels)
+        labels = self._accuracies.labels
+        self.console = Console(rank=world.rank, figures=labels)
         if world.rank == 0:
             self._file = JsonlSink(folder.metrics)
-        tracked = TrackedRun(
-            name=escaped(config.trackers.name or folder.path.absolute().name),
-            id=run_id or secrets.token_hex(7),
-            folder=str(folder.path.absolute()),
-            project=config.trackers.project,
-            mode=config.trackers.mode,
-            uri=config.trackers.uri,
-            config={  # bytes of a path that are no UTF-8 would be refused
-                name: escaped(value) if isinstance(value, str) else value
-                for name, value in flatten(config).items()
-            },
-            measures=tuple(self._labels),
+        tracked = replace(
+            _tracked(config, folder, run_id or secrets.token_hex(7)),
+            measures=tuple(labels),
             first_step=start_step + 1 if resumed or start_step else 0,
             total_steps=resolved.total_steps,
             resumed=resumed,
@@ -201,14 +162,14 @@ class Recorder:
         )
         if start_step and self.console.is_live:
             with contextlib.suppress(OSError, UnfitFileError):
-                for name in self._labels:
+                for name in labels:
                     past = folder.read_metric(name)
                     self.console.remember(name, (value for step, value in past if step))
 
         if start_step == 0 and (rest := _left_out(config, resolved)):
             self.event(rest)
         known = [f"loss {uninformed_loss:.3f}"] if uninformed_loss is not None else []
-        known += [f"{self._labels[name]} {value:.1%}" for name, value in self._chance.items()]
+        known += self._accuracies.uninformed()
         if known:
             self.event(f"an encoder that knows nothing has {' and '.join(known)}")
 
@@ -219,11 +180,7 @@ class Recorder:
         best_step: Mapping[str, int] | None = None,
     ) -> None:
         """Show accuracies from before a resume: the last and the best by metric name."""
-        self._last |= last
-        self._best |= best
-        self._best_step |= best_step or {}
-        for name, value in best.items():
-            self._dips[name].observe(0, value)
+        self._accuracies.known(last, best, best_step or {})
 
     def gradients(self, step: int, norms: Mapping[str, Tensor]) -> None:
         """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
@@ -326,20 +283,8 @@ class Recorder:
 
         # Events of the detectors.
         peaks = self._gradient_peaks()
-        events = []
-        if "queries" in watch:
-            if self._collapse is None:
-                dim = watch["queries"].shape[-1]
-                self._collapse = CollapseDetector(dim=dim, after=self._warm)
-            events.append(self._collapse.observe(step, values["feature_std"]))
-            events.append(self._narrowing.observe(step, values["effective_rank"]))
-        if "cosine/positive" in values:
-            events.append(
-                self._forgetting.observe(step, values["cosine/positive"], values["cosine/negative"])
-            )
-        events.append(self._uninformed.observe(step, mean_loss))
-        events += [self._within_bound(step, *figure) for figure in values.items()]
-        for event in filter(None, events):
+        dim = watch["queries"].shape[-1] if "queries" in watch else None
+        for event in self._health.observe(step, mean_loss, values, dim=dim):
             self.occurred(event)
 
         # The line, for the file, the trackers and the console.
@@ -362,8 +307,7 @@ class Recorder:
         eta = None if math.isnan(speed.eta_s) else speed.eta_s
         row: dict[str, float | None] = {"step": step, **metrics, "eta_s": eta}
         row["quarantined"] = self._loader.left_out or None
-        best = {f"{name}_best": value for name, value in self._best.items()}
-        self.console.log({**row, **self._last, **best})
+        self.console.log({**row, **self._accuracies.metrics()})
         return float(mean_loss)
 
     def _loader_metrics(self, step: int) -> dict[str, float]:
@@ -394,18 +338,6 @@ class Recorder:
                 peaks[name] = math.nan if math.isnan(value + before) else max(value, before)
         return peaks
 
-    def _within_bound(self, step: int, name: str, value: float) -> Event | None:
-        """Judge a figure of a log step that has a bound."""
-        kind, _, layer = name.partition("/")
-        if kind not in BOUNDS:
-            return None
-        if name not in self._bounds:
-            bound, text = BOUNDS[kind]
-            self._bounds[name] = BoundDetector(
-                kind, text.format(layer=layer), bound=bound, layer=layer or None, after=self._warm
-            )
-        return self._bounds[name].observe(step, value)
-
     def _tell_of_images(self, step: int) -> None:
         """Name the command that lists the images of a step, once."""
         if not self._told_of_images and not self._synthetic:
@@ -419,30 +351,12 @@ class Recorder:
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         if not finite:
             return
-        self._last |= finite
-        for name, value in finite.items():
-            if name not in self._best or value > self._best[name]:
-                self._best[name], self._best_step[name] = value, step
-        best = {f"{name}_best": value for name, value in self._best.items()}
-        self._trackers.summary(step, {**self._last, **best})
+        dips = self._accuracies.observe(step, finite)
+        self._trackers.summary(step, self._accuracies.metrics())
         self.console.keep({"step": step, **finite})
-        shown = [self._accuracy(name, value, step) for name, value in finite.items()]
-        self.event(f"step {step}: {', '.join(shown)}")
-        for name, value in finite.items():
-            dip = self._dips[name].observe(step, value)
-            if dip:
-                self.occurred(dip)
-
-    def _accuracy(self, name: str, value: float, step: int) -> str:
-        """An accuracy, the best one so far, and what knowing nothing gives."""
-        at = self._best_step.get(name)
-        if at == step:
-            beside = ["best so far"]
-        else:
-            beside = [f"best {self._best[name]:.1%}" + (f" at step {at}" if at is not None else "")]
-        if name in self._chance:
-            beside.append(f"chance {self._chance[name]:.1%}")
-        return f"{self._labels[name]} {value:.1%} ({', '.join(beside)})"
+        self.event(f"step {step}: {self._accuracies.text(step, finite)}")
+        for dip in dips:
+            self.occurred(dip)
 
     def occurred(self, event: Event) -> None:
         """Write an event to the files, and show it as a warning."""
@@ -518,6 +432,25 @@ def _figures(watch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name not in ("queries", "keys", "features", "accuracy")
     }
     return figures | {name: tensor for name, tensor in others.items() if tensor.ndim == 0}
+
+
+def _tracked(config: Config, folder: RunFolder, run_id: str) -> TrackedRun:
+    """What trackers get to know of a run, without where it stands. Bytes of a path that are no UTF-8
+    are escaped in what is shown: trackers refuse them."""
+    own = config.trackers
+    fields = {
+        name: escaped(value) if isinstance(value, str) else value
+        for name, value in flatten(config).items()
+    }
+    return TrackedRun(
+        name=escaped(own.name or folder.path.absolute().name),
+        id=run_id,
+        folder=str(folder.path.absolute()),
+        project=own.project,
+        mode=own.mode,
+        uri=own.uri,
+        config=fields,
+    )
 
 
 def _facts(event: Event) -> dict[str, object]:
