@@ -41,12 +41,12 @@ class MlflowSink(Sink):
 
     def start(self, run: TrackedRun) -> Started:
         """Begin or continue the run, at `uri`, else MLFLOW_TRACKING_URI, else in the folder `mlruns`
-        of the run. Offline it is always the folder."""
+        of the run. Offline it is that folder, unless the given place is on this machine."""
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         own = (Path(run.folder) / "mlruns").as_uri()
         uri = run.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
-        if run.mode == "offline" and uri.partition(":")[0] in ("http", "https", "databricks"):
+        if run.mode == "offline" and not stays_here(uri):
             uri = own
         if uri.startswith("file:") or ":" not in uri:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3 asks for this word
@@ -119,3 +119,12 @@ class MlflowSink(Sink):
         """Mark the run as finished, or as killed if steps are left."""
         status = "FINISHED" if self._last >= self._total else "KILLED"
         self._client.set_terminated(self._id, status)
+
+
+def stays_here(uri: str) -> bool:
+    """Whether a store is a folder or a file of this machine; one that is not known is not."""
+    scheme, colon, rest = uri.partition(":")
+    if not colon:
+        return uri not in ("databricks", "databricks-uc")
+    has_host = rest.startswith("//") and not rest.startswith("///")
+    return scheme == "sqlite" or (scheme == "file" and not has_host)

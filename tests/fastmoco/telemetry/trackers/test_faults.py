@@ -19,6 +19,7 @@ from fastmoco.faults.signals import SIGNALS
 from fastmoco.telemetry.trackers.child import REQUESTS
 from fastmoco.telemetry.trackers.interface import Sink, Started
 from fastmoco.telemetry.trackers.isolated import Isolated, TrackerError
+from fastmoco.telemetry.trackers.mlflow import stays_here
 from fastmoco.telemetry.trackers.outlet import Outlet, without_values
 from fastmoco.telemetry.trackers.trackers import Trackers
 from fastmoco_pipelines.processes import child_environment, started
@@ -204,6 +205,25 @@ def test_a_server_that_is_no_help(
         trackers.close(1.0)
     assert all("0123456789" * 4 not in text for text in said)
     assert sum(text.startswith("warning: ") for text in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "local"),
+    [
+        ("/data/mlruns", True),
+        ("file:///data/mlruns", True),
+        ("sqlite:////data/mlflow.db", True),
+        ("file://server/data", False),
+        ("https://host", False),
+        ("postgresql://host/db", False),
+        ("mysql+pymysql://host/db", False),
+        ("databricks", False),
+        ("databricks-uc", False),
+        ("databricks://profile", False),
+    ],
+)
+def test_offline_mlflow_uses_no_store_of_another_machine(uri: str, local: bool) -> None:
+    assert stays_here(uri) == local
 
 
 def test_without_a_key_wandb_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
