@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.telemetry.trackers.interface import Histogram
-from fastmoco_kernels.tensors import local
+from fastmoco_kernels.tensors import local, sent
 
 MOST_VALUES = 1 << 16
 """Values of a place that are counted."""
@@ -38,7 +38,7 @@ class GradientHistograms:
         self._names: list[str] = []
         self._counts: Tensor | None = None
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         """Whether this log step has histograms; to be called at each, once."""
         self._logged += 1
         return self._every > 0 and (self._logged - 1) % self._every == 0
@@ -61,7 +61,9 @@ class GradientHistograms:
         if not by_place:
             return
         self._names = list(by_place)
-        counts = torch.stack([_counted(values) for values in by_place.values()])
+        device = next(iter(by_place.values()))[0].device
+        edges = sent(torch.tensor(EDGES, dtype=torch.float64), device)
+        counts = torch.stack([_counted(values, edges) for values in by_place.values()])
         if counts.is_cuda:
             # Pinned, so that the copy joins the queue of the device and the host goes on.
             self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -80,14 +82,12 @@ class GradientHistograms:
         return {name: one for name, one in zip(names, made, strict=True) if one is not None}
 
 
-def _counted(gradients: list[Tensor]) -> Tensor:
+def _counted(gradients: list[Tensor], edges: Tensor) -> Tensor:
     """[5 + len(EDGES)] float64 of flat gradients: how many values, smallest, largest, sum, sum of
     squares, and how many are below each edge. Sorted, so the counts are the same each time."""
     total = sum(len(gradient) for gradient in gradients)
     stride = -(-total // MOST_VALUES)
     values = torch.cat([gradient[::stride] for gradient in gradients]).double().sort().values
-    edges = torch.tensor(EDGES, dtype=torch.float64)
-    edges = edges.pin_memory().to(values.device, non_blocking=True) if values.is_cuda else edges
     below = torch.searchsorted(values, edges).double()
     count = torch.full_like(values[0], float(len(values)))
     head = torch.stack([count, values[0], values[-1], values.sum(), values.square().sum()])

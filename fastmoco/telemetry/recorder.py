@@ -186,9 +186,10 @@ class Recorder:
         """Keep the gradient norms of a step (`gradient_norms`) on their device. No host sync."""
         self._gradients.record(step, norms)
 
-    def wants_histograms(self, step: int) -> bool:
-        """Whether the log step that comes next has histograms of the gradients, on this rank."""
-        return self._histograms.due(step)
+    def wants_histograms(self) -> bool:
+        """Whether the log step that comes next has histograms of the gradients, on this rank; to be
+        called before each `log`, once."""
+        return self._histograms.due()
 
     def gradient_values(
         self, gradients: Iterable[tuple[str, Tensor]], places: Mapping[str, tuple[str, ...]]

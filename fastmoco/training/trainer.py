@@ -459,7 +459,7 @@ class Trainer:
         self.recorder.stepped(self.loader.wait_seconds)
         if self._logs(number):
             self.recorder.loader(self.loader.figures())
-            if self.recorder.wants_histograms(number):
+            if self.recorder.wants_histograms():
                 self.recorder.gradient_values(self.train_step.gradients(), self.objective.places())
             schedules = {
                 **self.objective.schedules(result.at),

@@ -73,4 +73,4 @@ def test_zeros_are_between_the_innermost_edges():
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [0, 1, 2, 3, 4]), (3, [0, 3])])
 def test_the_first_log_step_and_every_nth_has_one(every, steps):
     histograms = GradientHistograms(every=every)
-    assert [step for step in range(5) if histograms.due(step)] == steps
+    assert [step for step in range(5) if histograms.due()] == steps

@@ -254,7 +254,7 @@ def test_trackers_get_what_the_file_gets(tmp_path, capsys):
     for step in range(1, 4):
         recorder.gradients(step, _norms(model, 1.0 if step < 3 else math.nan))
         recorder.stepped(0.0)
-        if recorder.wants_histograms(step):
+        if recorder.wants_histograms():
             recorder.gradient_values([("weight", model.weight.grad)], {"weight": ("heads",)})
         q = torch.randn(8, 64)
         recorder.log(step, torch.tensor(2.5), seen(q), lr=0.1, schedules=MOMENTUM)
