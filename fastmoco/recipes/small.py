@@ -58,7 +58,7 @@ def quickstart_digits() -> Config:
 
 def unstable_digits() -> Config:
     """MoCo v3 made unstable on purpose, on 8x8 handwritten digits: a trained patch projection, and a
-    rate that rises a hundredfold. --model.freeze-patch-embed: the calmer counterpart.
+    rate that rises a hundredfold. --model.freeze-patch-embed: calmer in most seeds.
     """
     base = quickstart_digits()
     return replace(

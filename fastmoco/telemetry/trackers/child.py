@@ -42,10 +42,14 @@ def made(name: str) -> Any:
     return getattr(importlib.import_module(module), kind)()
 
 
+def _ignored(*_: object) -> None:
+    """A handler, because the programs that a sink starts would inherit `SIG_IGN`."""
+
+
 def main(name: str, descriptor: int) -> None:
     """Make the calls until the run is closed or has ended."""
     for number in REQUESTS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _ignored)
     with contextlib.suppress(OSError):
         os.nice(10)
     os.umask(0o077)

@@ -309,7 +309,7 @@ def test_the_number_of_a_process_that_has_ended_gets_no_signal(
 
 def test_a_record_that_a_tracker_refuses_is_left_out(tmp_path: Path) -> None:
     """After its second failure; the others arrive."""
-    written = []
+    written: list[int] = []
 
     class Refuses(Sink):
         def write(self, step, metrics):
