@@ -131,18 +131,16 @@ def records(file: Path) -> Iterator[bytes]:
     The format is the log of LevelDB behind a header: blocks of 32 KiB, in which each part of a record
     has a checksum (4 bytes), a length (2), and a kind (1: whole, 2: first, 3: middle, 4: last).
     """
-    data = file.read_bytes()
     at, parts = _HEADER, b""
-    while at + _HEADER <= len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _HEADER:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        part = data[at + _HEADER : at + _HEADER + length]
-        if len(part) < length or not 1 <= kind <= 4:
-            return
-        at += _HEADER + length
-        parts = part if kind in (1, 2) else parts + part
-        if kind in (1, 4):
-            yield parts
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            while at + _HEADER <= len(block):
+                length, kind = int.from_bytes(block[at + 4 : at + 6], "little"), block[at + 6]
+                part = block[at + _HEADER : at + _HEADER + length]
+                if len(part) < length or not 1 <= kind <= 4:
+                    return
+                at += _HEADER + length
+                parts = part if kind in (1, 2) else parts + part
+                if kind in (1, 4):
+                    yield parts
+            at = 0
