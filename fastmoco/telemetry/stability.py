@@ -73,7 +73,7 @@ def effective_rank(features_BD: Tensor) -> Tensor:
     finite = gram.isfinite().all()
     try:
         spectrum = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not exported
         return gram.new_tensor(math.nan)
     shares = spectrum / spectrum.sum().clamp_min(1e-20)
     entropy: Tensor = torch.special.entr(shares).sum()
