@@ -159,13 +159,13 @@ def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:
 
 
 def memory_charts(runs: Sequence[ReportRun]) -> list[Chart]:
-    """Every metric about memory."""
-    names = [name for name in _names(runs) if name.startswith("memory")]
-    found = [
-        line_chart(runs, {name: spaced(name)}, meaning_of(name), f"memory-{order}", zero=True)
-        for order, name in enumerate(names)
-    ]
-    return [chart for chart in found if chart]
+    """The peaks of memory."""
+    names = {
+        name: label.removesuffix(" gb").capitalize()
+        for name, label in _under(runs, "memory/").items()
+    }
+    chart = line_chart(runs, names, GROUPS["memory/"], "memory-peaks", zero=True, wide=True)
+    return [chart] if chart else []
 
 
 def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
@@ -186,7 +186,7 @@ def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         *(name for run in runs for name in run.panels.figures),
         *(f"loader/{name}" for name in (*LOADER_STAGES, "queue_depth", "quarantined")),
     }
-    prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory")
+    prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory/")
     rest = [
         name
         for name in _names(runs)

@@ -82,6 +82,12 @@ GROUPS = {
         "",
         "Size of a step relative to the weights: 0.0001 to 0.005 with AdamW; above 0.05 is too much.",
     ),
+    "memory/": Meaning(
+        "Peak memory so far",
+        "GB",
+        "Of rank 0: tensors on the device, what torch's allocator reserved for them, and the process "
+        "on the host. A host that grows for hours leaks.",
+    ),
     "loader/": Meaning(
         "Loader", "ms per step", "Work of the loader's threads, beside the training."
     ),

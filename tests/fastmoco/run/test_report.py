@@ -91,7 +91,7 @@ def every_chart(runs: list[Any]) -> list[Chart]:
 def test_every_figure_is_one_of_plotly(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
-    change = {60: {"loss": None, "gradient_norm/heads": None}, 61: {"memory_gb": 3.0, "odd": 1.0}}
+    change = {60: {"loss": None, "gradient_norm/heads": None}, 61: {"memory/host_gb": 3.0, "odd": 1.0}}
     back = {"step": 80, "time": 1.7e9, "rolled_back_to": 70}
     run = read_run(write_run(tmp_path / "a", spikes={50: 40.0}, change=change, more=(back,)))
     other = read_run(write_run(tmp_path / "b", seed=1))
@@ -113,7 +113,7 @@ def test_every_figure_is_one_of_plotly(tmp_path: Path) -> None:
     shown = {one.key for one in every_chart([run])}
     wanted = {"loss", "accuracy-0", "lr", "ema_momentum", "gradients-0", "norms", "update-ratio"}
     assert wanted | {"cosine", "feature_std", "speed", "wait", "step-time", "loader"} <= shown
-    assert {"memory-0", "other-0"} <= shown
+    assert {"memory-peaks", "other-0"} <= shown
 
 
 def test_a_spike_stays_visible_in_a_long_run(tmp_path: Path) -> None:
