@@ -272,8 +272,9 @@ def _points(
 
 
 def _names(runs: Sequence[ReportRun]) -> list[str]:
-    """Metrics of any run, in the order of the files."""
-    return list(dict.fromkeys(name for run in runs for name in run.series))
+    """Metrics of any run, in the order of the files; last those that were never finite."""
+    found = dict.fromkeys(name for run in runs for name in run.series)
+    return list(found | dict.fromkeys(name for run in runs for name in run.lost))
 
 
 def _under(runs: Sequence[ReportRun], prefix: str) -> dict[str, str]:

@@ -56,14 +56,14 @@ def line_chart(
 
     Of one run each metric has a color, of several each run.
     """
+    known_somewhere = {name for run in runs for name in (*run.series, *run.lost)}
+    present = [name for name in metrics if name in known_somewhere][:MOST_LINES]
     wanted = [
-        (order, run, name, label)
+        (order, run, name, metrics[name])
         for order, run in enumerate(runs)
-        for name, label in metrics.items()
+        for name in present
         if name in run.series or name in run.lost
     ]
-    wanted = wanted[: MOST_LINES * max(1, len(runs))]
-    present = list(dict.fromkeys(name for _, _, name, _ in wanted))
     if not wanted:
         return None
     buckets = max(80, BUCKETS // max(1, -(-len(wanted) // 6)))
@@ -78,7 +78,7 @@ def line_chart(
         shown = label if alone else run.name if len(present) == 1 else f"{run.name}: {label}"
         style = {
             "color": f"@s{(place if alone else order) % COLORS}",
-            "dash": DASHES[(place // COLORS if alone else place) % len(DASHES)],
+            "dash": DASHES[(place // COLORS if alone else place + order // COLORS) % len(DASHES)],
         }
         series = run.series.get(name)
         if series is not None:

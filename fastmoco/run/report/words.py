@@ -45,7 +45,7 @@ MEANINGS = {
     "effective_rank": Meaning(
         "Effective rank of the features",
         "dimensions",
-        "At least a tenth of the width, steady or rising; a fall is a dimensional collapse.",
+        "Steady or rising after the warm-up; a quarter of its best is a dimensional collapse.",
     ),
     "batch_norm_drift": Meaning(
         "Drift of batch-norm statistics",
