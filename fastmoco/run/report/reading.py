@@ -83,7 +83,10 @@ class ReportRun:
 
     @property
     def width(self) -> int | None:
-        """Of the features that `feature_std` measures; None if it is unknown."""
+        """Of the projections that `feature_std` measures; None if it is unknown, and of methods that
+        compare no pairs: theirs measures features of another width, which no loss spreads."""
+        if "cosine/positive" not in self.series:
+            return None
         model = self.config.get("model")
         return whole(model.get("projection_dim")) if isinstance(model, Mapping) else None
 

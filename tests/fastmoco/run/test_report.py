@@ -212,6 +212,17 @@ def test_the_verdict_and_its_reasons(tmp_path, options, verdict, reason) -> None
     assert any(reason in said for said in found.reasons), found.reasons
 
 
+def test_features_that_no_loss_spreads_are_not_judged(tmp_path: Path) -> None:
+    """Masked methods log the spread of the encoder's features, and no cosines of pairs."""
+    path = write_run(tmp_path, change={step: {"feature_std": 1e-4} for step in range(1, 121)})
+    lines = (path / "metrics.jsonl").read_text().replace('"cosine/', '"other/')
+    (path / "metrics.jsonl").write_text(lines)
+    run = read_run(path)
+    assert health_of(run).verdict == "healthy"
+    spread = next(chart for chart in every_chart([run]) if chart.key == "feature_std")
+    assert not spread.figure["layout"]["shapes"]
+
+
 def test_an_event_of_collapse_is_grave(tmp_path: Path) -> None:
     event = {"name": "collapse", "layer": None, "size": 0.01, "text": "features are collapsing"}
     run = read_run(write_run(tmp_path, more=({"step": 100, "time": 1.7e9, "event": event},)))

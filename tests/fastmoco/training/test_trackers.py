@@ -39,7 +39,11 @@ def trained(
         trainer.close()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [
-        {k: v for k, v in row.items() if k not in TIMES and not k.startswith(("loader/", "memory/"))}
+        {
+            k: v
+            for k, v in row.items()
+            if k not in TIMES and not k.startswith(("loader/", "memory/"))
+        }
         for row in rows
         if "event" not in row
     ]
