@@ -84,7 +84,6 @@ def heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
         "colorscale": "Cividis",
         "hovertemplate": "%{y}, step %{x:,.0f}: norm %{customdata:.3~g}<extra></extra>",
         "colorbar": {
-            "title": {"text": "x median", "side": "top"},
             "orientation": "h",
             "thickness": 10,
             "len": 0.7,
@@ -92,7 +91,7 @@ def heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
             "yanchor": "top",
             "x": 0.5,
             "tickvals": ticks,
-            "ticktext": [f"{10**tick:,g}" for tick in ticks],
+            "ticktext": [f"{10**tick:,g} x" for tick in ticks],
             "tickangle": 0,
             "outlinewidth": 0,
         },

@@ -144,7 +144,8 @@ def test_the_heat_map_of_norms_that_explode(tmp_path: Path) -> None:
     chart = charts.gradient_charts([run])[0]
     heat = chart.figure["data"][0]
     assert heat["z"][heat["y"].index("heads")] == [0, LOWEST, 0, HIGHEST]
-    assert heat["colorbar"]["ticktext"] == ["0.1", "1", "10", "100", "1,000", "10,000"]
+    factors = ["0.1 x", "1 x", "10 x", "100 x", "1,000 x", "10,000 x"]
+    assert heat["colorbar"]["ticktext"] == factors
 
 
 def test_runs_share_the_metrics_of_a_chart_and_look_different(tmp_path: Path) -> None:
