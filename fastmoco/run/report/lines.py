@@ -95,12 +95,7 @@ def line_chart(
             rows.append((f"{shown}, not finite", f"step {lost[0]:,}", f"step {lost[-1]:,}", "", ""))
     if not traces:
         return None
-    known = {
-        name: value
-        for run in runs
-        for name, value in run.panels.lines.get(guides, {}).items()
-        if math.isfinite(value)
-    }
+    known = _known(runs, guides)
     drawn = [run.series[name] for _, run, name, _ in wanted if name in run.series]
     near, far = _near_and_far(known | dict(lines or {}), drawn, zero=zero)
     layout["shapes"], layout["annotations"] = _guides(near, share=share)
@@ -109,7 +104,7 @@ def line_chart(
     ][:MOST_MARKS]
     layout["showlegend"] = sum(trace.get("showlegend", True) for trace in traces) > 1
     unit = f" ({meaning.unit})" if meaning.unit else ""
-    beyond = [f"{name.capitalize()}: {number(value, share=share)}." for name, value in far.items()]
+    beyond = [f"{name[:1].upper()}{name[1:]}: {number(value, share=share)}." for name, value in far.items()]
     return Chart(
         key=key,
         title=f"{meaning.title}{unit}",
@@ -220,6 +215,23 @@ def _lost(steps: NDArray[np.int64], series: Series | None, color: str) -> dict[s
         "marker": {"symbol": "x", "size": 8, "color": color},
         "hovertemplate": "not finite",
     }
+
+
+def _known(runs: Sequence[ReportRun], metric: str) -> dict[str, float]:
+    """The values that runs compare a metric with, by name; of one that differs between runs each with
+    the name of its run."""
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for name, value in run.panels.lines.get(metric, {}).items():
+            if math.isfinite(value):
+                found.setdefault(name, {})[run.name] = value
+    known: dict[str, float] = {}
+    for name, values in found.items():
+        if len(set(values.values())) == 1:
+            known[name] = next(iter(values.values()))
+        else:
+            known |= {f"{run}: {name}": value for run, value in values.items()}
+    return known
 
 
 def _near_and_far(

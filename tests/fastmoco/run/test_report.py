@@ -161,6 +161,18 @@ def test_runs_share_the_metrics_of_a_chart_and_look_different(tmp_path: Path) ->
     assert len({tuple(trace["line"].items()) for trace in loss.figure["data"]}) == 8
 
 
+def test_values_to_compare_with_are_those_of_each_run(tmp_path: Path) -> None:
+    runs = []
+    for name, batch_loss in (("a", 3.9), ("b", 4.2)):
+        curves = {"lines": {"loss": {"knows nothing": batch_loss, "same": 3.0}}}
+        path = write_run(tmp_path / name, config={"curves": curves})
+        runs.append(read_run(path, name))
+    chart = charts.loss_chart(runs)
+    assert chart is not None
+    shown = [note["text"] for note in chart.figure["layout"]["annotations"]]
+    assert shown == ["a: knows nothing 3.9", "b: knows nothing 4.2", "same 3"]
+
+
 def test_a_norm_that_was_never_finite_is_shown(tmp_path: Path) -> None:
     change = {step: {"gradient_norm/heads": None} for step in range(1, 6)}
     run = read_run(write_run(tmp_path, steps=5, change=change))
