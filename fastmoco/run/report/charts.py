@@ -168,7 +168,7 @@ def memory_charts(runs: Sequence[ReportRun]) -> list[Chart]:
     return [chart] if chart else []
 
 
-def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
+def other_metrics(runs: Sequence[ReportRun]) -> list[str]:
     """The metrics that no other chart shows."""
     shown = {
         "loss",
@@ -187,14 +187,18 @@ def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         *(f"loader/{name}" for name in (*LOADER_STAGES, "queue_depth", "quarantined")),
     }
     prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory/")
-    rest = [
+    return [
         name
         for name in _names(runs)
         if name not in shown and not name.startswith(prefixes) and name.split("/")[0] not in shown
     ]
+
+
+def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
+    """Charts of the first of these metrics."""
     found = [
         line_chart(runs, {name: spaced(name)}, meaning_of(name), f"other-{order}")
-        for order, name in enumerate(rest[:MOST_REST])
+        for order, name in enumerate(other_metrics(runs)[:MOST_REST])
     ]
     return [chart for chart in found if chart]
 

@@ -57,7 +57,8 @@ def line_chart(
     Of one run each metric has a color, of several each run.
     """
     known_somewhere = {name for run in runs for name in (*run.series, *run.lost)}
-    present = [name for name in metrics if name in known_somewhere][:MOST_LINES]
+    logged = [name for name in metrics if name in known_somewhere]
+    present = logged[:MOST_LINES]
     wanted = [
         (order, run, name, metrics[name])
         for order, run in enumerate(runs)
@@ -104,7 +105,12 @@ def line_chart(
     ][:MOST_MARKS]
     layout["showlegend"] = sum(trace.get("showlegend", True) for trace in traces) > 1
     unit = f" ({meaning.unit})" if meaning.unit else ""
-    beyond = [f"{name[:1].upper()}{name[1:]}: {number(value, share=share)}." for name, value in far.items()]
+    beyond = [
+        f"{name[:1].upper()}{name[1:]}: {number(value, share=share)}."
+        for name, value in far.items()
+    ]
+    if len(logged) > len(present):
+        beyond.append(f"The first {len(present)} of {len(logged)}.")
     return Chart(
         key=key,
         title=f"{meaning.title}{unit}",

@@ -218,7 +218,16 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
     ]
     others = chart.other_charts(runs)
     if others:
-        sections.append(Section(key="others", title="Other metrics", short="Others", charts=others))
+        left = len(chart.other_metrics(runs)) - len(others)
+        sections.append(
+            Section(
+                key="others",
+                title="Other metrics",
+                short="Others",
+                charts=others,
+                said=[f"{left:,} more are in metrics.jsonl alone."] if left else [],
+            )
+        )
     return sections
 
 

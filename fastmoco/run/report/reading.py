@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco.errors import RunError
+from fastmoco.errors import RunError, no_run
 from fastmoco.run.curves import LARGEST, ROLLED_BACK, Panels
 from fastmoco.run.events import Event, read_events
 from fastmoco.run.folder import RunFolder
@@ -130,6 +130,8 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         UnfitFileError: if they are a link or no regular file.
     """
     folder = RunFolder(path)
+    if not os.path.lexists(path):
+        raise no_run(path)
     if not os.path.lexists(folder.metrics):
         raise RunError(
             f"{path} contains no {folder.metrics.name}; "

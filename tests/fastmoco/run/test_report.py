@@ -156,6 +156,7 @@ def test_runs_share_the_metrics_of_a_chart_and_look_different(tmp_path: Path) ->
     shown = [row[0].partition(": ") for row in norms.rows]
     first, second = ({what for run, _, what in shown if run == f"run {n}"} for n in (0, 1))
     assert first == second
+    assert norms.note.endswith("The first 12 of 24.")
     loss = charts.loss_chart(runs)
     assert loss is not None
     assert len({tuple(trace["line"].items()) for trace in loss.figure["data"]}) == 8
@@ -341,7 +342,8 @@ def test_a_page_stays_small_whatever_the_files_hold(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, steps=3, change=change, config=config, more=events))
     found = render([run], [Extras()])
     assert len(found) < 2.6e6
-    assert "The first 1000 of 50000 rows." in found
+    for said in ("The first 1000 of 50000 rows.", "1,962 more are in metrics.jsonl alone."):
+        assert said in found
 
 
 def test_the_page_refuses_the_network(tmp_path: Path) -> None:
