@@ -13,8 +13,8 @@ from torch import Tensor
 from fastmoco.checkpoint import load_latest
 from fastmoco.checkpoint.errors import CheckpointError
 
-_OF_TIME = ("time", "images_per_s", "wait_share", "peak_memory_gib")
-_OF_TIME_BEGIN = ("loader/", "slow/", "straggler/")
+_OF_TIME = ("time", "images_per_s", "wait_share")
+_OF_TIME_BEGIN = ("loader/", "memory/", "slow/", "straggler/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,13 +22,11 @@ class Panel:
         title: above it: what is drawn, with its unit.
         x: label of the horizontal axis.
         lines: name of each line, and its points (x, y) with x ascending. A single name is not shown.
-        level: a dashed horizontal line with its name, e.g. chance.
     """
 
     title: str
     x: str
     lines: Mapping[str, Points]
-    level: tuple[str, float] | None = None
 
 
 def figure(panels: Sequence[Panel], caption: str) -> str:
@@ -57,8 +55,6 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def _panel(panel: Panel) -> str:
     points = [point for line in panel.lines.values() for point in line]
     lows, highs = (_bounds(values) for values in zip(*points, strict=True))
-    if panel.level:
-        highs = (min(highs[0], panel.level[1]), max(highs[1], panel.level[1]))
     inner = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -76,14 +72,6 @@ def _panel(panel: Panel) -> str:
         parts.append(f'<text class="x" x="{x}" y="{HEIGHT - BOTTOM + 14}">{_number(value)}</text>')
     parts.append(f'<text class="x" x="{LEFT + inner[0] / 2}" y="{HEIGHT - 4}">{panel.x}</text>')
 
-    if panel.level:
-        name, value = panel.level
-        y = place(lows[0], value)[1]
-        parts.append(f'<path class="l" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text class="n" x="{WIDTH - RIGHT}" y="{y + (12 if y < TOP + 12 else -4)}">'
-            f"{html.escape(name)}</text>"
-        )
     for number, line in enumerate(panel.lines.values()):
         path = "L".join("{} {}".format(*place(*point)) for point in line)
         parts.append(f'<path class="c c{number % 6}" d="M{path}"/>')

@@ -60,7 +60,7 @@ def _index() -> str:
         "# Commands",
         "Every command is `fastmoco COMMAND [options]`. Its page here is what `fastmoco help COMMAND` "
         "prints. Exit codes: 0 finished, 1 failed, 2 refused before it began, 75 stopped by a signal "
-        "after saving (the same command continues).",
+        "after saving (the same command continues), 130 interrupted with nothing to save.",
     ]
     for title, group in GROUPS.items():
         rows = [f"| [`{c.name}`]({path_of(c.name).split('/')[1]}) | {c.line} |" for c in group]

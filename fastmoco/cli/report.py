@@ -70,8 +70,11 @@ class _Page:
     def __init__(
         self, runs: Sequence[Path], out: Path, *, pictures: bool, shards: str, chip: str
     ) -> None:
+        from fastmoco.run.folder import FILES
         from fastmoco.run.report.reading import names_of
 
+        if out.name in FILES:
+            raise ValueError(f"out={out}: is the name of a file of a run: choose another one")
         if out.is_dir():
             raise IsADirectoryError(21, "Is a directory", str(out))
         self.out = out

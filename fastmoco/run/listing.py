@@ -80,7 +80,7 @@ def find_runs(folder: Path) -> tuple[list[RunLine], list[str]]:
         OSError: if the folder cannot be read.
     """
     notes: list[str] = []
-    locks = _held_locks()
+    locks = held_locks()
     runs = [read_run(Path(path), locks) for path in _run_folders(folder, notes)]
     runs.sort(key=lambda run: (-(run.written or 0.0), run.path))
     return runs, notes
@@ -157,7 +157,7 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
 
     Args:
         path: its folder.
-        locks: `_held_locks`, if they are known already.
+        locks: `held_locks`, if they are known already.
     """
     faults: list[str] = []
     saved = read_object(path / "config.json")
@@ -170,7 +170,7 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
         written = _time(path / "config.json")
 
     # The state.
-    pid = _owner(path / "lock", _held_locks() if locks is None else locks)
+    pid = _owner(path / "lock", held_locks() if locks is None else locks)
     host = saved.get(HOST)
     host = host if isinstance(host, str) else None
     elsewhere = host is not None and host != socket.gethostname()
@@ -289,7 +289,7 @@ def _owner(path: Path, locks: dict[int, set[int]]) -> int | None:
     return pid if pid in locks.get(inode, ()) else None
 
 
-def _held_locks() -> dict[int, set[int]]:
+def held_locks() -> dict[int, set[int]]:
     """Processes that hold a lock of flock on a file, by its inode: as the kernel lists them, without
     taking one. Empty where it does not."""
     found: dict[int, set[int]] = {}

@@ -26,6 +26,7 @@ from fastmoco.telemetry.console import Console
 from fastmoco.telemetry.detectors import SpikeEvents
 from fastmoco.telemetry.health import Health
 from fastmoco.telemetry.histograms import GradientHistograms
+from fastmoco.telemetry.memory import memory_figures
 from fastmoco.telemetry.metrics import Throughput
 from fastmoco.telemetry.sinks import JsonlSink
 from fastmoco.telemetry.stability import (
@@ -300,6 +301,7 @@ class Recorder:
             **values,
             **{f"gradient_norm/{name}": value for name, value in peaks.items()},
             **self._loader_metrics(step),
+            **memory_figures(self.world.device),
         }
         self._write(step, metrics)
         if histograms := self._histograms.fetched():

@@ -10,25 +10,24 @@ import numpy as np
 
 from fastmoco.checkpoint import list_checkpoints
 from fastmoco.checkpoint.choose import score_of
-from fastmoco.checkpoint.folder import read_marker, step_of, unfinished_saves
+from fastmoco.checkpoint.folder import is_committed, read_marker, step_of, unfinished_saves
 from fastmoco.config.serial import from_json
 from fastmoco.errors import describe
 from fastmoco.planning.chips import chip_named
 from fastmoco.planning.costs import count_step
+from fastmoco.run.listing import HOST
 from fastmoco.run.report.pictures import Table
 from fastmoco.run.report.reading import ReportRun
 from fastmoco_pipelines.text import counted
 
-_FAULTS = (ValueError, OSError, RuntimeError, ImportError, LookupError, TypeError)
-"""What a damaged file or another machine can cause."""
 Made = TypeVar("Made")
 
 
 def tried(make: Callable[[], Made]) -> Made | str:
-    """What a function makes, or the error as one sentence."""
+    """What a function makes, or the error as one sentence, whatever a damaged file has caused."""
     try:
         return make()
-    except _FAULTS as error:
+    except Exception as error:
         said = " ".join(describe(error).split()) or type(error).__name__
         return said if said.endswith(".") else f"{said}."
 
@@ -52,6 +51,8 @@ def checkpoint_table(run: ReportRun) -> Table:
     rows = []
     for path in paths:
         state = tried(lambda path=path: _checkpoint_row(path))  # type: ignore[misc]
+        if isinstance(state, str) and run.state == "training" and not is_committed(path):
+            continue  # being saved, or removed since
         step = path.name.removeprefix("step_").lstrip("0") or "0"
         rows.append([step, "-", "-", "-", f"damaged: {state}"] if isinstance(state, str) else state)
     return Table(
@@ -102,6 +103,8 @@ def environment_table(run: ReportRun) -> Table:
     versions = resolved.get("versions")
     if isinstance(versions, dict):
         rows += [[str(name), str(version)] for name, version in versions.items()]
+    if run.saved.get(HOST):
+        rows.append(["machine of the newest start", str(run.saved[HOST])])
     rows.append(["run", str(run.saved.get("run_id", "-"))])
     rows.append(["folder", str(run.folder.path)])
     return Table(head=["what", "value"], rows=rows)
@@ -143,5 +146,5 @@ def memory_facts(run: ReportRun) -> list[str]:
     if isinstance(peak, int | float) and 0 < peak < 1e18:
         found.append(f"Planned peak of a step: {peak / 1e9:.2f} GB, beside weights and optimizer.")
     elif isinstance(plan, dict) and plan.get("reason"):
-        found.append(f"Not measured: the plan found the batch {plan['reason']}.")
+        found.append(f"No peak was planned; why the batch is computed as it is: {plan['reason']}.")
     return found

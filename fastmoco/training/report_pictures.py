@@ -100,8 +100,14 @@ def make_pictures(
         return _without(f"No checkpoint can be read: {source}")._replace(views=shown)
     for note in source.notes:
         tell(note)
-    held_out = config.knn.test_shards or pattern
-    found = tried(lambda: _features_of(config, source, held_out, world, tell))
+    held_out = config.knn.test_shards or config.accuracy.test_shards
+    found: _Features | str = "no image is held out"
+    if held_out:
+        found = tried(lambda: _features_of(config, source, held_out, world, tell))
+        if isinstance(found, str):
+            tell(f"the held-out images cannot be read, so training images are shown: {found}")
+    if isinstance(found, str):
+        found = tried(lambda: _features_of(config, source, pattern, world, tell, held_out=False))
     if isinstance(found, str):
         return _without(f"The images cannot be read: {found}")._replace(views=shown)
 
@@ -227,6 +233,8 @@ def _features_of(
     pattern: str,
     world: World,
     tell: Callable[[str], None],
+    *,
+    held_out: bool = True,
 ) -> _Features:
     """Features of images spread over a set, as many as this device computes in some seconds."""
     threads = setup.share_cores(config)
@@ -264,7 +272,7 @@ def _features_of(
         device=world.device,
         precision=precision,
         step=source.step,
-        what="held-out images" if config.knn.test_shards else "training images",
+        what="held-out images" if held_out else "training images",
     )
 
 

@@ -4,8 +4,6 @@ brought to rest before a clock starts."""
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import torch
 
 from fastmoco.config import Config
 from fastmoco.distributed.mesh import World
+from fastmoco.telemetry.memory import resident_peak
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import Loader
 
@@ -63,5 +62,4 @@ def peak_bytes(device: torch.device) -> int:
     """The largest memory that was in use: tensors on a GPU, on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resident_peak()

@@ -159,16 +159,16 @@ def speed_charts(runs: Sequence[ReportRun]) -> list[Chart]:
 
 
 def memory_charts(runs: Sequence[ReportRun]) -> list[Chart]:
-    """Every metric about memory."""
-    names = [name for name in _names(runs) if name.startswith("memory")]
-    found = [
-        line_chart(runs, {name: spaced(name)}, meaning_of(name), f"memory-{order}", zero=True)
-        for order, name in enumerate(names)
-    ]
-    return [chart for chart in found if chart]
+    """The peaks of memory."""
+    names = {
+        name: label.removesuffix(" gb").capitalize()
+        for name, label in _under(runs, "memory/").items()
+    }
+    chart = line_chart(runs, names, GROUPS["memory/"], "memory-peaks", zero=True, wide=True)
+    return [chart] if chart else []
 
 
-def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
+def other_metrics(runs: Sequence[ReportRun]) -> list[str]:
     """The metrics that no other chart shows."""
     shown = {
         "loss",
@@ -186,15 +186,19 @@ def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         *(name for run in runs for name in run.panels.figures),
         *(f"loader/{name}" for name in (*LOADER_STAGES, "queue_depth", "quarantined")),
     }
-    prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory")
-    rest = [
+    prefixes = ("cosine/", "contrast/", "features/", "gradient_norm/", "update_ratio/", "memory/")
+    return [
         name
         for name in _names(runs)
         if name not in shown and not name.startswith(prefixes) and name.split("/")[0] not in shown
     ]
+
+
+def other_charts(runs: Sequence[ReportRun]) -> list[Chart]:
+    """Charts of the first of these metrics."""
     found = [
         line_chart(runs, {name: spaced(name)}, meaning_of(name), f"other-{order}")
-        for order, name in enumerate(rest[:MOST_REST])
+        for order, name in enumerate(other_metrics(runs)[:MOST_REST])
     ]
     return [chart for chart in found if chart]
 
@@ -272,8 +276,9 @@ def _points(
 
 
 def _names(runs: Sequence[ReportRun]) -> list[str]:
-    """Metrics of any run, in the order of the files."""
-    return list(dict.fromkeys(name for run in runs for name in run.series))
+    """Metrics of any run, in the order of the files; last those that were never finite."""
+    found = dict.fromkeys(name for run in runs for name in run.series)
+    return list(found | dict.fromkeys(name for run in runs for name in run.lost))
 
 
 def _under(runs: Sequence[ReportRun], prefix: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.run.metrics_file import Series
-from fastmoco_pipelines.text import escaped
+from fastmoco_pipelines.text import escaped, without_secrets
 
 MOST_MARKS = 200
 """Events that are marked in a chart; of more, the largest."""
@@ -73,7 +73,14 @@ def _length(trace: Mapping[str, Any]) -> int:
 
 def text(value: object) -> str:
     """A text of a file for plotly, which would read tags in it."""
-    return html.escape(escaped(str(value)), quote=False)[:LONGEST_TEXT]
+    return html.escape(shown(value, LONGEST_TEXT), quote=False)
+
+
+def shown(value: object, most: int) -> str:
+    """A text of a file for people: printable, without passwords, and of at most so many characters."""
+    # Cut first: a line of a file may have a megabyte.
+    said = without_secrets(escaped(str(value)[: 4 * most]))
+    return said if len(said) <= most else f"{said[: most - 1]}…"
 
 
 def number(value: float, *, share: bool = False) -> str:

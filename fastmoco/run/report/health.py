@@ -23,6 +23,8 @@ SLOW = 0.2
 """Share of the time spent waiting for data that is worth a look."""
 COLLAPSED = 0.1
 """Spread of the features relative to its healthy value, below which they have collapsed."""
+MOST_REASONS = 20
+"""Reasons that are given; events of unknown names have one each."""
 EARLY = 20
 """Logged steps before a run is judged."""
 
@@ -47,9 +49,9 @@ def health_of(run: ReportRun) -> Health:
     _judge_speed(run, odd, good)
     logged = max((len(one.steps) for one in run.series.values()), default=0)
     if grave:
-        return Health(verdict="not healthy", reasons=(*grave, *odd))
+        return Health(verdict="not healthy", reasons=(*grave, *odd)[:MOST_REASONS])
     if odd:
-        return Health(verdict="look at it", reasons=(*odd, *good))
+        return Health(verdict="look at it", reasons=(*odd, *good)[:MOST_REASONS])
     if logged < EARLY and run.state == "training":
         few = f"{logged} logged steps are too few to judge"
         return Health(verdict="too early", reasons=(few, *good))

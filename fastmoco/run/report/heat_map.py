@@ -26,6 +26,8 @@ from fastmoco.run.report.words import spaced
 
 HEAT_PARTS = 240
 """Columns of a heat map."""
+LOWEST, HIGHEST = -1, 4
+"""Powers of ten of the median between which colors differ; what is beyond has the color of the end."""
 MOST_ROWS = 64
 """Rows of a heat map."""
 _EVENT_MARKS = {
@@ -60,27 +62,28 @@ def heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
         np.maximum.at(peaks, part, series.values)
         peaks[~np.isfinite(peaks)] = np.nan
         middle = float(np.median(series.values))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.log10(peaks / middle) if middle > 0 else np.zeros(parts)
+        with np.errstate(divide="ignore"):
+            # A quotient of the norms may overflow.
+            ratio = np.log10(peaks) - math.log10(middle) if middle > 0 else 0 * peaks
+        ratio = ratio.clip(LOWEST, HIGHEST)
         rows.append(text(spaced(place)))
-        colors.append(rounded(np.where(np.isfinite(ratio), ratio, np.nan), 3))
+        colors.append(rounded(ratio, 3))
         values.append(rounded(peaks))
         table.append(table_row(spaced(place), series, share=False))
     finite = [value for row in colors for value in row if value is not None]
     top = max(1.0, *finite) if finite else 1.0
-    ticks = list(range(-1, int(top) + 1))
+    ticks = list(range(LOWEST, int(top) + 1))
     heat = {
         "type": "heatmap",
         "x": rounded(middles, 8),
         "y": rows,
         "z": colors,
         "customdata": values,
-        "zmin": -1,
+        "zmin": LOWEST,
         "zmax": top,
         "colorscale": "Cividis",
         "hovertemplate": "%{y}, step %{x:,.0f}: norm %{customdata:.3~g}<extra></extra>",
         "colorbar": {
-            "title": {"text": "x median", "side": "top"},
             "orientation": "h",
             "thickness": 10,
             "len": 0.7,
@@ -88,7 +91,7 @@ def heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
             "yanchor": "top",
             "x": 0.5,
             "tickvals": ticks,
-            "ticktext": [f"{10**tick:,g}" for tick in ticks],
+            "ticktext": [f"{10**tick:,g} x" for tick in ticks],
             "tickangle": 0,
             "outlinewidth": 0,
         },

@@ -56,14 +56,15 @@ def line_chart(
 
     Of one run each metric has a color, of several each run.
     """
+    known_somewhere = {name for run in runs for name in (*run.series, *run.lost)}
+    logged = [name for name in metrics if name in known_somewhere]
+    present = logged[:MOST_LINES]
     wanted = [
-        (order, run, name, label)
+        (order, run, name, metrics[name])
         for order, run in enumerate(runs)
-        for name, label in metrics.items()
+        for name in present
         if name in run.series or name in run.lost
     ]
-    wanted = wanted[: MOST_LINES * max(1, len(runs))]
-    present = list(dict.fromkeys(name for _, _, name, _ in wanted))
     if not wanted:
         return None
     buckets = max(80, BUCKETS // max(1, -(-len(wanted) // 6)))
@@ -78,7 +79,7 @@ def line_chart(
         shown = label if alone else run.name if len(present) == 1 else f"{run.name}: {label}"
         style = {
             "color": f"@s{(place if alone else order) % COLORS}",
-            "dash": DASHES[(place // COLORS if alone else place) % len(DASHES)],
+            "dash": DASHES[(place // COLORS if alone else place + order // COLORS) % len(DASHES)],
         }
         series = run.series.get(name)
         if series is not None:
@@ -95,12 +96,7 @@ def line_chart(
             rows.append((f"{shown}, not finite", f"step {lost[0]:,}", f"step {lost[-1]:,}", "", ""))
     if not traces:
         return None
-    known = {
-        name: value
-        for run in runs
-        for name, value in run.panels.lines.get(guides, {}).items()
-        if math.isfinite(value)
-    }
+    known = _known(runs, guides)
     drawn = [run.series[name] for _, run, name, _ in wanted if name in run.series]
     near, far = _near_and_far(known | dict(lines or {}), drawn, zero=zero)
     layout["shapes"], layout["annotations"] = _guides(near, share=share)
@@ -109,7 +105,12 @@ def line_chart(
     ][:MOST_MARKS]
     layout["showlegend"] = sum(trace.get("showlegend", True) for trace in traces) > 1
     unit = f" ({meaning.unit})" if meaning.unit else ""
-    beyond = [f"{name.capitalize()}: {number(value, share=share)}." for name, value in far.items()]
+    beyond = [
+        f"{name[:1].upper()}{name[1:]}: {number(value, share=share)}."
+        for name, value in far.items()
+    ]
+    if len(logged) > len(present):
+        beyond.append(f"The first {len(present)} of {len(logged)}.")
     return Chart(
         key=key,
         title=f"{meaning.title}{unit}",
@@ -220,6 +221,23 @@ def _lost(steps: NDArray[np.int64], series: Series | None, color: str) -> dict[s
         "marker": {"symbol": "x", "size": 8, "color": color},
         "hovertemplate": "not finite",
     }
+
+
+def _known(runs: Sequence[ReportRun], metric: str) -> dict[str, float]:
+    """The values that runs compare a metric with, by name; of one that differs between runs each with
+    the name of its run."""
+    found: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for name, value in run.panels.lines.get(metric, {}).items():
+            if math.isfinite(value):
+                found.setdefault(name, {})[run.name] = value
+    known: dict[str, float] = {}
+    for name, values in found.items():
+        if len(set(values.values())) == 1:
+            known[name] = next(iter(values.values()))
+        else:
+            known |= {f"{run}: {name}": value for run, value in values.items()}
+    return known
 
 
 def _near_and_far(

@@ -22,16 +22,20 @@ from typing import Any
 import numpy as np
 
 from fastmoco.run.report import charts as chart
-from fastmoco.run.report.figure import Chart, number
+from fastmoco.run.report.figure import Chart, number, shown
 from fastmoco.run.report.health import Health, health_of
 from fastmoco.run.report.pictures import Extras, Table
 from fastmoco.run.report.reading import ReportRun
 from fastmoco.run.report.words import spaced
 from fastmoco_pipelines.files.whole import write_file
-from fastmoco_pipelines.text import escaped, spoken, without_secrets
+from fastmoco_pipelines.text import spoken
 
 MOST_EVENTS = 200
 """Events in the table of a run."""
+MOST_ROWS = 1000
+"""Rows of a table."""
+LONGEST_CELL = 1000
+"""Characters of a text on the page."""
 SYMBOLS = {"healthy": "✓", "look at it": "▲", "not healthy": "✕", "too early": "…"}
 CLASSES = {"healthy": "good", "look at it": "odd", "not healthy": "bad", "too early": "early"}
 
@@ -97,7 +101,7 @@ def render(runs: Sequence[ReportRun], extras: Sequence[Extras], *, refresh_s: in
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["shown"] = lambda value: without_secrets(escaped(str(value)))
+    environment.filters["shown"] = lambda value: shown(value, LONGEST_CELL)
     template = environment.from_string(_file("page.html"))
     now = datetime.datetime.now().astimezone()
     return template.render(
@@ -111,6 +115,7 @@ def render(runs: Sequence[ReportRun], extras: Sequence[Extras], *, refresh_s: in
         events=[_event_table(run) for run in runs],
         configs=[_flat(run.config) for run in runs],
         several=len(runs) > 1,
+        most_rows=MOST_ROWS,
         refresh_s=refresh_s,
         nonce=secrets.token_urlsafe(18),
         style=Markup(_file("page.css")),  # noqa: S704 - a file of this package
@@ -213,7 +218,16 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
     ]
     others = chart.other_charts(runs)
     if others:
-        sections.append(Section(key="others", title="Other metrics", short="Others", charts=others))
+        left = len(chart.other_metrics(runs)) - len(others)
+        sections.append(
+            Section(
+                key="others",
+                title="Other metrics",
+                short="Others",
+                charts=others,
+                said=[f"{left:,} more are in metrics.jsonl alone."] if left else [],
+            )
+        )
     return sections
 
 

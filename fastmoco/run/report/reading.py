@@ -7,20 +7,24 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmoco.errors import RunError
+from fastmoco.errors import RunError, no_run
 from fastmoco.run.curves import LARGEST, ROLLED_BACK, Panels
 from fastmoco.run.events import Event, read_events
 from fastmoco.run.folder import RunFolder
+from fastmoco.run.listing import held_locks
 from fastmoco.run.metrics_file import SPIKE, Series, read_curves
 
 NO_CURVE = ("step", "time", "epoch")
 """Entries of a line of metrics that are no metrics of their own."""
+MOST_FIGURES = 16
+"""Accuracies of a run, and lines to compare a metric with."""
 MOST_SECONDS = 1e11
 """Of a time that is one."""
 DIP = 0.02
@@ -79,7 +83,10 @@ class ReportRun:
 
     @property
     def width(self) -> int | None:
-        """Of the features that `feature_std` measures; None if it is unknown."""
+        """Of the projections that `feature_std` measures; None if it is unknown, and of methods that
+        compare no pairs: theirs measures features of another width, which no loss spreads."""
+        if "cosine/positive" not in self.series:
+            return None
         model = self.config.get("model")
         return whole(model.get("projection_dim")) if isinstance(model, Mapping) else None
 
@@ -123,6 +130,8 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         UnfitFileError: if they are a link or no regular file.
     """
     folder = RunFolder(path)
+    if not os.path.lexists(path):
+        raise no_run(path)
     if not os.path.lexists(folder.metrics):
         raise RunError(
             f"{path} contains no {folder.metrics.name}; "
@@ -157,13 +166,25 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         name=name or path.absolute().name,
         folder=folder,
         saved=saved,
-        panels=Panels.of(saved),
+        panels=_fewer(Panels.of(saved), kept),
         series=kept,
         lost={metric: steps for metric, steps in lost.items() if not metric.startswith(SPIKE)},
         times=times,
         events=_in_order(found),
         state=state_of(folder),
         notes=notes,
+    )
+
+
+def _fewer(panels: Panels, series: Mapping[str, Series]) -> Panels:
+    """The accuracies that have been measured, and a readable number of lines."""
+    measured = {name: label for name, label in panels.figures.items() if name in series}
+    return Panels(
+        figures=dict(islice(measured.items(), MOST_FIGURES)),
+        lines={
+            name: dict(islice(lines.items(), MOST_FIGURES)) for name, lines in panels.lines.items()
+        },
+        steps_per_epoch=panels.steps_per_epoch,
     )
 
 
@@ -215,13 +236,8 @@ def state_of(folder: RunFolder) -> str:
         if (folder.path / mark).is_file():
             return state
     try:
-        inode = (folder.path / "lock").stat().st_ino
-        held = any(
-            line.split()[5].rpartition(":")[2] == str(inode)
-            for line in Path("/proc/locks").read_text().splitlines()
-            if " FLOCK " in line and "->" not in line
-        )
-    except (OSError, IndexError):
+        held = (folder.path / "lock").stat().st_ino in held_locks()
+    except OSError:
         held = False
     return "training" if held else "interrupted"
 

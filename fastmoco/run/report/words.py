@@ -45,7 +45,7 @@ MEANINGS = {
     "effective_rank": Meaning(
         "Effective rank of the features",
         "dimensions",
-        "At least a tenth of the width, steady or rising; a fall is a dimensional collapse.",
+        "Steady or rising after the warm-up; a quarter of its best is a dimensional collapse.",
     ),
     "batch_norm_drift": Meaning(
         "Drift of batch-norm statistics",
@@ -81,6 +81,12 @@ GROUPS = {
         "Update to weight ratio",
         "",
         "Size of a step relative to the weights: 0.0001 to 0.005 with AdamW; above 0.05 is too much.",
+    ),
+    "memory/": Meaning(
+        "Peak memory so far",
+        "GB",
+        "Of rank 0: tensors on the device, what torch's allocator reserved for them, and the process "
+        "on the host. A host that grows for hours leaks.",
     ),
     "loader/": Meaning(
         "Loader", "ms per step", "Work of the loader's threads, beside the training."

@@ -20,8 +20,11 @@ from fastmoco.recipes import quickstart_digits
 from fastmoco.recipes.mae import mae_digits
 from fastmoco.recipes.supervised import FineTuning, SupervisedConfig, fine_tuning
 from fastmoco.run.folder import RunFolder
+from fastmoco.run.report.health import health_of
+from fastmoco.run.report.reading import read_run
 from fastmoco.training.encoder_source import EncoderSource, load_source
 from fastmoco.training.initial_weights import start_from
+from fastmoco.training.report_pictures import make_pictures
 from fastmoco.training.source_model import model_config, prepare
 from fastmoco.training.trainer import Trainer
 from tests.command_line import main
@@ -88,6 +91,12 @@ def test_a_run_is_fine_tuned_and_continued(
     settings = found["settings"]
     assert (settings["layer_decay"], settings["mixup"], settings["cutmix"]) == (0.65, 0.0, 1.0)
     assert (settings["drop_path"], settings["batch"], settings["lr"]) == (0.1, 256, 2e-3)
+
+    # A report shows it as it shows a pre-training, on the test images.
+    report = read_run(out)
+    assert report.state == "finished"
+    assert any("top1" in reason or "top-1" in reason for reason in health_of(report).reasons)
+    assert "held-out images" in make_pictures(report).neighbours.note
 
     # The run there began with the base encoder.
     assert main([*command, "--which", "momentum"]) == 2

@@ -30,16 +30,19 @@ def test_a_page_beside_the_metrics(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["{tmp}/none"], "contains no metrics.jsonl"),
+        (["{tmp}/empty"], "contains no metrics.jsonl"),
+        (["{tmp}/none"], "none: no such file or folder; give the folder given to fastmoco train"),
         (["{tmp}/a", "{tmp}/b"], "give --out FILE"),
         (["{tmp}/a", "--interval", "1"], "at least 5 seconds"),
         (["{tmp}/a", "--no-pictures", "--chip", "Z80"], "must be one of A100"),
         (["{tmp}/a", "--out", "{tmp}"], "Is a directory"),
+        (["{tmp}/a", "--out", "{tmp}/a/metrics.jsonl"], "choose another one"),
     ],
 )
 def test_refusals_name_the_cure(tmp_path: Path, capsys, words, said) -> None:
     for name in "ab":
         write_run(tmp_path / name)
+    (tmp_path / "empty").mkdir()
     assert main(["report", *(word.format(tmp=tmp_path) for word in words)]) == 2
     assert said in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from fastmoco.run.report import charts
 from fastmoco.run.report.charts import FeatureMap
 from fastmoco.run.report.figure import Chart
 from fastmoco.run.report.health import health_of
-from fastmoco.run.report.heat_map import HEAT_PARTS
+from fastmoco.run.report.heat_map import HEAT_PARTS, HIGHEST, LOWEST
 from fastmoco.run.report.pictures import Extras, Table, Tile, Tiles
 from fastmoco.run.report.reading import dips_of, names_of, read_run, state_of
 from tests.reported_runs import PLACES, write_run
@@ -91,7 +91,10 @@ def every_chart(runs: list[Any]) -> list[Chart]:
 def test_every_figure_is_one_of_plotly(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
-    change = {60: {"loss": None, "gradient_norm/heads": None}, 61: {"memory_gb": 3.0, "odd": 1.0}}
+    change = {
+        60: {"loss": None, "gradient_norm/heads": None},
+        61: {"memory/host_gb": 3.0, "odd": 1.0},
+    }
     back = {"step": 80, "time": 1.7e9, "rolled_back_to": 70}
     run = read_run(write_run(tmp_path / "a", spikes={50: 40.0}, change=change, more=(back,)))
     other = read_run(write_run(tmp_path / "b", seed=1))
@@ -113,7 +116,7 @@ def test_every_figure_is_one_of_plotly(tmp_path: Path) -> None:
     shown = {one.key for one in every_chart([run])}
     wanted = {"loss", "accuracy-0", "lr", "ema_momentum", "gradients-0", "norms", "update-ratio"}
     assert wanted | {"cosine", "feature_std", "speed", "wait", "step-time", "loader"} <= shown
-    assert {"memory-0", "other-0"} <= shown
+    assert {"memory-peaks", "other-0"} <= shown
 
 
 def test_a_spike_stays_visible_in_a_long_run(tmp_path: Path) -> None:
@@ -131,6 +134,51 @@ def test_a_spike_stays_visible_in_a_long_run(tmp_path: Path) -> None:
     assert (marks["name"], marks["x"], marks["y"]) == ("gradient spike", [7001], ["first block"])
     # A series is thinned to some thousand points, whatever its length.
     assert max(len(trace["x"]) for one in by_key.values() for trace in one.figure["data"]) < 2_000
+
+
+def test_the_heat_map_of_norms_that_explode(tmp_path: Path) -> None:
+    """More decades than a float has, and a layer without gradient at one step."""
+    norms = [1e-300, 0.0, 1e-300, 1e300]
+    change = {step: {"gradient_norm/heads": norm} for step, norm in enumerate(norms, start=1)}
+    run = read_run(write_run(tmp_path, steps=4, change=change))
+    chart = charts.gradient_charts([run])[0]
+    heat = chart.figure["data"][0]
+    assert heat["z"][heat["y"].index("heads")] == [0, LOWEST, 0, HIGHEST]
+    factors = ["0.1 x", "1 x", "10 x", "100 x", "1,000 x", "10,000 x"]
+    assert heat["colorbar"]["ticktext"] == factors
+
+
+def test_runs_share_the_metrics_of_a_chart_and_look_different(tmp_path: Path) -> None:
+    change = {1: {f"gradient_norm/{block}": 1.0 for block in range(20)}}
+    paths = [write_run(tmp_path / str(n), steps=3, change=change) for n in range(8)]
+    runs = [read_run(path, f"run {n}") for n, path in enumerate(paths)]
+    norms = next(chart for chart in charts.gradient_charts(runs[:2]) if chart.key == "norms")
+    shown = [row[0].partition(": ") for row in norms.rows]
+    first, second = ({what for run, _, what in shown if run == f"run {n}"} for n in (0, 1))
+    assert first == second
+    assert norms.note.endswith("The first 12 of 24.")
+    loss = charts.loss_chart(runs)
+    assert loss is not None
+    assert len({tuple(trace["line"].items()) for trace in loss.figure["data"]}) == 8
+
+
+def test_values_to_compare_with_are_those_of_each_run(tmp_path: Path) -> None:
+    runs = []
+    for name, batch_loss in (("a", 3.9), ("b", 4.2)):
+        curves = {"lines": {"loss": {"knows nothing": batch_loss, "same": 3.0}}}
+        path = write_run(tmp_path / name, config={"curves": curves})
+        runs.append(read_run(path, name))
+    chart = charts.loss_chart(runs)
+    assert chart is not None
+    shown = [note["text"] for note in chart.figure["layout"]["annotations"]]
+    assert shown == ["a: knows nothing 3.9", "b: knows nothing 4.2", "same 3"]
+
+
+def test_a_norm_that_was_never_finite_is_shown(tmp_path: Path) -> None:
+    change = {step: {"gradient_norm/heads": None} for step in range(1, 6)}
+    run = read_run(write_run(tmp_path, steps=5, change=change))
+    norms = next(chart for chart in charts.gradient_charts([run]) if chart.key == "norms")
+    assert ("heads, not finite", "step 1", "step 5", "", "") in norms.rows
 
 
 def test_dips_are_stretches_below_the_best_value_before() -> None:
@@ -176,6 +224,17 @@ def test_the_verdict_and_its_reasons(tmp_path, options, verdict, reason) -> None
     found = health_of(read_run(write_run(tmp_path, **options)))
     assert found.verdict == verdict
     assert any(reason in said for said in found.reasons), found.reasons
+
+
+def test_features_that_no_loss_spreads_are_not_judged(tmp_path: Path) -> None:
+    """Masked methods log the spread of the encoder's features, and no cosines of pairs."""
+    path = write_run(tmp_path, change={step: {"feature_std": 1e-4} for step in range(1, 121)})
+    lines = (path / "metrics.jsonl").read_text().replace('"cosine/', '"other/')
+    (path / "metrics.jsonl").write_text(lines)
+    run = read_run(path)
+    assert health_of(run).verdict == "healthy"
+    spread = next(chart for chart in every_chart([run]) if chart.key == "feature_std")
+    assert not spread.figure["layout"]["shapes"]
 
 
 def test_an_event_of_collapse_is_grave(tmp_path: Path) -> None:
@@ -253,6 +312,38 @@ def test_no_text_of_a_file_becomes_a_tag_or_a_script(tmp_path: Path) -> None:
     said = texts_in(figures_of(page))
     assert any("&lt;/script&gt;" in text for text in said)
     assert not any("<" in text for text in said if not text.endswith("<extra></extra>"))
+
+
+def test_no_page_has_a_password_in_its_charts_or_tables(tmp_path: Path) -> None:
+    event = {
+        "name": "lost",
+        "layer": None,
+        "size": 1.0,
+        "text": "https://ann:hush-hush@h/x is gone",
+    }
+    run = read_run(write_run(tmp_path, more=({"step": 9, "event": event},)))
+    page = render([run], [Extras()])
+    said = [*texts_in(figures_of(page)), Tags(page).text]
+    assert any("is gone" in text for text in said)
+    assert not any("hush-hush" in text for text in said)
+
+
+def test_a_page_stays_small_whatever_the_files_hold(tmp_path: Path) -> None:
+    """Long texts, and many figures, fields and names of events."""
+    events = tuple(
+        {"step": n, "event": {"name": f"e{n}", "layer": None, "size": 1.0, "text": "x" * 50_000}}
+        for n in range(100)
+    )
+    change = {1: {f"figure{n}": 0.5 for n in range(2000)} | {"loss" + "x" * 50_000: 1.0}}
+    config = {
+        "config": {f"field{n}": n for n in range(50_000)},
+        "curves": {"figures": {f"figure{n}": "a" for n in range(2000)}},
+    }
+    run = read_run(write_run(tmp_path, steps=3, change=change, config=config, more=events))
+    found = render([run], [Extras()])
+    assert len(found) < 2.6e6
+    for said in ("The first 1000 of 50000 rows.", "1,962 more are in metrics.jsonl alone."):
+        assert said in found
 
 
 def test_the_page_refuses_the_network(tmp_path: Path) -> None:

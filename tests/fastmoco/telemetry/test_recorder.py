@@ -268,6 +268,7 @@ def test_trackers_get_what_the_file_gets(tmp_path, capsys):
     assert [note[1] for note in notes if note[0] == "histograms"] == [1]
     counts = next(note[2] for note in notes if note[0] == "histograms")["gradients/heads"]
     assert counts == [4.0]
+    assert all(row["memory/host_gb"] > 0 for row in rows if "loss" in row)
     best = [note[2] for note in notes if note[0] == "summary"]
     assert best == [{"knn": 0.5 - step / 10, "knn_best": 0.4} for step in (1, 2, 3)]
     events = [note[1:] for note in notes if note[0] == "event"]

@@ -75,6 +75,15 @@ def test_what_is_lost_is_named_and_the_rest_stands(trained, tmp_path: Path) -> N
     assert "gone-*.tar" in found.views.why
     assert found.features is None
 
+    # Without the held-out images: those of the training, and a sentence about it.
+    config = dict(run.config)
+    config["knn"] = {**config["knn"], "test_shards": str(tmp_path / "held-*.tar")}
+    told: list[str] = []
+    moved = replace(run, saved={**run.saved, "config": config})
+    found = report_pictures.make_pictures(moved, tell=told.append)
+    assert "training images with their cosines" in found.neighbours.note
+    assert any("held-*.tar" in text for text in told)
+
     # With a damaged checkpoint: the views alone.
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
@@ -115,6 +124,8 @@ def test_the_tables(trained, tmp_path: Path) -> None:
     (row,) = report_facts.checkpoint_table(bare).rows
     assert row[0] == "7"
     assert row[-1].startswith("damaged: ")
+    saving = report_facts.checkpoint_table(replace(bare, state="training"))
+    assert saving.rows == []
 
 
 def test_the_mfu_is_flops_by_the_peak(trained) -> None:

@@ -30,7 +30,7 @@ def a_short_close(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(
     config: Config, out: Path, trackers: TrackersConfig, max_steps: int | None = None
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Weights and lines of metrics, without times."""
+    """Weights and lines of metrics, without times and memory."""
     trainer = Trainer.build(replace(config, trackers=trackers), out, World())
     try:
         assert trainer.run(max_steps) == 0
@@ -39,7 +39,11 @@ def trained(
         trainer.close()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [
-        {k: v for k, v in row.items() if k not in TIMES and not k.startswith("loader/")}
+        {
+            k: v
+            for k, v in row.items()
+            if k not in TIMES and not k.startswith(("loader/", "memory/"))
+        }
         for row in rows
         if "event" not in row
     ]
