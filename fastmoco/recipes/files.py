@@ -114,7 +114,7 @@ def _base(document: Document) -> Config:
                 f"{document.where(('objective', 'kind'))}: objective.kind: got {_got(kind)}; {known}"
             ) from None
         return Config(objective=made())
-    if not isinstance(name, str):
+    if not isinstance(name, str) or (isinstance(name, Plain) and name in _NONE):
         raise ValueError(f"{where}: recipe: got {_got(name)}, must be the name of a recipe")
     if name not in RECIPES:
         near = near_recipes(name)

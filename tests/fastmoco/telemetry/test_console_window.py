@@ -160,6 +160,23 @@ def test_a_terminal_without_blocks_gets_a_curve_of_ascii(monkeypatch: pytest.Mon
     assert "90.0%  (best 90.0%)  _=#" in visible(stream.getvalue())
 
 
+def test_what_an_encoding_lacks_makes_no_line_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output of a command writes escapes in place of such characters."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "20")
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "ascii", errors="backslashreplace", write_through=True)
+    console = Console(figures=KNN, stream=stream, live=True)
+    console.start(10, "größe " * 30)
+    console.event("warning: " + "ünï " * 100)
+    assert console.is_live
+    console.close()
+    lines = visible(written.getvalue().decode("ascii")).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert not [line for line in lines if "\\" in line]
+    assert "gr??e" in "".join(lines)
+
+
 CHILD = textwrap.dedent(
     """
     import os, sys

@@ -343,6 +343,16 @@ def test_the_quota_of_control_groups_is_the_smallest(tmp_path: Path) -> None:
     assert surroundings.cpu_quota(proc=proc, cgroups=groups) == 0.5
 
 
+def test_a_machine_without_a_place_for_temporary_files_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    found = run.check_machine(limit_s=1.0)
+    assert [entry.name for entry in found.obstacles] == ["temporary files"]
+    assert "TMPDIR" in found.obstacles[0].cure
+
+
 def test_little_of_something_is_a_note_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surroundings, "free_host_bytes", lambda: 2**30)
     monkeypatch.setattr(surroundings, "cpu_quota", lambda: 0.5)
