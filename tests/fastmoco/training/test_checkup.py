@@ -210,6 +210,8 @@ def test_without_the_c_part_its_cure_builds_it(monkeypatch: pytest.MonkeyPatch) 
         ("file:///tmp/fastmoco-0.1-py3-none-any.whl", "--no-binary fastmoco fastmoco==0.1"),
         ("file:///tmp/a%20b/fastmoco-0.1.tar.gz", "'/tmp/a b/fastmoco-0.1.tar.gz'"),
         ("https://example.org/fastmoco-0.1.tar.gz", "https://example.org/fastmoco-0.1.tar.gz"),
+        ("git+https://example.org/fastmoco@1a2b", "git+https://example.org/fastmoco@1a2b"),
+        ("git+file:///srv/fastmoco@1a2b", "git+file:///srv/fastmoco@1a2b"),
     ],
 )
 def test_a_cure_installs_again_from_where_it_came(
@@ -217,7 +219,10 @@ def test_a_cure_installs_again_from_where_it_came(
 ) -> None:
     class Distribution:
         def read_text(self, name: str) -> str | None:
-            return None if origin is None else json.dumps({"url": origin})
+            if origin is None or not origin.startswith("git+"):
+                return None if origin is None else json.dumps({"url": origin})
+            url, _, commit = origin.removeprefix("git+").rpartition("@")
+            return json.dumps({"url": url, "vcs_info": {"vcs": "git", "commit_id": commit}})
 
     monkeypatch.setattr(packages.fastmoco, "__file__", str(tmp_path / "fastmoco" / "__init__.py"))
     monkeypatch.setattr(packages.fastmoco, "__version__", "0.1")
