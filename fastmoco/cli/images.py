@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -216,9 +215,7 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalised | N
     if not mean and not std:
         return None
     for name, given in (("mean", mean), ("std", std)):
-        if len(given) != 3 or not all(
-            math.isfinite(value) and (value > 0 or name == "mean") for value in given
-        ):
+        if len(given) != 3 or not all(value > 0 or name == "mean" for value in given):
             more = " above 0" if name == "std" else ""
             words = " ".join(f"{value:g}" for value in given)
             raise ValueError(

@@ -331,7 +331,7 @@ class Console:
         if self._live is not None and tuple(self._live.console.size) != self._window:
             self._guarded(self._draw)
 
-    def _told(self, kind: str, **facts: Any) -> bool:
+    def _told(self, kind: str, /, **facts: Any) -> bool:
         """Whether progress is for programs; writes the line."""
         if self._log is None:
             return False

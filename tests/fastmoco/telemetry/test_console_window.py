@@ -306,6 +306,15 @@ def test_lines_of_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_a_metric_named_as_an_entry_of_each_line_replaces_none() -> None:
+    stream = io.StringIO()
+    with json_console(stream) as console:
+        console.log({"step": 3, "kind": 0.5, "time": 0.0})
+    row = json.loads(stream.getvalue())
+    assert (row["kind"], row["step"]) == ("step", 3)
+    assert abs(row["time"] - time.time()) < 600
+
+
 def test_other_ranks_and_a_broken_reader_write_no_json() -> None:
     stream = io.StringIO()
     with json_console(stream, rank=1) as console:
