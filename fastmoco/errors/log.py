@@ -34,8 +34,9 @@ class JsonLog:
         self._active = active
 
     def write(self, kind: str, /, **facts: Any) -> None:
-        """Write one line; a fact named `kind` or `time` is left out. NaN and infinity, which JSON does not have, become null; texts are shown as
-        by `text.shown`, so that no URL in them has its secrets."""
+        """Write one line. A fact named `kind` or `time` is left out. NaN and infinity, which JSON does
+        not have, become null; texts are shown as by `text.shown`, so that no URL in them has its
+        secrets."""
         if not self._active:
             return
         head = {"kind": kind, "time": round(time.time(), 3)}
