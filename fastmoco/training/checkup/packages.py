@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import fastmoco
@@ -227,7 +228,7 @@ def reinstall(*, from_source: bool = False) -> str:
         text = importlib.metadata.distribution("fastmoco").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
-    origin = json.loads(text) if text is not None else {"url": ""}
+    origin: dict[str, Any] = json.loads(text) if text is not None else {"url": ""}
     url = origin["url"]
     if "vcs_info" in origin:  # as of `pip install git+https://...`; a path there is a repository
         url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
