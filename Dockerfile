@@ -29,8 +29,12 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     wheel="$(ls /wheels/fastmoco-*.whl)" \
     && /opt/fastmoco/bin/pip install --no-cache-dir -c /opt/constraints.txt \
         "${wheel}[cuda13,data,logging]"
-RUN useradd --create-home --uid 10001 fastmoco && install -d -o fastmoco -g fastmoco /work
-ENV PATH=/opt/fastmoco/bin:$PATH
+# Triton and fastmoco keep caches in the home folder. Every user may write there, because the option
+# `user` of docker gives numbers without a home.
+RUN useradd --create-home --uid 10001 fastmoco \
+    && chmod 1777 /home/fastmoco \
+    && install -d -o fastmoco -g fastmoco /work
+ENV PATH=/opt/fastmoco/bin:$PATH HOME=/home/fastmoco
 USER 10001
 WORKDIR /work
 ENTRYPOINT ["fastmoco"]

@@ -291,7 +291,9 @@ class Wording:
         options = [o for o in self.described.options if o.name.endswith(f".{name}")]
         if name == "shards":  # the library's name for what `--train` and `--test` hold too
             options = [
-                o for o in self.described.options if " ".join(given.values.get(o.name, ())) == value
+                o
+                for o in self.described.options
+                if (" ".join(given.values.get(o.name, ())) or as_words(o.default)) == value
             ]
         typed = [o for o in options if " ".join(given.values.get(o.name, ())) == value]
         for found in (typed, options):

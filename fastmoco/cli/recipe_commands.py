@@ -120,7 +120,7 @@ def parse_config(kind: type[P], verb: str, args: list[str]) -> P | None:
         )
         return None
     base = base_config(recipe)
-    origin = recipe if is_config_file(recipe) else "the recipe"
+    origin = _origin(recipe)
     with worded(wording(kind, base, rest, origin)), one_line(EXIT_REFUSED, ValueError):
         config = _follow_image_size(base, rest)
     return parse(
@@ -152,12 +152,28 @@ def _near(name: str, config: Config) -> list[str]:
 
 
 def wording(
-    kind: type[P], config: Config, args: list[str], origin: str = "the recipe"
+    kind: type[P], config: Config, args: list[str], origin: str = ""
 ) -> Callable[[Exception], str]:
-    """How errors of fields are shown for these words; `origin`: where values come from that were not
-    typed."""
+    """How errors of fields are shown for these words.
+
+    Args:
+        kind: of the command.
+        config: with the words applied, or of the recipe alone.
+        args: the words.
+        origin: where values come from that were not typed; empty: by the recipe among the words.
+    """
     described = describe(kind, _defaults(kind, config))
-    return lambda error: Wording(described, args, FOLLOWS, origin)(error)
+
+    def shown(error: Exception) -> str:
+        place = origin or _origin(_split(kind, args)[0])
+        return Wording(described, args, FOLLOWS, place)(error)
+
+    return shown
+
+
+def _origin(recipe: str | None) -> str:
+    """How errors call the place of values that were not typed."""
+    return recipe if recipe is not None and is_config_file(recipe) else "the recipe"
 
 
 def _defaults(kind: type[P], config: Config) -> P:

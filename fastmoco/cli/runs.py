@@ -44,7 +44,7 @@ def _print(found: list[RunLine], folder: Path) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    console = Terminal(highlight=False)
+    console = Terminal(highlight=False, markup=False)  # a name may have brackets
     hosts = len({run.host for run in found}) > 1
     heading = ["run", "state", "step", "kNN", "best", "images/s", "written"]
     heading += ["host"] * hosts + ["recipe"]
@@ -61,18 +61,18 @@ def _print(found: list[RunLine], folder: Path) -> None:
     console.print(table)
     for run in found:
         if run.fault:
-            console.print(f"{_name(run, folder)}: {run.fault}", markup=False, soft_wrap=True)
+            console.print(f"{_name(run, folder)}: {run.fault}", soft_wrap=True)
 
 
 def _print_blocks(console: Terminal, found: list[RunLine], folder: Path) -> None:
     """Two or three lines a run."""
     for run in found:
         name, state, step, knn, best, speed, written, _, recipe = _row(run, folder, hosts=True)
-        console.print(f"{name}  {state}", markup=False, soft_wrap=True)
-        console.print(f"  {step}  kNN {knn} (best {best})  {speed} images/s", markup=False)
-        console.print(f"  {recipe}, {written}", markup=False)
+        console.print(f"{name}  {state}", soft_wrap=True)
+        console.print(f"  {step}  kNN {knn} (best {best})  {speed} images/s")
+        console.print(f"  {recipe}, {written}")
         if run.fault:
-            console.print(f"  {run.fault}", markup=False)
+            console.print(f"  {run.fault}")
 
 
 def _name(run: RunLine, folder: Path) -> str:

@@ -62,8 +62,8 @@ MEANINGS: dict[str, str] = {
 NOTES = {
     "resume": "the same command again continues the run in --out",
     "start-epoch": "the same command again continues the run in --out",
-    "wandb": "--trackers.use wandb",
-    "use-wandb": "--trackers.use wandb",
+    "wandb": "--trackers.use wandb sends there what metrics.jsonl in the folder --out contains",
+    "use-wandb": "--trackers.use wandb sends there what metrics.jsonl in the folder --out contains",
     "wandb-project": "--trackers.project NAME",
     "mlflow": "--trackers.use mlflow",
     "trackio": "--trackers.use trackio",

@@ -206,6 +206,8 @@ def _yaml(path: Path, text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
         what = escaped(error.problem or str(error.context))
+        if what.startswith("but "):  # the second half of a sentence
+            what = f"{escaped(str(error.context))}, {what}"
         tab = "; indent with spaces, YAML takes no tabs" if r"\t" in what else ""
         raise UnfitFileError(f"{where}: not YAML: {what}{tab}") from None
     if node is None:

@@ -33,14 +33,15 @@ class JsonLog:
         self._stream = raw(stream)
         self._active = active
 
-    def write(self, kind: str, **facts: Any) -> None:
-        """Write one line. NaN and infinity, which JSON does not have, become null; texts are shown as
-        by `text.shown`, so that no URL in them has its secrets."""
+    def write(self, kind: str, /, **facts: Any) -> None:
+        """Write one line. A fact named `kind` or `time` is left out. NaN and infinity, which JSON does
+        not have, become null; texts are shown as by `text.shown`, so that no URL in them has its
+        secrets."""
         if not self._active:
             return
-        row = {"kind": kind, "time": round(time.time(), 3), **facts}
+        head = {"kind": kind, "time": round(time.time(), 3)}
         try:
-            self._stream.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+            self._stream.write(json.dumps(_plain(head | facts | head), allow_nan=False) + "\n")
             self._stream.flush()
         except Exception:  # a reader that is gone, a full disk, a closed stream
             self._active = False

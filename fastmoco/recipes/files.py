@@ -114,7 +114,7 @@ def _base(document: Document) -> Config:
                 f"{document.where(('objective', 'kind'))}: objective.kind: got {_got(kind)}; {known}"
             ) from None
         return Config(objective=made())
-    if not isinstance(name, str):
+    if not isinstance(name, str) or (isinstance(name, Plain) and name in _NONE):
         raise ValueError(f"{where}: recipe: got {_got(name)}, must be the name of a recipe")
     if name not in RECIPES:
         near = near_recipes(name)
@@ -152,7 +152,9 @@ def _told(document: Document, error: FieldError, base: Config) -> str:
         int(part) if part.isdigit() else part for part in error.name.split(".")
     )
     value = error.value if isinstance(error.value, str | int | float | tuple) else "..."
-    origin = "" if document.has(path) else f" (of recipe {base.recipe})"
+    # A rule about several fields together has a name of its own.
+    inherited = error.name in _names(base) and not document.has(path)
+    origin = f" (of recipe {base.recipe})" if inherited else ""
     shown = shown_word(str(value)) if value != "" else "''"
     return f"{document.where(path)}: {error.name}: got {shown}{origin}: {error.rule}"
 
@@ -301,6 +303,8 @@ def _several(hint: Any, given: Any) -> tuple[Any, ...]:
     count = None if inner[-1] is Ellipsis else len(inner)
     one = {int: "whole numbers", float: "numbers", str: "texts"}.get(inner[0], "values")
     example = ", ".join(["1"] * (count or 2))
+    if inner[0] is str:
+        example = given if isinstance(given, str) and given.isidentifier() else "name"
     wanted = f"must be a list of {f'{count} ' if count else ''}{one}, e.g. [{example}]"
     if not isinstance(given, list):
         raise ValueError(f"got {_got(given)}, {wanted}")

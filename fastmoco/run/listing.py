@@ -162,7 +162,8 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
     faults: list[str] = []
     saved = read_object(path / "config.json")
     if not saved and os.path.lexists(path / "config.json"):
-        faults.append("config.json is damaged")
+        readable = os.access(path / "config.json", os.R_OK)
+        faults.append("config.json is damaged" if readable else "config.json cannot be read")
     elif not _is_config(saved):
         faults.append("config.json is missing" if not saved else "config.json is none of a run")
     last, best, written = _metrics(path / "metrics.jsonl", faults)
@@ -177,9 +178,9 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
     state: State = "failed"
     if pid is not None:
         state = "running"
-    elif (path / "DONE").exists():
+    elif os.path.exists(path / "DONE"):  # `Path.exists` raises an error without permission
         state = "finished"
-    elif (path / "PREEMPTED").exists():
+    elif os.path.exists(path / "PREEMPTED"):
         state = "stopped"
     elif elsewhere:
         state = "elsewhere"

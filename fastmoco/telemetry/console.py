@@ -46,6 +46,8 @@ NARROW = 60
 """Columns below which labels are short and there is no frame."""
 LONGEST_EVENT = 3
 """Rows of one event."""
+LONGEST_KIND = 500
+"""Characters by which two warnings are compared."""
 HISTORY = 512
 """Values of a sparkline; twice as many are averaged in pairs."""
 WARNING, MARK = "warning: ", "! "
@@ -316,7 +318,7 @@ class Console:
         """Keep a warning as the newest of its kind; returns the one for which there is no place any
         more."""
         name = facts.get("name")
-        kind = f"{name} {facts.get('layer')}" if name else _FIGURES.sub("#", text)
+        kind = f"{name} {facts.get('layer')}" if name else _FIGURES.sub("#", text[:LONGEST_KIND])
         count = self._warnings.pop(kind, _Warning(text)).count
         self._warnings[kind] = _Warning(text, count + 1)
         if len(self._warnings) <= EVENTS_SHOWN:
@@ -329,7 +331,7 @@ class Console:
         if self._live is not None and tuple(self._live.console.size) != self._window:
             self._guarded(self._draw)
 
-    def _told(self, kind: str, **facts: Any) -> bool:
+    def _told(self, kind: str, /, **facts: Any) -> bool:
         """Whether progress is for programs; writes the line."""
         if self._log is None:
             return False
@@ -356,7 +358,7 @@ class Console:
 
     def _start_live(self) -> None:
         wanted = self._stream.isatty() if self._live_wanted is None else self._live_wanted
-        rich = Terminal(self._stream, force_terminal=wanted, highlight=False)
+        rich = Terminal(self._stream, keeps_width=True, force_terminal=wanted, highlight=False)
         if not wanted or (self._live_wanted is None and rich.is_dumb_terminal):
             return
         # No refresh thread: `log` and `event` draw everything, so that errors are raised there.

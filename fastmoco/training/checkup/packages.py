@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import fastmoco
@@ -227,7 +228,10 @@ def reinstall(*, from_source: bool = False) -> str:
         text = importlib.metadata.distribution("fastmoco").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
-    url = json.loads(text)["url"] if text is not None else ""
+    origin: dict[str, Any] = json.loads(text) if text is not None else {"url": ""}
+    url = origin["url"]
+    if "vcs_info" in origin:  # as of `pip install git+https://...`; a path there is a repository
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
     place = unquote(urlparse(url).path) if url.startswith("file:") else url
     again = ["--force-reinstall", "--no-deps", "--no-cache-dir"]
     if place and not (from_source and place.endswith(".whl")):  # a wheel cannot be built here

@@ -24,7 +24,7 @@ from fastmoco.training.checkup.packages import (
     reinstall,
     requirements,
 )
-from fastmoco.training.checkup.surroundings import surroundings
+from fastmoco.training.checkup.surroundings import surroundings, temporary_folder
 from fastmoco_pipelines.processes import child_environment, python_command
 
 MODULE = "fastmoco.training.checkup.probes"
@@ -67,6 +67,8 @@ def check_machine(*, limit_s: float, command: Sequence[str] | None = None) -> Ch
     """
     words = list(command or python_command(MODULE))
     findings = [python_finding(), fastmoco_finding(), *package_findings(), *surroundings()]
+    if temporary_folder() is None:  # nothing can be tried: probes write there
+        return Checkup(device="cpu", findings=tuple(findings))
     first = run_probes([_torch()], "cpu", words, limit_s=limit_s)["torch"]
     usable = [found for found in first if found.name.startswith("GPU ")]
     device = "cuda" if usable and usable[0].state != "broken" else "cpu"

@@ -15,6 +15,7 @@ from fastmoco.planning.free_memory import free_host_bytes
 from fastmoco.planning.tuning.machine import this_machine
 from fastmoco.training.checkup.findings import Finding
 
+TEMPORARY = "temporary files"
 LITTLE_MEMORY = 4 * 2**30
 LITTLE_DISK = 5 * 2**30
 LITTLE_SHARED = 1 * 2**30
@@ -23,16 +24,30 @@ FEW_FILES = 1024
 
 
 def surroundings() -> Iterator[Finding]:
-    """A finding for each of them; none is needed, because small runs need little."""
+    """A finding for each of them. Only a folder for temporary files is needed: small runs need little
+    of the others. Without it there is no other finding, because looking takes one."""
+    folder = temporary_folder()
+    cure = "free some space, or set TMPDIR to a folder on another disk"
+    if folder is None:
+        why = "no folder for them: /tmp and the others are full, missing or cannot be written"
+        yield Finding(name=TEMPORARY, state="broken", text=why, cure=cure, needed=True)
+        return
     yield _cores()
     yield _memory()
     yield _disk("disk", Path.cwd(), "free some space, or choose another disk by --out")
-    if tempfile.gettempdir() != str(Path.cwd()):
-        cure = "free some space, or set TMPDIR to a folder on another disk"
-        yield _disk("temporary files", Path(tempfile.gettempdir()), cure)
+    if folder != Path.cwd():
+        yield _disk(TEMPORARY, folder, cure)
     yield from _shared_memory()
     yield _open_files()
     yield _compiler()
+
+
+def temporary_folder() -> Path | None:
+    """Where temporary files are written; None if no folder takes one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None
 
 
 def cpu_quota(

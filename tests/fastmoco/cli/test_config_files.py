@@ -88,6 +88,16 @@ def test_several_mistakes_are_a_line_each(tmp_path: Path, capsys, monkeypatch) -
     assert "unknown option --config; name the file in place of a recipe" in errors
 
 
+def test_shards_of_a_file_that_do_not_exist_are_named_with_the_file(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("recipe: quickstart_digits\ndata: {shards: none.tar}\n")
+    code, _, errors = run(capsys, "train", "my.yaml", "--out", "x")
+    assert code == 2
+    assert "--data.shards none.tar (of my.yaml): there is no file none.tar" in errors
+
+
 def test_a_text_in_a_file_is_a_path_as_on_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("recipe: quickstart_digits\ndata: {shards: $DATA/train}\n")

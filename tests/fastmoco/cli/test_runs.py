@@ -55,6 +55,14 @@ def test_a_table_and_json_of_the_default_folder(runs: Path, capsys) -> None:
     }
 
 
+def test_names_with_brackets_are_shown_as_they_are(runs: Path, capsys) -> None:
+    (runs / "a[").mkdir()
+    (runs / "first").rename(runs / "a[" / "lr]")  # a[/lr] would end a style
+    (runs / "second").rename(runs / "sweep[lr]")
+    assert main(["runs"]) == 0
+    assert {"a[/lr]", "sweep[lr]"} <= set(capsys.readouterr().out.split())
+
+
 def test_a_narrow_window_cuts_nothing(runs: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal

@@ -200,7 +200,12 @@ REFUSED = {
     "seed: !mine 3": "FILE:1: the tag !mine is not read; leave it out",
     "a: &a [*a]": "FILE:1: contains itself by an alias",
     "&a optim: &b {lr: *b}": "FILE:1: contains itself by an alias",
-    "---\nseed: 1\n---\nseed: 2": "FILE:3: not YAML: but found another document",
+    "---\nseed: 1\n---\nseed: 2": "FILE:3: not YAML: expected a single document in the stream, but "
+    "found another document",
+    "trackers: {use: wandb}": "FILE:1: trackers.use: got wandb, must be a list of texts, e.g. [wandb]",
+    "recipe:\nseed: 1": "FILE:1: recipe: got no value, must be the name of a recipe",
+    "data: {more_views: [{size: 96}, {size: 80}, {size: 96}]}": "FILE:1: data.view1, view2 and "
+    "more_views: got (224, 224, 96, 80, 96): sizes",
     "? [a, b]\n: 1": "FILE:1: a name must be one word",
     "- seed": "FILE: must have names and values, as in `recipe: NAME`",
     "seed": "FILE: must have names and values",

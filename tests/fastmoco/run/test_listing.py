@@ -178,6 +178,24 @@ def test_files_that_are_none_are_told_in_a_line(tmp_path: Path) -> None:
     assert all("\n" not in fault for fault in faults.values())
 
 
+def test_a_folder_without_permission_hides_no_other_run(tmp_path: Path, monkeypatch) -> None:
+    made(tmp_path / "open", [{"step": 1}])
+    made(tmp_path / "closed", [{"step": 1}])
+    tmp_path.chmod(0o755)
+    (tmp_path / "closed").chmod(0o644)  # its names can be read, its files cannot
+    monkeypatch.chdir(tmp_path)  # the folders above may be closed to that user
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        runs, _ = find_runs(Path())
+    finally:
+        if root:
+            os.seteuid(0)
+        (tmp_path / "closed").chmod(0o755)
+    assert {run.path: run.state for run in runs} == {"open": "failed", "closed": "unreadable"}
+
+
 def test_a_long_run_is_read_at_its_end(tmp_path: Path) -> None:
     """30,000 lines of a kilobyte; the best accuracy is among the first."""
     pad = "x" * 900

@@ -160,6 +160,23 @@ def test_a_terminal_without_blocks_gets_a_curve_of_ascii(monkeypatch: pytest.Mon
     assert "90.0%  (best 90.0%)  _=#" in visible(stream.getvalue())
 
 
+def test_what_an_encoding_lacks_makes_no_line_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output of a command writes escapes in place of such characters."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "20")
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "ascii", errors="backslashreplace", write_through=True)
+    console = Console(figures=KNN, stream=stream, live=True)
+    console.start(10, "größe " * 30)
+    console.event("warning: " + "ünï " * 100)
+    assert console.is_live
+    console.close()
+    lines = visible(written.getvalue().decode("ascii")).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert not [line for line in lines if "\\" in line]
+    assert "gr??e" in "".join(lines)
+
+
 CHILD = textwrap.dedent(
     """
     import os, sys
@@ -287,6 +304,15 @@ def test_lines_of_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "key" not in saved["text"]
     assert "\x1b" not in saved["text"]
     assert capsys.readouterr().out == ""
+
+
+def test_a_metric_named_as_an_entry_of_each_line_replaces_none() -> None:
+    stream = io.StringIO()
+    with json_console(stream) as console:
+        console.log({"step": 3, "kind": 0.5, "time": 0.0})
+    row = json.loads(stream.getvalue())
+    assert (row["kind"], row["step"]) == ("step", 3)
+    assert abs(row["time"] - time.time()) < 600
 
 
 def test_other_ranks_and_a_broken_reader_write_no_json() -> None:

@@ -210,6 +210,8 @@ def test_without_the_c_part_its_cure_builds_it(monkeypatch: pytest.MonkeyPatch) 
         ("file:///tmp/fastmoco-0.1-py3-none-any.whl", "--no-binary fastmoco fastmoco==0.1"),
         ("file:///tmp/a%20b/fastmoco-0.1.tar.gz", "'/tmp/a b/fastmoco-0.1.tar.gz'"),
         ("https://example.org/fastmoco-0.1.tar.gz", "https://example.org/fastmoco-0.1.tar.gz"),
+        ("git+https://example.org/fastmoco@1a2b", "git+https://example.org/fastmoco@1a2b"),
+        ("git+file:///srv/fastmoco@1a2b", "git+file:///srv/fastmoco@1a2b"),
     ],
 )
 def test_a_cure_installs_again_from_where_it_came(
@@ -217,7 +219,10 @@ def test_a_cure_installs_again_from_where_it_came(
 ) -> None:
     class Distribution:
         def read_text(self, name: str) -> str | None:
-            return None if origin is None else json.dumps({"url": origin})
+            if origin is None or not origin.startswith("git+"):
+                return None if origin is None else json.dumps({"url": origin})
+            url, _, commit = origin.removeprefix("git+").rpartition("@")
+            return json.dumps({"url": url, "vcs_info": {"vcs": "git", "commit_id": commit}})
 
     monkeypatch.setattr(packages.fastmoco, "__file__", str(tmp_path / "fastmoco" / "__init__.py"))
     monkeypatch.setattr(packages.fastmoco, "__version__", "0.1")
@@ -341,6 +346,16 @@ def test_the_quota_of_control_groups_is_the_smallest(tmp_path: Path) -> None:
     (groups / "cpu" / "c" / "cpu.cfs_quota_us").write_text("50000\n")
     (groups / "cpu" / "c" / "cpu.cfs_period_us").write_text("100000\n")
     assert surroundings.cpu_quota(proc=proc, cgroups=groups) == 0.5
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    found = run.check_machine(limit_s=1.0)
+    assert [entry.name for entry in found.obstacles] == ["temporary files"]
+    assert "TMPDIR" in found.obstacles[0].cure
 
 
 def test_little_of_something_is_a_note_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
