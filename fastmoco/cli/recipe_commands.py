@@ -286,7 +286,11 @@ def tune(args: list[str]) -> int:
     if parsed is None:
         return EXIT_REFUSED
     with worded(wording(TuneArguments, parsed.config, args)):
-        return cli_tune.tune(parsed, _typed(args, describe(TuneArguments, parsed)))
+        recipe = _split(TuneArguments, args)[0]
+        # The script may be started in another folder.
+        trained = os.path.abspath(recipe) if recipe and is_config_file(recipe) else recipe
+        typed = _typed(args, describe(TuneArguments, parsed))
+        return cli_tune.tune(parsed, typed, trained or parsed.config.recipe)
 
 
 def _typed(args: list[str], described: Described) -> dict[str, tuple[str, ...]]:

@@ -87,12 +87,13 @@ def _with_unit(budget: str) -> str:
     return budget if budget.strip()[-1] in SECONDS else f"{budget.strip()}s"
 
 
-def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
+def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]], trained: str) -> int:
     """Measure or plan, and write the script.
 
     Args:
         options: of the command.
         typed: the options that the user has typed, by dotted name, each with its words.
+        trained: what the script trains: the name of a recipe, or the path of a config file.
 
     Returns:
         0; 130 after Ctrl-C, which writes nothing.
@@ -100,7 +101,7 @@ def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
     with one_line(EXIT_REFUSED, ValueError, OSError):
         script.check_place(options.out, force=options.force)
         if options.plan_only:
-            return _write_plan(options, typed)
+            return _write_plan(options, typed, trained)
         config = _measured_config(options)
         search, watch = _prepared(options, config, typed)
         try:
@@ -110,7 +111,7 @@ def tune(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
             _interrupted(search, options)
             return EXIT_INTERRUPTED
         machine = this_machine()
-        text = _script(options, typed, result, machine)
+        text = _script(options, typed, trained, result, machine)
         script.write(options.out, text)
     _report(options, result)
     return EXIT_FINISHED
@@ -269,6 +270,7 @@ def _report(options: TuneArguments, result: Result) -> None:
 def _script(
     options: TuneArguments,
     typed: Mapping[str, Sequence[str]],
+    trained: str,
     result: Result,
     machine: Machine,
 ) -> str:
@@ -285,13 +287,13 @@ def _script(
         images = options.config.global_batch_size // options.gpus
         about.append(f"One process was measured, with {images} images a step and no messages.")
     on_gpu = details["device_type"] == "cuda"
-    return _text(options, typed, result.chosen, about, on_gpu=on_gpu)
+    return _text(options, typed, trained, result.chosen, about, on_gpu=on_gpu)
 
 
-def _write_plan(options: TuneArguments, typed: Mapping[str, Sequence[str]]) -> int:
+def _write_plan(options: TuneArguments, typed: Mapping[str, Sequence[str]], trained: str) -> int:
     """Write the script of the planner's choice."""
     settings, about, found = _planned(options, typed)
-    text = _text(options, typed, settings, about, on_gpu=options.config.device != "cpu")
+    text = _text(options, typed, trained, settings, about, on_gpu=options.config.device != "cpu")
     script.write(options.out, text)
     if options.json:
         shown = {"chosen": table.settings_json(settings), "plan": found}
@@ -360,6 +362,7 @@ def _planned(
 def _text(
     options: TuneArguments,
     typed: Mapping[str, Sequence[str]],
+    trained: str,
     settings: Settings,
     about: Sequence[str],
     *,
@@ -369,12 +372,12 @@ def _text(
     out = options.out
     name = out.name if out.is_absolute() else str(out)
     own = {field.name for field in fields(TuneArguments)}
-    command = ["tune", options.config.recipe]
+    command = ["tune", trained]
     for key, words in typed.items():
         command += ("--out", name) if key == "out" else script.without_paths(key, words)
     today = datetime.datetime.now(tz=datetime.UTC).date()
     return script.Script(
-        recipe=options.config.recipe,
+        recipe=trained,
         overrides={key: words for key, words in typed.items() if key not in own},
         settings=settings,
         command=command,

@@ -68,6 +68,7 @@ class Script:
     """The content of a launch script."""
 
     recipe: str
+    """Name of the recipe, or path of the config file."""
     overrides: Mapping[str, Sequence[str]]
     """Options that the user has typed, by dotted name, each with its words: part of what is
     trained."""

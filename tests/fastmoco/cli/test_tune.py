@@ -175,6 +175,16 @@ def test_a_planned_script_has_the_setting_that_fits_and_computes_least_twice(
     assert "no setting of quickstart_digits fits on 2 GPUs" in capsys.readouterr().err
     assert out.read_text() == text
 
+    # A config file is what the script trains, not the recipe that it began with.
+    found["settings"] = settings
+    monkeypatch.chdir(tmp_path)
+    Path("my.json").write_text('{"recipe": "quickstart_digits", "seed": 7}')
+    words[1] = "my.json"
+    assert main([*words, "--force", "--memory", "24GB"]) == 0
+    text = out.read_text()
+    assert f" -m fastmoco train {tmp_path}/my.json \\\n" in text
+    assert f"#     fastmoco tune {tmp_path}/my.json --plan-only" in text
+
 
 @pytest.mark.slow
 @pytest.mark.long
