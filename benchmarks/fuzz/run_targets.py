@@ -55,6 +55,7 @@ from fastmoco.evaluation.feature_cache import FeatureCache, FeaturePart
 from fastmoco.evaluation.interface import saved_states
 from fastmoco.faults.restarts import require_progress
 from fastmoco.models.encoder_file import EncoderDescription, encoder_header, load_encoder
+from fastmoco.models.precision import choose_precision
 from fastmoco.models.weights.building import load_foreign
 from fastmoco.models.weights.names import HF_VIT
 from fastmoco.models.weights.reading import CONFIG, FOLDER_FILES, PREPROCESSOR, read_weights
@@ -74,6 +75,8 @@ _RUN_ID = "0123456789abcd"
 _STEP = 3
 _SECRET = "s3cr3t"  # noqa: S105 - must be shown nowhere
 _WORLD = World()
+_PRECISION = choose_precision(quickstart_digits().precision, _WORLD.device)
+"""Of a run on this machine."""
 
 
 def _state() -> dict[str, Any]:
@@ -82,7 +85,7 @@ def _state() -> dict[str, Any]:
     resolved = asdict(resolve(config, world_size=1, sample_count=1437))
     return {
         "config": to_json(config),
-        "resolved": {**resolved, "precision": "fp32", "attention": "sdpa", "torch": "2.13"},
+        "resolved": {**resolved, "precision": _PRECISION, "attention": "sdpa", "torch": "2.13"},
         "data": {"step": _STEP, "digest": "0" * 64, "seed": 0, "global_batch_size": 256}
         | {"order_version": 2},
         "monitors": {"knn": {"best": {"knn": 0.5}, "last": {"knn": 0.4}}},
@@ -158,7 +161,7 @@ def _read_state(folder: Path, data: bytes, _: bytes) -> str:
         assert checkpoint is not None  # noqa: S101 - a type: the function is for starts with one
         score_in(checkpoint.state)
         config = quickstart_digits()
-        resume.require_same_run(checkpoint, config, "fp32", True, start.folder)
+        resume.require_same_run(checkpoint, config, _PRECISION, True, start.folder)
         resume.order_version(checkpoint)
         resume.shuffle_window(checkpoint)
         resume.machine_changes(checkpoint, dict.fromkeys(resume.MACHINE_FIELDS, "other"))

@@ -167,18 +167,21 @@ def one_line(code: int, *fixable: type[Exception]) -> Iterator[None]:
         raise SystemExit(code) from error
 
 
+_WHERE_RUNS_ARE = (
+    "no such file or folder; give the folder given to fastmoco train --out, `fastmoco runs` lists "
+    "those below a folder"
+)
+
+
 def no_run(path: Path | str) -> RunError:
     """The error for a path where there is nothing, given as that of a run."""
-    return RunError(
-        f"{path}: no such file or folder; give the folder given to fastmoco train --out, "
-        "`fastmoco runs` lists those below a folder"
-    )
+    return RunError(f"{path}: {_WHERE_RUNS_ARE}")
 
 
 def no_checkpoint(path: Path | str) -> RunError:
     """The error for a folder without checkpoints, and for a path where there is nothing."""
     if not os.path.lexists(path):
-        return no_run(path)
+        return RunError(f"{path} contains no checkpoint: {_WHERE_RUNS_ARE}")
     return RunError(
         f"{path} contains no checkpoint; is it the folder given to fastmoco train --out?"
     )
