@@ -43,6 +43,11 @@ def python_command(module: str, *words: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *words]
 
 
+def interpreter() -> str:
+    """The path of this interpreter, for messages and for commands that are only shown."""
+    return sys.executable
+
+
 def child_environment(environment: Mapping[str, str] | None = None, **more: str) -> dict[str, str]:
     """The variables of a child that calls `follow_parent`.
 

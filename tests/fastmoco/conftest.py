@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from fastmoco.config import Config
 from fastmoco.recipes import quickstart_digits
+from tests.fault_runs import ROOT
 from tests.real_peaks import RealPeaks
 
 
@@ -34,6 +36,13 @@ def brief_run(small_run, digits) -> Config:
     """
     data = replace(small_run.data, shards=digits[1])
     return replace(small_run, global_batch_size=64, data=data)
+
+
+@pytest.fixture
+def sinks_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of trackers find `tests.faulty_sinks`, as a user's own module, by PYTHONPATH."""
+    folders = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 
 import fastmoco
 from fastmoco.training.checkup.findings import Finding
+from fastmoco_pipelines.processes import interpreter
 
 OLDEST_PYTHON = (3, 11)
 DALI = {"13": "nvidia-dali-cuda130", "12": "nvidia-dali-cuda120"}
@@ -69,9 +70,14 @@ def installed(name: str) -> str | None:
         return None
 
 
+def pip(*words: str) -> str:
+    """A command of pip for the environment of this process."""
+    return shlex.join([interpreter(), "-m", "pip", *words])
+
+
 def pip_install(*words: str) -> str:
     """The command that installs into the environment of this process."""
-    return shlex.join([sys.executable, "-m", "pip", "install", *words])
+    return pip("install", *words)
 
 
 def requirements() -> list[Requirement]:
@@ -126,11 +132,11 @@ def python_finding() -> Finding:
         return Finding(
             name="Python",
             state="broken",
-            text=f"{version} in {sys.executable}; fastmoco needs {oldest} or newer",
+            text=f"{version} in {interpreter()}; fastmoco needs {oldest} or newer",
             cure="make an environment by a newer Python: python3.12 -m venv .venv",
             needed=True,
         )
-    return Finding(name="Python", state="works", text=f"{version} in {sys.executable}")
+    return Finding(name="Python", state="works", text=f"{version} in {interpreter()}")
 
 
 def fastmoco_finding() -> Finding:
@@ -193,15 +199,14 @@ def package_findings() -> Iterator[Finding]:
                 name=name,
                 state="weak",
                 text=f"{version} is {truth}",
-                cure=shlex.join([sys.executable, "-m", "pip", "uninstall", name]),
+                cure=pip("uninstall", name),
             )
     if all(map(installed, DALI.values())):
         yield Finding(
             name="DALI twice",
             state="broken",
             text=f"{' and '.join(DALI.values())} write the same files",
-            cure=shlex.join([sys.executable, "-m", "pip", "uninstall", *DALI.values()])
-            + f"; then {pip_install(wanted_dali('13'))}",
+            cure=pip("uninstall", *DALI.values()) + f"; then {pip_install(wanted_dali('13'))}",
         )
 
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastmoco.training.checkup.findings import MARK, Finding
-from fastmoco.training.checkup.packages import DALI, pip_install, reinstall, wanted_dali
+from fastmoco.training.checkup.packages import DALI, pip, pip_install, reinstall, wanted_dali
 from fastmoco_pipelines.processes import follow_parent
 
 OTHER_TORCH = (
@@ -259,7 +258,7 @@ def probe_apex(device: torch.device) -> list[Finding]:
         require_apex()
     except ValueError as error:
         text = " ".join(str(error).split())
-        uninstall = f"{sys.executable} -m pip uninstall apex"
+        uninstall = pip("uninstall", "apex")
         cure = uninstall if "another project" in text else ""
         text = text.removeprefix("fused_backend='apex': ").partition(" Use NVIDIA")[0]
         text = text.partition(" pip uninstall")[0].rstrip(".")
@@ -322,7 +321,7 @@ def probe_step(device: torch.device) -> list[Finding]:
 def _refused(name: str, error: ValueError) -> Finding:
     """A library that is there, but not as it is needed: the message ends with the cure."""
     text, _, cure = str(error).removeprefix("attention: ").partition("; ")
-    cure = cure.replace("pip install", f"{sys.executable} -m pip install", 1)
+    cure = cure.replace("pip install", pip("install"), 1)
     return Finding(name=name, state="weak", text=text, cure=cure)
 
 

@@ -184,6 +184,7 @@ def test_a_folder_without_permission_hides_no_other_run(tmp_path: Path, monkeypa
     tmp_path.chmod(0o755)
     (tmp_path / "closed").chmod(0o644)  # its names can be read, its files cannot
     monkeypatch.chdir(tmp_path)  # the folders above may be closed to that user
+    find_runs(Path())  # and so may the modules
     root = os.geteuid() == 0
     try:
         if root:

@@ -247,6 +247,7 @@ def test_trackers_get_text_that_they_can_encode(tmp_path, monkeypatch):
     assert run.folder == str(tmp_path / odd)
 
 
+@pytest.mark.usefixtures("sinks_of_tests")
 def test_trackers_get_what_the_file_gets(tmp_path, capsys):
     """Lines, kNN with the best so far, histograms of every second log step, and events."""
     recorder = _recorder(tmp_path, "tests.faulty_sinks:Notes")
@@ -278,6 +279,7 @@ def test_trackers_get_what_the_file_gets(tmp_path, capsys):
     assert "tests.faulty_sinks:Notes: notes.txt" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("sinks_of_tests")
 def test_a_picture_or_a_histogram_that_fails_is_one_warning(tmp_path, capsys):
     recorder = _recorder(tmp_path, "tests.faulty_sinks:Notes")
     spec = Config().data.view1

@@ -18,6 +18,7 @@ from fastmoco.config.serial import differences
 from fastmoco.distributed.mesh import World
 from fastmoco.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("sinks_of_tests")
 FAULTY = ("Raises", "Exits", "Dies", "Hangs", "Spins", "HangsAtEnd")
 TIMES = ("time", "images_per_s", "wait_share")
 

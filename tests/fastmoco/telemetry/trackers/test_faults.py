@@ -25,6 +25,8 @@ from fastmoco.telemetry.trackers.trackers import Trackers
 from fastmoco_pipelines.processes import child_environment, started
 from tests.tracked_runs import log, tracked
 
+pytestmark = pytest.mark.usefixtures("sinks_of_tests")
+
 
 def warnings_of(outlet: Outlet, calls: int = 5, *, seconds: float = 20) -> list[str]:
     """Log some steps, close, and return what the user reads."""
