@@ -181,7 +181,8 @@ def test_files_that_are_none_are_told_in_a_line(tmp_path: Path) -> None:
 def test_a_folder_without_permission_hides_no_other_run(tmp_path: Path, monkeypatch) -> None:
     made(tmp_path / "open", [{"step": 1}])
     made(tmp_path / "closed", [{"step": 1}])
-    tmp_path.chmod(0o755)
+    for path in (tmp_path, *tmp_path.rglob("*")):  # whatever umask an earlier test has left
+        path.chmod(0o755)
     (tmp_path / "closed").chmod(0o644)  # its names can be read, its files cannot
     monkeypatch.chdir(tmp_path)  # the folders above may be closed to that user
     find_runs(Path())  # and so may the modules
