@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmoco.run.metrics_file import EVENT, Tell, read_rows
+from fastmoco.run.metrics_file import EVENT, Tell, nobody, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,7 @@ class Event:
         return {"name": self.name, "layer": self.layer, "size": size, "text": self.text}
 
 
-def _nobody(text: str) -> None:
-    """Tells nobody."""
-
-
-def read_events(path: Path, *, tell: Tell = _nobody) -> list[Event]:
+def read_events(path: Path, *, tell: Tell = nobody) -> list[Event]:
     """The events of a run, in the order of the file, which is that of steps.
 
     Args:

@@ -55,7 +55,7 @@ _CUT_SHORT = b"\0"
 Tell = Callable[[str], None]
 
 
-def _nobody(text: str) -> None:
+def nobody(text: str) -> None:
     """Tells nobody."""
 
 
@@ -75,7 +75,7 @@ class Cut(NamedTuple):
 
 
 def read_series(
-    path: Path, wanted: Callable[[str], bool], *, tell: Tell = _nobody
+    path: Path, wanted: Callable[[str], bool], *, tell: Tell = nobody
 ) -> dict[str, Series]:
     """The wanted metrics of a file, by name; metrics without a finite value are omitted.
 
@@ -94,7 +94,7 @@ def read_series(
 
 
 def read_curves(
-    path: Path, wanted: Callable[[str], bool], *, tell: Tell = _nobody
+    path: Path, wanted: Callable[[str], bool], *, tell: Tell = nobody
 ) -> tuple[dict[str, Series], dict[str, NDArray[np.int64]]]:
     """The metrics of `read_series`, and the steps at which a metric was not finite, by name."""
 
@@ -134,7 +134,7 @@ def read_curves(
     return series, lost
 
 
-def read_values(path: Path, name: str, *, tell: Tell = _nobody) -> Iterator[tuple[int, float]]:
+def read_values(path: Path, name: str, *, tell: Tell = nobody) -> Iterator[tuple[int, float]]:
     """(step, value) for every line with a number as the metric, in the order of the file."""
     # Parsing takes far longer than the search for the name, and most lines lack a rare metric.
     for step, row in read_rows(path, tell, having=json.dumps(name).encode()):
@@ -143,7 +143,7 @@ def read_values(path: Path, name: str, *, tell: Tell = _nobody) -> Iterator[tupl
             yield step, _number(value)
 
 
-def read_spikes(path: Path, *, tell: Tell = _nobody) -> dict[int, dict[str, float | None]]:
+def read_spikes(path: Path, *, tell: Tell = nobody) -> dict[int, dict[str, float | None]]:
     """The spikes of a run: by step, the gradient norm by place in the network; None where it was
     not finite. Of a step with several lines the last one counts."""
     found: dict[int, dict[str, float | None]] = {}

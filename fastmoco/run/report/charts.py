@@ -36,6 +36,15 @@ LOADER_STAGES = {
     "heal_ms": "replace bad images",
 }
 """Of the figures `loader/...` those that are times."""
+MEASURES = (
+    "feature_std",
+    "effective_rank",
+    "ema_distance",
+    "batch_norm_drift",
+    "target_entropy",
+    "center_norm",
+)
+"""Of collapse and of the distance of the encoders: each has a chart of its own."""
 
 
 def loss_chart(runs: Sequence[ReportRun]) -> Chart | None:
@@ -104,14 +113,7 @@ def similarity_charts(runs: Sequence[ReportRun]) -> list[Chart]:
         share = prefix == "contrast/"
         key = prefix.strip("/")
         found.append(line_chart(runs, _under(runs, prefix), GROUPS[prefix], key, share=share))
-    for name in (
-        "feature_std",
-        "effective_rank",
-        "ema_distance",
-        "batch_norm_drift",
-        "target_entropy",
-        "center_norm",
-    ):
+    for name in MEASURES:
         names = {name: meaning_of(name).title} | _under(runs, f"{name}/")
         even = {} if name != "feature_std" else _even_spread(runs)
         zero = name == "feature_std"
@@ -177,12 +179,7 @@ def other_metrics(runs: Sequence[ReportRun]) -> list[str]:
         "weight_decay",
         "images_per_s",
         "wait_share",
-        "feature_std",
-        "effective_rank",
-        "ema_distance",
-        "batch_norm_drift",
-        "target_entropy",
-        "center_norm",
+        *MEASURES,
         *(name for run in runs for name in run.panels.figures),
         *(f"loader/{name}" for name in (*LOADER_STAGES, "queue_depth", "quarantined")),
     }
