@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastmoco.cli.opening import say_first
-from fastmoco.cli.pages import width
+from fastmoco.cli.output import width
 from fastmoco.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REFUSED, one_line, show
 from fastmoco_pipelines.spec import require
 

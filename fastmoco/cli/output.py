@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,11 @@ STATES = {
     EXIT_INTERRUPTED: "interrupted",
 }
 """How a line of JSON calls the end of a command, by its exit code."""
+
+
+def width() -> int:
+    """Columns of the terminal, within what can be read."""
+    return min(max(shutil.get_terminal_size().columns, 50), 120)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 
 from fastmoco.cli.commands import GROUPS, Command, group_of
 from fastmoco.cli.options import REQUIRED, Described, Group, Option, choices, docstring
-from fastmoco.cli.output import until_closed
+from fastmoco.cli.output import until_closed, width
 from fastmoco.errors.streams import raw
 from fastmoco_pipelines.text import first_sentence, without_secrets
 
@@ -349,11 +348,6 @@ def _dashed(name: str) -> str:
 def _column() -> int:
     """Where the texts of options begin: most flags fit before it, if there is room for the text."""
     return 34 if width() >= 90 else 26
-
-
-def width() -> int:
-    """Columns of the terminal, within what can be read."""
-    return min(max(shutil.get_terminal_size().columns, 50), 120)
 
 
 def heading(text: str) -> str:

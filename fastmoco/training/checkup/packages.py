@@ -24,6 +24,18 @@ DALI = {"13": "nvidia-dali-cuda130", "12": "nvidia-dali-cuda120"}
 """Major version of CUDA -> DALI's distribution."""
 SHOWN = ("torch", "numpy", "triton", *DALI.values())
 """Distributions that `fastmoco --version` prints if they are installed."""
+MODULES = {
+    "idna": "idna",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "tyro": "tyro",
+    "urllib3": "urllib3",
+    "webdataset": "webdataset",
+}
+"""What fastmoco needs beside torch, and what is imported of it."""
 TOOLS = ("dev", "docs")
 """Extras for developers."""
 IMPOSTORS = {

@@ -12,12 +12,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 from fastmoco.training.checkup.findings import MARK, Checkup, Finding
 from fastmoco.training.checkup.packages import (
+    MODULES,
     fastmoco_finding,
+    installed,
     package_findings,
     pip_install,
     python_finding,
@@ -28,6 +30,7 @@ from fastmoco.training.checkup.surroundings import surroundings, temporary_folde
 from fastmoco_pipelines.processes import child_environment, python_command
 
 MODULE = "fastmoco.training.checkup.probes"
+IMPORTS = "fastmoco.training.checkup.imports"
 AT_ONCE = 2
 """Probes that run beside each other: most import torch, which takes a core for seconds."""
 _POLL_S = 0.02
@@ -56,7 +59,12 @@ class Probe:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_machine(*, limit_s: float, command: Sequence[str] | None = None) -> Checkup:
+def check_machine(
+    *,
+    limit_s: float,
+    command: Sequence[str] | None = None,
+    modules: Mapping[str, str] = MODULES,
+) -> Checkup:
     """Look at this machine. Changes nothing: what probes write is in temporary folders, which are
     removed.
 
@@ -64,11 +72,14 @@ def check_machine(*, limit_s: float, command: Sequence[str] | None = None) -> Ch
         limit_s: seconds that one probe may take; it is ended then.
         command: what to run in place of the probes' module, for tests; the name of a probe and the
             device follow.
+        modules: what is imported of each package; one that is not installed is not tried.
     """
     words = list(command or python_command(MODULE))
     findings = [python_finding(), fastmoco_finding(), *package_findings(), *surroundings()]
     if temporary_folder() is None:  # nothing can be tried: probes write there
         return Checkup(device="cpu", findings=tuple(findings))
+    faults = list(_import_faults(modules, limit_s))
+    cures = {fault.text: fault.cure for fault in faults}  # of all that fails for the same reason
     first = run_probes([_torch()], "cpu", words, limit_s=limit_s)["torch"]
     usable = [found for found in first if found.name.startswith("GPU ")]
     device = "cuda" if usable and usable[0].state != "broken" else "cpu"
@@ -77,8 +88,24 @@ def check_machine(*, limit_s: float, command: Sequence[str] | None = None) -> Ch
         rest = []  # each would fail for the same reason
     ended = run_probes(rest, device, words, limit_s=limit_s)
     missing = [_missing(probe) for probe in _others(device) if not _there(probe)]
-    tried = [found for probe in rest for found in ended[probe.name]]
-    return Checkup(device=device, findings=(*findings, *first, *tried, *missing))
+    tried = [*first, *(found for probe in rest for found in ended[probe.name])]
+    tried = [replace(found, cure=cures.get(found.text, found.cure)) for found in tried]
+    return Checkup(device=device, findings=(*findings, *faults, *tried, *missing))
+
+
+def _import_faults(modules: Mapping[str, str], limit_s: float) -> Iterator[Finding]:
+    """Packages that are installed and cannot be imported. One that fails for the reason of another one
+    is not named."""
+    words = {found.name: found.words for found in requirements() if not found.extra}
+    probes = [
+        Probe(name=module, title=name, install=words.get(name, name), needed=True)
+        for name, module in modules.items()
+        if not words or installed(name)
+    ]
+    ended = run_probes(probes, "cpu", python_command(IMPORTS), limit_s=limit_s)
+    found = [finding for probe in probes for finding in ended[probe.name]]
+    first = {finding.text: finding for finding in reversed(found)}
+    yield from (finding for finding in found if finding is first[finding.text])
 
 
 def _torch() -> Probe:

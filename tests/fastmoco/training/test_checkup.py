@@ -4,6 +4,7 @@ in this process."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -116,7 +117,7 @@ run.run_probes([run.Probe(name="it", title="It")], "cpu", [sys.executable, "-c",
 
 
 def _whole(script: str) -> Checkup:
-    return run.check_machine(limit_s=60, command=[sys.executable, "-c", script])
+    return run.check_machine(limit_s=60, command=[sys.executable, "-c", script], modules={})
 
 
 def test_without_torch_nothing_else_is_tried_and_training_cannot_run() -> None:
@@ -147,6 +148,36 @@ else:
     assert not found.obstacles
     assert found.as_json()["trains"] is True
     assert found.device == "cpu"
+
+
+def test_packages_that_cannot_be_imported_are_named_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for their reason has their cure."""
+    (tmp_path / "fine_one.py").write_text("print('noise')")
+    (tmp_path / "cut_short.py").write_text("raise ImportError('libx.so: file too short')")
+    (tmp_path / "dies_at_once.py").write_text("import os; os.kill(os.getpid(), 11)")
+    (tmp_path / "needs_it.py").write_text("import cut_short")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(run, "requirements", list)
+    names = {"fine": "fine_one", "cut": "cut_short", "dies": "dies_at_once", "needs": "needs_it"}
+    script = "import sys; sys.exit('ImportError: libx.so: file too short')"
+    found = run.check_machine(limit_s=60, command=[sys.executable, "-c", script], modules=names)
+    cut = f"{sys.executable} -m pip install --force-reinstall cut"
+    assert [(entry.name, entry.text, entry.cure) for entry in found.obstacles] == [
+        ("cut", "ImportError: libx.so: file too short", cut),
+        ("dies", "its process died of SIGSEGV", cut.replace(" cut", " dies")),
+        ("torch", "ImportError: libx.so: file too short", cut),
+    ]
+
+
+def test_every_package_that_fastmoco_needs_is_imported() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {packages._parsed(line).name for line in project["dependencies"]}
+    assert needed == {*packages.MODULES, "torch"}
+    assert all(map(importlib.util.find_spec, packages.MODULES.values()))
 
 
 def test_this_process_imports_neither_torch_nor_an_optional_library() -> None:

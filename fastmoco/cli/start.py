@@ -1,0 +1,41 @@
+"""Where the program `fastmoco` begins: the commands, or what can be said where a package that all of them
+import is missing or broken. Imports no such package itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastmoco.errors import EXIT_REFUSED, say
+
+
+def main() -> int:
+    """Run the command of this process.
+
+    Returns:
+        The exit code of `fastmoco.cli.main.main`; 2 if the commands cannot be imported, but for
+        `doctor`, which then tells why.
+    """
+    try:
+        from fastmoco.cli.main import main as commands
+    except Exception as error:  # a broken package raises anything
+        return _without_commands(sys.argv[1:], error)
+    return commands()
+
+
+def _without_commands(words: Sequence[str], error: Exception) -> int:
+    """Run `doctor`, which needs nothing but Python; name it instead of any other command."""
+    if list(words[:1]) != ["doctor"]:
+        say(
+            f"a package is missing or broken ({type(error).__name__}: {error}); "
+            "fastmoco doctor names the cure"
+        )
+        return EXIT_REFUSED
+    from fastmoco.cli.doctor import doctor
+
+    parser = argparse.ArgumentParser(prog="fastmoco doctor")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=90.0)
+    chosen = parser.parse_args(words[1:])
+    return doctor(json=chosen.json, seconds=chosen.seconds)
