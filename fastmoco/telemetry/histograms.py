@@ -87,7 +87,11 @@ def _counted(gradients: list[Tensor], edges: Tensor) -> Tensor:
     squares, and how many are below each edge. Sorted, so the counts are the same each time."""
     total = sum(len(gradient) for gradient in gradients)
     stride = -(-total // MOST_VALUES)
-    values = torch.cat([gradient[::stride] for gradient in gradients]).double().sort().values
+    parts, start = [], 0
+    for gradient in gradients:  # the stride goes on from one to the next
+        parts.append(gradient[start::stride])
+        start = (start - len(gradient)) % stride
+    values = torch.cat(parts).double().sort().values
     below = torch.searchsorted(values, edges).double()
     count = torch.full_like(values[0], float(len(values)))
     head = torch.stack([count, values[0], values[-1], values.sum(), values.square().sum()])

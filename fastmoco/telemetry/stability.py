@@ -66,8 +66,9 @@ def effective_rank(features_BD: Tensor) -> Tensor:
     rows = _unit_rows(features_BD)
     if rows.shape[1] > LARGEST_GRAM:
         rows = rows[:LARGEST_GRAM]
+    rows = rows.double()  # neither autocast nor TF32 rounds these products
     rows = rows - rows.mean(dim=0)
-    gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+    gram = (rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows).float()
 
     # The solver refuses what is not finite.
     finite = gram.isfinite().all()
@@ -106,7 +107,7 @@ def pair_cosines(q_BD: Tensor, keys_BD: Tensor) -> Tensor:
     q = _unit_rows(q_BD)
     keys = _unit_rows(keys_BD)
     same, count = (q * keys).sum(), len(q)
-    every = q.sum(dim=0) @ keys.sum(dim=0)
+    every = (q.sum(dim=0) * keys.sum(dim=0)).sum()  # autocast would round a product of matrices
     return torch.stack([same / count, (every - same) / (count * (count - 1))])
 
 

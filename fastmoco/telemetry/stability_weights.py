@@ -51,9 +51,9 @@ class UpdateRatios:
         """The ratios since `begin`: call it after the optimizer.
 
         Returns:
-            `update_ratio/PLACE` -> a scalar on the device, float64, at least 0; 0 of a skipped step,
-            NaN or infinite where the weights are. For sharded weights that of the whole ones: one
-            small collective, so all ranks must call.
+            `update_ratio/PLACE` -> a scalar on the device, float64, at least 0; 0 where no weight has
+            moved, infinite where all were 0 and have, NaN where weights are not finite. For sharded
+            weights that of the whole ones: one small collective, so all ranks must call.
         """
         if not self._before:
             return {}
@@ -72,8 +72,11 @@ class UpdateRatios:
         rows: dict[str, list[int]] = {}
         for row, place in enumerate(self._places):
             rows.setdefault(place, []).append(row)
+        moved = {place: _sum_of(updates, of) for place, of in rows.items()}
         return {
-            f"update_ratio/{place}": (_sum_of(updates, of) / _sum_of(weights, of)).sqrt()
+            f"update_ratio/{place}": torch.where(
+                moved[place] == 0, 0.0, moved[place] / _sum_of(weights, of)
+            ).sqrt()
             for place, of in rows.items()
         }
 

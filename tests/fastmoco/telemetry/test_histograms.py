@@ -48,6 +48,16 @@ def test_of_a_large_tensor_an_even_part_is_counted():
     assert histogram.total == pytest.approx(values[::3].double().sum().item())
 
 
+def test_of_many_small_tensors_no_more_are_counted():
+    names = [f"bias{number}" for number in range(70)]
+    histograms = GradientHistograms(every=1)
+    histograms.take(
+        ((name, torch.full((1001,), 0.5)) for name in names), {name: ("heads",) for name in names}
+    )
+    (found,) = histograms.fetched().values()
+    assert sum(found.counts) == 70 * 1001 // 2 <= MOST_VALUES
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_place_with_a_value_that_is_not_finite_has_none(odd):
     one = found(

@@ -437,6 +437,28 @@ def test_effective_rank_of_large_batches_of_wide_features_is_that_of_a_sample() 
     assert effective_rank(few).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(48, 24), (24, 48)])
+def test_figures_of_features_are_those_of_float64_also_under_autocast(
+    shape: tuple[int, int],
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    few = torch.randn(shape[0], 3, generator=rng) @ torch.randn(3, shape[1], generator=rng) + 2
+    keys = few + 0.1 * torch.randn(shape, generator=rng)
+
+    unit, others = normalize(few.double(), dim=1), normalize(keys.double(), dim=1)
+    spectrum = torch.linalg.svdvals(unit - unit.mean(dim=0)).square()
+    shares = spectrum / spectrum.sum()
+    rank = torch.special.entr(shares).sum().exp().item()
+    matrix = unit @ others.T
+    same = matrix.diagonal().mean().item()
+    other = (matrix.sum() - matrix.diagonal().sum()).item() / (len(few) * (len(few) - 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert effective_rank(few).item() == pytest.approx(rank, rel=1e-4)
+        assert pair_cosines(few, keys).tolist() == pytest.approx([same, other], abs=1e-6)
+        deviation = unit.std(dim=0, unbiased=False).mean().item()
+        assert feature_std(few).item() == pytest.approx(deviation, rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_effective_rank_of_what_is_not_finite_is_no_number(value: float) -> None:
     features = torch.randn(8, 4)

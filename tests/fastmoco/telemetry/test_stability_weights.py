@@ -69,6 +69,15 @@ def test_the_ratio_is_that_of_the_update_of_every_optimizer(name: str) -> None:
             assert (ratio == 0) == bool(skipped)
 
 
+def test_weights_that_are_0_have_a_ratio_only_if_they_move() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    ratios = UpdateRatios({"weight": weight}, {"weight": ("heads",)})
+    for to, expected in ((0.0, 0.0), (1.0, math.inf), (1.5, 0.5), (math.nan, math.nan)):
+        ratios.begin()
+        weight.data.fill_(to)
+        assert ratios.finish()["update_ratio/heads"].item() == pytest.approx(expected, nan_ok=True)
+
+
 def test_the_distance_is_a_share_of_the_weights_in_parts_of_any_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
