@@ -52,7 +52,7 @@ def test_of_many_small_tensors_no_more_are_counted():
     names = [f"bias{number}" for number in range(70)]
     histograms = GradientHistograms(every=1)
     histograms.take(
-        ((name, torch.full((1001,), 0.5)) for name in names), {name: ("heads",) for name in names}
+        ((name, torch.full((1001,), 0.5)) for name in names), dict.fromkeys(names, ("heads",))
     )
     (found,) = histograms.fetched().values()
     assert sum(found.counts) == 70 * 1001 // 2 <= MOST_VALUES
