@@ -24,6 +24,13 @@ class Raises(Sink):
         raise ValueError(f"no room for step {step} at https://ann:pass-word@host/x")
 
 
+class Tells(Sink):
+    """Its error has a secret in it."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise ValueError(f"MY_SECRET is {os.environ['MY_SECRET']}")
+
+
 class Exits(Sink):
     """Ends the program, as a tracker does that asks for a login."""
 
@@ -107,6 +114,31 @@ class Notes(Sink):
     def close(self) -> None:
         print("closed", file=self._file)
         self._file.close()
+
+
+class Bare:
+    """No `Sink`: has some of its methods, and returns nothing."""
+
+    def start(self, run: TrackedRun) -> None:
+        self._path = f"{run.folder}/notes.txt"
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        with open(self._path, "a") as file:
+            print(step, file=file)
+
+
+class StartsWrong(Sink):
+    """Returns what is no `Started`."""
+
+    def start(self, run: TrackedRun) -> Started:
+        return {"where": "here"}  # type: ignore[return-value]
+
+
+class TakesLess(Sink):
+    """Its method has another signature."""
+
+    def write(self, metrics: Mapping[str, float]) -> None:  # type: ignore[override]
+        raise NotImplementedError
 
 
 class SlowNotes(Notes):

@@ -16,9 +16,13 @@ import sys
 import threading
 from typing import Any
 
+from fastmoco.telemetry.trackers.interface import Started
 from fastmoco.telemetry.trackers.messages import packed, unpacked
+from fastmoco.telemetry.trackers.outlet import without_values
 from fastmoco_pipelines.processes import follow_parent
 
+LONGEST = 2000
+"""Characters of an error that reach the run."""
 LAST_S = 15.0
 """Seconds to end after the run, also for a call that is being made."""
 REQUESTS = (
@@ -39,7 +43,23 @@ def made(name: str) -> Any:
         ImportError, AttributeError: if there is none.
     """
     module, _, kind = name.partition(":")
-    return getattr(importlib.import_module(module), kind)()
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        where = "install it, or add its folder, absolute, to PYTHONPATH"
+        raise ImportError(f"{error}; {where}") from error
+    return getattr(found, kind)()
+
+
+def made_call(sink: Any, name: str, arguments: list[Any]) -> Any:
+    """Make a call, and return what `start` returns. What a sink does not have does nothing."""
+    method = getattr(sink, name, None)
+    result = method(*arguments) if method is not None else None
+    if name != "start":
+        return None
+    if result is not None and not isinstance(result, Started):
+        raise TypeError(f"start returned {type(result).__name__}, not Started")
+    return result or Started()
 
 
 def _ignored(*_: object) -> None:
@@ -68,10 +88,10 @@ def main(name: str, descriptor: int) -> None:
             call, arguments = unpacked(line)
             try:
                 sink = made(name) if call == "start" else sink
-                result = getattr(sink, call)(*arguments)
-                answer = packed({"result": result if call == "start" else None})
+                answer = packed({"result": made_call(sink, call, arguments)})
             except BaseException as error:  # whatever a sink raises, also SystemExit
-                answer = packed({"error": f"{type(error).__name__}: {error}"[:2000]})
+                text = without_values(f"{type(error).__name__}: {error}")  # before it is cut
+                answer = packed({"error": text[:LONGEST]})
             with contextlib.suppress(OSError):  # the run has ended meanwhile
                 connection.sendall(answer)
             if call == "close":
@@ -79,7 +99,7 @@ def main(name: str, descriptor: int) -> None:
 
     # The run has ended without a close.
     if sink is not None:
-        sink.close()
+        made_call(sink, "close", [])
 
 
 if __name__ == "__main__":

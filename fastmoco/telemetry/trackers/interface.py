@@ -71,11 +71,11 @@ class Sink(Protocol):
     called one after the other: `start`, then any of the others, then `close`.
 
     Every method may raise and may take long: it is called outside of the training. A method that is
-    not overridden does nothing.
+    not overridden, or that a class of a user's own does not have, does nothing.
     """
 
     def start(self, run: TrackedRun) -> Started:
-        """Begin, or continue the run that has this id."""
+        """Begin, or continue the run that has this id. None is returned for `Started()`, too."""
         return Started()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

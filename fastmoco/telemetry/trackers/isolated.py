@@ -71,9 +71,7 @@ class Isolated(Sink):
             )
         if self._killed:
             self.kill()
-        started = self._call("start", run)
-        if not isinstance(started, Started):
-            raise TrackerError(f"{self._name}.start returned {started!r:.80}, not a Started")
+        started: Started = self._call("start", run)
         return started
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -27,6 +28,10 @@ hour."""
 MOST_RETRY_S = 3600.0
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 """Parts of the names of variables whose values no message may show."""
+_WORDS = ("true", "false", "none")
+"""Values of switches, such as TOKENIZERS_PARALLELISM."""
+_LONGEST = 3000
+"""Characters of what a tracker says."""
 
 
 class _Call(NamedTuple):
@@ -174,14 +179,22 @@ class Outlet:
             self._tell(told)
 
     def _tell(self, text: str) -> None:
-        text = without_values(shown(text))
+        text = without_values(shown(text))[:_LONGEST]
         with self._lock:
             self._news.append(text)
 
 
 def without_values(text: str) -> str:
-    """A text without the values of variables of the environment that are secret by their names."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and any(part in name.upper() for part in _SECRET):
-            text = text.replace(value, "***")
+    """A text without the values of variables of the environment that are secret by their names. One of
+    less than eight characters counts as a whole word only, of less than four not at all."""
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 4
+        and value.lower() not in _WORDS
+        and any(part in name.upper() for part in _SECRET)
+    }
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        whole = re.escape(value)
+        text = re.sub(whole if len(value) >= 8 else rf"(?<!\w){whole}(?!\w)", "***", text)
     return text

@@ -42,23 +42,26 @@ class WandbSink(Sink):
         mode = "offline" if run.mode == "offline" else os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not (wandb.api.api_key or os.environ.get("WANDB_API_KEY")):
             mode = "offline"
+        why = ""
         try:
             self._run = self._begin(run, name, mode)
-        except (wandb.errors.CommError, wandb.errors.AuthenticationError, TimeoutError):
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError, TimeoutError) as error:
             wandb.teardown(exit_code=0)
-            mode = "offline"
+            mode, why = "offline", f", since {type(error).__name__}: {' '.join(str(error).split())}"
             self._run = self._begin(run, name, mode)
 
         # Metrics come with the step of the run; of an accuracy W&B shows the best.
         for measure in run.measures:
             self._run.define_metric(measure, summary="last,max")
+        if mode == "disabled":
+            return Started()
         if mode == "online":
             return Started(last_step=self._run.step - 1, where=str(self._run.url or ""))
         files = Path(run.folder) / "wandb"
         last = max(
             (_last_step(file) for file in files.glob(f"offline-run-*/run-{name}.wandb")), default=-1
         )
-        return Started(last_step=last, where=f"{files} (offline; to send it: wandb sync)")
+        return Started(last_step=last, where=f"{files} (offline{why}; to send it: wandb sync)")
 
     def _begin(self, run: TrackedRun, name: str, mode: str) -> Any:
         wandb = self._wandb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -117,6 +118,8 @@ def test_a_tracker_that_comes_back_gets_what_has_waited(tmp_path: Path) -> None:
         ("Exits", "SystemExit: 3"),
         ("Dies", "its process has ended"),
         ("Missing", "AttributeError"),
+        ("StartsWrong", "TypeError: start returned dict, not Started"),
+        ("TakesLess", "write() takes 2 positional arguments but 3 were given"),
         ("Spins", r"write took more than 0.2 s"),
         ("HangsAtEnd", r"close took more than 0.2 s"),
     ],
@@ -228,16 +231,26 @@ def test_offline_mlflow_uses_no_store_of_another_machine(uri: str, local: bool) 
     assert stays_here(uri) == local
 
 
-def test_without_a_key_wandb_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["", "bad-key"])
+def test_without_a_key_wandb_writes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("HOME", str(tmp_path))
     said: list[str] = []
     trackers = Trackers(["wandb"], tracked(tmp_path, 0), tell=said.append)
     log(trackers, 1, 2)
     trackers.close(60)
-    assert said == [f"wandb: {tmp_path / 'wandb'} (offline; to send it: wandb sync)"]
+    (line,) = said
+    why = re.fullmatch(r"wandb: (.+) \(offline(.*); to send it: wandb sync\)", line)
+    assert why is not None
+    assert why[1] == str(tmp_path / "wandb")
+    assert why[2].startswith(", since AuthenticationError: ") if key else not why[2]
+    assert key not in line or not key
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
 
@@ -353,6 +366,32 @@ def test_the_folder_that_wandb_leaves_is_no_installation(
 def test_no_message_shows_a_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "abcdefgh12345678")
     assert without_values("refused: abcdefgh12345678, sorry") == "refused: ***, sorry"
+
+    # Also a short one, one that is the beginning of another, and none of a switch.
+    monkeypatch.setenv("MY_PASSWORD", "hunter2")
+    monkeypatch.setenv("MY_TOKEN", "abcdefgh")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    text = "hunter2, xhunter2 and abcdefgh12345678, false"
+    assert without_values(text) == "***, xhunter2 and ***, false"
+
+
+def test_an_error_is_cut_after_its_secrets_have_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "\N{BULLET}".join(["pass"] * 600))
+    (warning,) = warnings_of(
+        Outlet("it", lambda: Isolated("tests.faulty_sinks:Tells"), tracked(tmp_path, 0))
+    )
+    assert "MY_SECRET is ***" in warning
+
+
+def test_a_sink_needs_no_method_and_no_base(tmp_path: Path) -> None:
+    said: list[str] = []
+    trackers = Trackers(["tests.faulty_sinks:Bare"], tracked(tmp_path, 0), tell=said.append)
+    log(trackers, 1, 3)
+    trackers.close(60)
+    assert said == []
+    assert (tmp_path / "notes.txt").read_text() == "1\n2\n2\n3\n"
 
 
 def test_a_sink_of_the_users_own_gets_what_is_logged(tmp_path: Path) -> None:
