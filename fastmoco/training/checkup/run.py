@@ -26,13 +26,14 @@ from fastmoco.training.checkup.packages import (
     reinstall,
     requirements,
 )
-from fastmoco.training.checkup.surroundings import surroundings, temporary_folder
+from fastmoco.training.checkup.surroundings import MORE_MEMORY, surroundings, temporary_folder
 from fastmoco_pipelines.processes import child_environment, python_command
 
 MODULE = "fastmoco.training.checkup.probes"
 IMPORTS = "fastmoco.training.checkup.imports"
 AT_ONCE = 2
-"""Probes that run beside each other: most import torch, which takes a core for seconds."""
+"""Probes that run beside each other: most import torch, which takes a core for seconds. One that the
+system kills, as it does where memory is short, is tried again alone."""
 _POLL_S = 0.02
 _LAST_S = 5.0
 _LAST_LINE = 300
@@ -209,16 +210,21 @@ def run_probes(
     """
     waiting, running = list(probes), list[_Running]()
     ended: dict[str, list[Finding]] = {}
+    alone: list[Probe] = []
     try:
-        while waiting or running:
+        while waiting or running or alone:
             while waiting and len(running) < AT_ONCE:
                 running.append(_start(waiting.pop(0), device, command, limit_s))
+            if not running:
+                running.append(_start(alone.pop(0), device, command, limit_s))
             for child in list(running):
                 late = time.monotonic() > child.until
                 if child.process.poll() is None and not late:
                     continue
                 running.remove(child)
+                again = child.process.poll() == -signal.SIGKILL and child.probe.name not in ended
                 ended[child.probe.name] = list(_result(child, late=late, limit_s=limit_s))
+                alone += [child.probe] if again else []
             time.sleep(_POLL_S)
     finally:
         for child in running:
@@ -264,6 +270,10 @@ def _result(child: _Running, *, late: bool, limit_s: float) -> Iterator[Finding]
     if found:  # a library may crash at the exit of the process, after its work
         for fields in json.loads(found[-1].removeprefix(MARK)):
             yield Finding(**fields)
+        return
+    if code == -signal.SIGKILL:
+        reason = "its process was killed (SIGKILL), as the system does where memory is short"
+        yield replace(_failed(child, reason), cure=MORE_MEMORY)
         return
     if code is not None and code < 0:
         yield _failed(child, f"its process died of {_signal(-code)}")

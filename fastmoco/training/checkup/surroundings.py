@@ -17,6 +17,7 @@ from fastmoco.training.checkup.findings import Finding
 
 TEMPORARY = "temporary files"
 LITTLE_MEMORY = 4 * 2**30
+MORE_MEMORY = "end other programs, or raise the limit of the container (docker run --memory)"
 LITTLE_DISK = 5 * 2**30
 LITTLE_SHARED = 1 * 2**30
 FEW_FILES = 1024
@@ -105,11 +106,13 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    free = free_host_bytes()
+    try:
+        free = free_host_bytes()
+    except (ValueError, KeyError, OSError) as error:  # as where /proc is another system's
+        return Finding(name="memory", state="weak", text=f"what is free cannot be told: {error}")
     text = f"{_gib(free)} free to this process, limits of control groups included"
     if free < LITTLE_MEMORY:
-        cure = "end other programs, or raise the limit of the container (docker run --memory)"
-        return Finding(name="memory", state="weak", text=text, cure=cure)
+        return Finding(name="memory", state="weak", text=text, cure=MORE_MEMORY)
     return Finding(name="memory", state="works", text=text)
 
 
@@ -141,7 +144,10 @@ def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{_number(soft)} (the limit can be raised to {_number(hard)})"
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        cure = f"ulimit -n {FEW_FILES if hard in (resource.RLIM_INFINITY,) or hard >= FEW_FILES else hard}"
+        may_rise = hard == resource.RLIM_INFINITY or hard >= FEW_FILES
+        cure = f"ulimit -n {FEW_FILES}"
+        if not may_rise:
+            cure = f"raise the limit of the container (docker run --ulimit nofile={FEW_FILES}) or of the user"
         return Finding(name="open files", state="weak", text=text, cure=cure)
     return Finding(name="open files", state="works", text=text)
 

@@ -78,6 +78,26 @@ time.sleep(600)
     raise AssertionError("the child of the probe is still there")
 
 
+def test_a_probe_that_the_system_kills_is_tried_again_alone(tmp_path: Path) -> None:
+    """Two that do not fit beside each other, and one that never fits."""
+    script = f"""
+import json, os, sys, time
+name, folder = sys.argv[1], {str(tmp_path)!r}
+open(os.path.join(folder, name), "a").write("x")
+if name == "large" or os.path.getsize(os.path.join(folder, name)) == 1:
+    time.sleep(0.2)
+    os.kill(os.getpid(), 9)
+print({MARK!r} + json.dumps([{{"name": name, "state": "works", "text": "alone"}}]))
+"""
+    names = ("one", "two", "large")
+    tried = [Probe(name=name, title=name, install="torch", needed=True) for name in names]
+    found = run_probes(tried, "cpu", [sys.executable, "-c", script], limit_s=60)
+    assert [found[name][0].state for name in names] == ["works", "works", "broken"]
+    assert "memory is short" in found["large"][0].text
+    assert "docker run --memory" in found["large"][0].cure
+    assert [(tmp_path / name).read_text() for name in names] == ["xx"] * 3
+
+
 def test_what_a_probe_found_counts_although_its_process_crashes_at_its_end() -> None:
     script = f"""
 import json, os
@@ -404,6 +424,16 @@ def test_little_of_something_is_a_note_with_a_cure(monkeypatch: pytest.MonkeyPat
     assert found["CPU"].cure.startswith("set OMP_NUM_THREADS=1,")
     assert found["C compiler"].cure == "apt-get install gcc g++"
     assert not any(entry.needed for entry in found.values())
+
+    # A limit that this process cannot raise, and a system that does not tell its memory.
+    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(surroundings, "free_host_bytes", lambda: {}["MemAvailable"])
+    found = {entry.name: entry for entry in surroundings.surroundings()}
+    assert "docker run --ulimit nofile=1024" in found["open files"].cure
+    assert (found["memory"].state, found["memory"].text) == (
+        "weak",
+        "what is free cannot be told: 'MemAvailable'",
+    )
 
 
 def test_the_command_prints_a_table_or_json(
