@@ -64,6 +64,18 @@ REFERENCES = (
         "What a method is for the trainer. [Add an objective](../add_an_objective.md) is the guide.",
     ),
     Reference(
+        "fastmoco.objectives.build",
+        "fastmoco.objectives.build",
+        "From a configuration to its method.",
+        names=("OBJECTIVES", "build_objective", "build_model"),
+    ),
+    Reference(
+        "fastmoco.objectives.moco_v3",
+        "fastmoco.objectives.moco_v3",
+        "MoCo v3 as a module.",
+        names=("MoCoV3",),
+    ),
+    Reference(
         "fastmoco.models",
         "fastmoco.models",
         "Encoders and heads.",
@@ -95,6 +107,27 @@ REFERENCES = (
         "Optimizers and schedules. [Optimizers](../optimizers.md) compares them.",
     ),
     Reference(
+        "fastmoco.training.trainer",
+        "fastmoco.training.trainer",
+        "A run from its configuration to its last checkpoint.",
+        names=("Trainer",),
+    ),
+    Reference(
+        "fastmoco.distributed",
+        "fastmoco.distributed",
+        "Ranks, and how a model is spread over them.",
+    ),
+    Reference(
+        "fastmoco.run.events",
+        "fastmoco.run.events",
+        "The events of a run. [Is my run healthy?](../stability.md#events) lists their names.",
+    ),
+    Reference(
+        "fastmoco.telemetry.trackers.interface",
+        "fastmoco.telemetry.trackers",
+        "What a tracker is to a run. [Trackers](../trackers.md#add-a-sink) is the guide.",
+    ),
+    Reference(
         "fastmoco.checkpoint",
         "fastmoco.checkpoint",
         "Durable saves and verified loads.",
@@ -103,6 +136,30 @@ REFERENCES = (
         "fastmoco_pipelines.stores",
         "fastmoco_pipelines.stores",
         "What a store of shards is for a loader. [Add a store](../add_a_store.md) is the guide.",
+    ),
+    Reference(
+        "fastmoco_pipelines.errors",
+        "fastmoco_pipelines.errors",
+        "What loaders, stores and packing raise, beside the two of `fastmoco_pipelines` itself.",
+        names=(
+            *("LostIndexError", "RemoteError", "AbsentError", "AccessError"),
+            *("PassingError", "BusyError", "WrongContentError", "StoppedError"),
+            *("LoaderTimeoutError", "TooManyBadSamplesError", "TarError", "LabelError"),
+            *("StructureError", "ImageRefusedError", "NoRoomError", "DecodeError"),
+            "DecoderBrokenError",
+        ),
+    ),
+    Reference(
+        "fastmoco_pipelines.text",
+        "fastmoco_pipelines.text",
+        "Texts as they may be shown: without secrets.",
+        names=("redact", "without_secrets", "shown"),
+    ),
+    Reference(
+        "fastmoco_pipelines.loading.step_parts",
+        "fastmoco_pipelines.loading.step_parts",
+        "Where the time of a step goes. [Where the time goes](../profile.md) is the guide.",
+        names=("collecting", "part", "Collector", "PartFigures"),
     ),
 )
 """Every page, in the order of the navigation."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,8 @@ from benchmarks.plot import lines_of
 from benchmarks.site import charts, commands, docstrings, hooks, recipes, references
 from fastmoco.cli.commands import COMMANDS
 from fastmoco.recipes import EXPECTED, RECIPES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +107,35 @@ def test_the_reference_has_what_a_module_exports(page):
     for name in names:
         home, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(home), attribute), name
+
+
+def test_the_reference_has_what_the_pages_import():
+    def named(full):
+        home, _, name = full.rpartition(".")
+        return getattr(importlib.import_module(home), name)
+
+    documented = [
+        named(full)
+        for page in references.REFERENCES
+        for full in references.public_names(page.module, page.names)
+    ]
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+    imports = {
+        (module, name)
+        for page in pages
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        for node in ast.walk(ast.parse(textwrap.dedent(block)))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("fastmoco")
+        for module, name in ((node.module, alias.name) for alias in node.names)
+    }
+    lacks = [
+        full
+        for full in (f"{module}.{name}" for module, name in sorted(imports))
+        if all(page.module != full for page in references.REFERENCES)
+        and not any(named(full) is one for one in documented)
+    ]
+    assert len(imports) > 20
+    assert lacks == []
 
 
 def test_a_name_that_a_module_does_not_have_is_refused():
