@@ -109,6 +109,8 @@ OTHER_PROGRAMS = {
     "--nproc-per-node": "torchrun",
     "--force-reinstall": "pip",
     "--user": "docker",
+    "--shm-size": "docker",
+    "--ipc": "docker",
     "--strict": "twine and mkdocs",
     "--inplace": "rsync",
     "--targets": "benchmarks.fuzz",
