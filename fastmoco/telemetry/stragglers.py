@@ -38,6 +38,7 @@ class Stragglers:
 
     def __init__(self, objective: Any, world: World) -> None:
         self._world = world
+        self._is_first = True
         self._steps = 0
         self._waited = 0.0
         self._busy = 0.0
@@ -52,7 +53,11 @@ class Stragglers:
                 head.register_forward_pre_hook(lambda *_: self._reached_head())
 
     def begin(self, wait_seconds: float) -> None:
-        """Count a step, and the seconds for which it waited for data."""
+        """Count a step, and the seconds for which it waited for data. The first one does not count:
+        imports, compilation and a loader that has nothing yet take other times on each rank."""
+        if self._is_first:
+            self._is_first = False
+            return
         self._steps += 1
         self._waited += wait_seconds
         self._begun = self._mark()

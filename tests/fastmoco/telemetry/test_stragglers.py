@@ -73,9 +73,21 @@ def test_the_slow_rank_is_named_once_with_its_section(monkeypatch: pytest.Monkey
 def test_ranks_that_differ_little_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     others(monkeypatch, [[0.10, 0.20], [0.14, 0.28]])
     watch = Stragglers(Objective(), World(rank=0, world_size=3))
-    watch.begin(0.12)
+    for _ in range(2):
+        watch.begin(0.12)
     watch._busy = 0.24
+    assert watch.report(2) == []
+
+
+def test_the_first_step_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    others(monkeypatch, [[0.01, 0.01], [0.01, 0.01]])
+    objective = Objective()
+    watch = Stragglers(objective, World(rank=0, world_size=3))
+    watch.begin(60.0)
+    objective(0.0)
     assert watch.report(1) == []
+    watch.begin(60.0)
+    assert len(watch.report(2)) == 1
 
 
 def test_a_process_alone_measures_nothing() -> None:
