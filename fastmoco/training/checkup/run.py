@@ -90,7 +90,12 @@ def check_machine(
     ended = run_probes(rest, device, words, limit_s=limit_s)
     missing = [_missing(probe) for probe in _others(device) if not _there(probe)]
     tried = [*first, *(found for probe in rest for found in ended[probe.name])]
-    tried = [replace(found, cure=cures.get(found.text, found.cure)) for found in tried]
+    absent = {found.name for found in findings if found.needed and found.state == "broken"}
+    tried = [
+        replace(found, cure=cures.get(found.text, found.cure))
+        for found in tried
+        if found.name not in absent  # else it is told already
+    ]
     return Checkup(device=device, findings=(*findings, *faults, *tried, *missing))
 
 

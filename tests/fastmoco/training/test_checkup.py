@@ -152,6 +152,14 @@ def test_without_torch_nothing_else_is_tried_and_training_cannot_run() -> None:
     assert found.as_json()["trains"] is False
 
 
+def test_a_torch_that_is_not_installed_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Finding(name="torch", state="broken", text="not installed", cure="x", needed=True)
+    monkeypatch.setattr(run, "package_findings", lambda: [absent])
+    found = _whole("import no_such_library")
+    assert [entry for entry in found.findings if entry.name == "torch"] == [absent]
+    assert not any(entry.name == "training" for entry in found.findings)
+
+
 def test_what_is_not_needed_may_be_broken() -> None:
     script = f"""
 import json, sys
