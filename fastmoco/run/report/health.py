@@ -26,7 +26,9 @@ COLLAPSED = 0.1
 MOST_REASONS = 20
 """Reasons that are given; events of unknown names have one each."""
 EARLY = 20
-"""Logged steps before a run is judged."""
+"""Logged steps before a run that has not finished is judged healthy."""
+WORSE = 0.05
+"""A loss above that of knowing nothing by this share of it is worth a look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,8 @@ def health_of(run: ReportRun) -> Health:
         return Health(verdict="not healthy", reasons=(*grave, *odd)[:MOST_REASONS])
     if odd:
         return Health(verdict="look at it", reasons=(*odd, *good)[:MOST_REASONS])
-    if logged < EARLY and run.state == "training":
-        few = f"{logged} logged steps are too few to judge"
+    if logged < EARLY and run.state != "finished":
+        few = f"{counted(logged, 'logged step')}: too early to judge"
         return Health(verdict="too early", reasons=(few, *good))
     return Health(verdict="healthy", reasons=tuple(good))
 
@@ -67,13 +69,18 @@ def _judge_loss(run: ReportRun, grave: list[str], odd: list[str], good: list[str
         else:
             odd.append(f"the loss was not finite in {counted(len(lost), 'logged step')}")
     if loss is None:
-        odd.append("no loss is recorded")
+        if lost is None and (run.series or run.lost or run.state == "finished"):
+            odd.append("no loss is recorded")
         return
     first, end = float(loss.values[0]), float(np.median(loss.values[-9:]))
     known = run.panels.lines.get("loss", {})
     uninformed = next(iter(known.values()), math.nan)
     beside = f", {number(uninformed)} for knowing nothing" if math.isfinite(uninformed) else ""
-    good.append(f"the loss went from {number(first)} to {number(end)}{beside}")
+    went = f"the loss went from {number(first)} to {number(end)}"
+    if len(loss.steps) >= EARLY and end > uninformed + WORSE * abs(uninformed):
+        odd.append(f"{went}, above {number(uninformed)} for knowing nothing")
+    else:
+        good.append(f"{went}{beside}")
 
 
 def _judge_accuracy(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
