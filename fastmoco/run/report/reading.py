@@ -181,7 +181,7 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         if not metric.startswith(SPIKE)
     }
     return ReportRun(
-        name=name or path.absolute().name,
+        name=name or names_of([path])[0],
         folder=folder,
         saved=saved,
         panels=_fewer(Panels.of(saved), kept),
@@ -208,7 +208,7 @@ def _fewer(panels: Panels, series: Mapping[str, Series]) -> Panels:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """A short name for each of some runs, no two alike: the end of its path."""
-    parts = [path.absolute().parts for path in paths]
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     own = list(dict.fromkeys(parts))
     depths = dict.fromkeys(own, 1)
 

@@ -479,7 +479,10 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
 
 
 def test_places_keep_their_order(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path))
+    inside = write_run(tmp_path / "run") / "checkpoints"
+    inside.mkdir()
+    run = read_run(inside / "..")
+    assert run.name == "run"
     assert tuple(run.prefixed("gradient_norm/")) == PLACES
 
 
