@@ -44,7 +44,7 @@ Near = Callable[[str, Config], Sequence[str]]
 def is_config_file(word: str) -> bool:
     """Whether a word in place of a recipe is the name of a file."""
     path = Path(word)
-    if word in RECIPES:
+    if not word or word in RECIPES:
         return False
     if path.is_dir():
         return (path / "config.json").exists() or not near_recipes(word)

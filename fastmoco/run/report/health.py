@@ -17,7 +17,7 @@ from fastmoco_pipelines.text import counted
 
 Verdict = Literal["healthy", "look at it", "not healthy", "too early"]
 SERIOUS = ("collapse", "forgetting", "no_learning")
-"""Events after which the encoder is of no use."""
+"""Events after which the encoder is of no use, unless it has learned since."""
 SPIKES = ("gradient_spike", "gradient_not_finite")
 SLOW = 0.2
 """Share of the time spent waiting for data that is worth a look."""
@@ -125,7 +125,9 @@ def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
 
 def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
     counts = Counter(event.name for event in run.events)
-    grave += [_last(run, name) for name in SERIOUS if counts[name]]
+    for name in SERIOUS:
+        if counts[name]:
+            (odd if _recovered(run, name) else grave).append(_last(run, name))
     spikes = [event for event in run.events if event.name in SPIKES]
     if spikes:
         steps = {event.step for event in spikes}
@@ -138,6 +140,24 @@ def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[s
         good.append("no gradient spike is recorded")
     others = set(counts) - set(SERIOUS) - set(SPIKES)
     odd += [_last(run, name) for name in sorted(others) if not name.endswith("_dip")]
+
+
+def _recovered(run: ReportRun, name: str) -> bool:
+    """Whether an accuracy shows that the run has learned after the last event of a name: its best is
+    of a later step, is no chance, and was kept. No accuracy takes back a collapse."""
+    if name == "collapse":
+        return False
+    step = max(event.step for event in run.events if event.name == name)
+    for metric in run.panels.figures:
+        series = run.series.get(metric)
+        if series is None:
+            continue
+        best = int(np.argmax(series.values))
+        chance = run.panels.lines.get(metric, {}).get("chance", 0.0)
+        top, last = series.values[best], series.values[-1]
+        if series.steps[best] > step and top > chance + DIP and last >= top - DIP:
+            return True
+    return False
 
 
 def _last(run: ReportRun, name: str) -> str:

@@ -312,6 +312,7 @@ def test_the_config_of_a_run_is_read_and_its_folder_named(tmp_path: Path) -> Non
         ("my.yaml", True),
         ("MY.YML", True),
         ("a/b", False),
+        ("", False),
         ("runs/first/config.json", True),
     ],
 )

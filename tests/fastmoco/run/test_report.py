@@ -285,6 +285,21 @@ def test_an_event_of_collapse_is_grave(tmp_path: Path) -> None:
     assert health_of(run).reasons[0] == "step 100: features are collapsing"
 
 
+@pytest.mark.parametrize(
+    ("knn", "verdict"),
+    [
+        ({0: 0.1, 60: 0.11, 120: 0.115}, "not healthy"),
+        ({0: 0.1, 60: 0.7, 120: 0.7}, "not healthy"),
+        ({0: 0.1, 60: 0.11, 120: 0.7}, "look at it"),
+    ],
+)
+def test_a_run_that_learns_after_all_has_recovered(tmp_path, knn, verdict) -> None:
+    event = {"name": "no_learning", "layer": None, "size": 2.3, "text": "it learns nothing"}
+    run = read_run(write_run(tmp_path, knn=knn, more=({"step": 70, "event": event},)))
+    found = health_of(run)
+    assert (found.verdict, found.reasons[0]) == (verdict, "step 70: it learns nothing")
+
+
 def test_spikes_of_earlier_versions_are_events_once(tmp_path: Path) -> None:
     spike = {"step": 50, "time": 1.7e9, "spike/first_block": 44.0, "spike/total": None}
     run = read_run(write_run(tmp_path, spikes={50: 40.0}, more=(spike,)))
