@@ -230,7 +230,8 @@ def require(fact: bool, text: str) -> None:
 def install(inside: Path, *words: str | Path) -> None:
     """Install something by the pip of this environment into that of another interpreter."""
     pip = (sys.executable, "-m", "pip", "--python", inside, "install", "--quiet")
-    run(*pip, "--disable-pip-version-check", *words, cure="" if "--no-index" in words else INDEX)
+    cure = "" if "--no-index" in words else INDEX
+    run(*pip, "--disable-pip-version-check", *words, cwd=inside.parent, cure=cure)
 
 
 def environment(home: Path, name: str, wheel: Path, packages: Path) -> Path:
