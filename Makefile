@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 DALI := $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda12 || echo cuda13)
 READY := $(VENV)/.ready-$(DALI)
 
-.PHONY: quickstart test long faults chaos fuzz check docs dist installed kernels gpu rehearsal format bench bench-quick learning clean
+.PHONY: quickstart test long faults chaos fuzz check docs dist installed trackio kernels gpu rehearsal format bench bench-quick learning clean
 
 quickstart: $(READY)  ## train a tiny encoder on handwritten digits, a few minutes
 	$(RUN)/fastmoco quickstart --out quickstart
@@ -40,7 +40,7 @@ check: $(READY)  ## format, lint, types, layering, spelling, shell scripts, pack
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 	$(RUN)/codespell
-	$(RUN)/shellcheck -x launch/*.sh && $(RUN)/shellcheck -s bash benchmarks/gpu/away.sh
+	$(RUN)/shellcheck -x launch/*.sh .ci/* && $(RUN)/shellcheck -s bash benchmarks/gpu/away.sh
 	$(RUN)/validate-pyproject pyproject.toml
 	$(RUN)/cibuildwheel --print-build-identifiers --platform linux .
 	$(RUN)/hadolint Dockerfile
@@ -51,7 +51,10 @@ dist: $(READY)  ## sdist and wheels in dist/, built and checked
 
 # Variable: OUT (folder of the quickstart).
 installed: $(READY)  ## make dist, and the quickstart by the wheel in a fresh environment away from here, and what works without a compiler
-	$(RUN)/python tests/installed.py --install --out "$(or $(OUT),quickstart)"
+	$(RUN)/python tests/installed.py --trackio --install --out "$(or $(OUT),quickstart)"
+
+trackio: $(READY)  ## make dist, and the test of trackio in an environment with the older Pillow that it wants; part of make installed
+	$(RUN)/python tests/installed.py --trackio
 
 # The variable silences the theme's notice about the next version of mkdocs.
 docs: $(READY)  ## build the site into build/site; a broken link or a page that the navigation lacks fails

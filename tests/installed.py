@@ -6,8 +6,12 @@ machine without a compiler gets it. `make installed` then installs each into an 
 the first, which has the C part, the whole quickstart runs. In the second, without a compiler on PATH, a
 training of two epochs runs. A third has torch and its own requirements alone, for `fastmoco_kernels`.
 
+`make trackio`, a part of `make installed`, installs the wheel with its extra `trackio`, which wants an
+older Pillow than `constraints.txt` has, and runs the test that reads back what trackio has logged.
+
 The environments take the other packages from `.venv`, by a list of folders: only fastmoco itself is
-installed. Its modules must come from there, which is checked.
+installed, and for trackio what `tests/trackio.txt` names. Its modules must come from there, which is
+checked.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "fastmoco_kernels/cut_views/_native.abi3.so"
+INDEX = "this needs the package index: pip says above whether it could be reached"
+PINS = ROOT / "tests" / "trackio.txt"
+READ_BACK = "tests/fastmoco/telemetry/trackers/test_read_back.py"
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
 BUILD_FILES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"),
@@ -74,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder of the result")
     parser.add_argument("--install", action="store_true", help="install the wheels and use them")
+    parser.add_argument("--trackio", action="store_true", help="test trackio with its own Pillow")
     parser.add_argument("--out", type=Path, default=None, help="a folder for the quickstart")
     chosen = parser.parse_args(arguments)
     began = time.monotonic()
@@ -84,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sdist, compiled, pure = build(dist, home)
         check(sdist, compiled, pure)
         say(f"built and checked after {time.monotonic() - began:.0f} s")
+        if chosen.trackio:
+            read_back(compiled, home)
+            say(f"trackio tested after {time.monotonic() - began:.0f} s")
         if chosen.install:
             use(compiled, pure, home, chosen.out and chosen.out.resolve())
             say(f"installed and used after {time.monotonic() - began:.0f} s")
@@ -94,13 +105,14 @@ def say(text: str) -> None:
     print(f"installed: {text}", flush=True)
 
 
-def run(*words: str | Path, path: str | None = None, cwd: Path = ROOT) -> str:
+def run(*words: str | Path, path: str | None = None, cwd: Path = ROOT, cure: str = "") -> str:
     """Run a program, show what it says if it fails, and return its output.
 
     Args:
         words: the program and its arguments.
         path: PATH, in place of this process's.
         cwd: where it runs.
+        cure: what is said beside the exit code if it fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
@@ -117,7 +129,8 @@ def run(*words: str | Path, path: str | None = None, cwd: Path = ROOT) -> str:
     )
     if done.returncode:
         print(done.stdout)
-        sys.exit(f"installed: {' '.join(map(str, words))}: ended with code {done.returncode}")
+        told = f"ended with code {done.returncode}{cure and '; '}{cure}"
+        sys.exit(f"installed: {' '.join(map(str, words))}: {told}")
     return done.stdout
 
 
@@ -143,7 +156,7 @@ def without_compilers(home: Path) -> str:
 def build(dist: Path, home: Path) -> tuple[Path, Path, Path]:
     """The sdist, the wheel that a compiler makes of it, and the wheel without one."""
     python = sys.executable
-    run(python, "-m", "build", "--sdist", "--outdir", dist, ROOT)
+    run(python, "-m", "build", "--sdist", "--outdir", dist, ROOT, cure=INDEX)
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(home / "source", filter="data")
@@ -214,6 +227,13 @@ def require(fact: bool, text: str) -> None:
         sys.exit(f"installed: {text}")
 
 
+def install(inside: Path, *words: str | Path) -> None:
+    """Install something by the pip of this environment into that of another interpreter."""
+    pip = (sys.executable, "-m", "pip", "--python", inside, "install", "--quiet")
+    cure = "" if "--no-index" in words else INDEX
+    run(*pip, "--disable-pip-version-check", *words, cwd=inside.parent, cure=cure)
+
+
 def environment(home: Path, name: str, wheel: Path, packages: Path) -> Path:
     """A fresh environment with the wheel, and the other packages from a folder.
 
@@ -228,10 +248,7 @@ def environment(home: Path, name: str, wheel: Path, packages: Path) -> Path:
     """
     folder = home / name
     run(sys.executable, "-m", "venv", "--without-pip", folder)
-    inside = folder / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", inside)
-    quiet = ("--quiet", "--disable-pip-version-check")
-    run(*pip, "install", *quiet, "--no-deps", "--no-index", wheel, cwd=home)
+    install(folder / "bin" / "python", "--no-deps", "--no-index", wheel)
     own = sysconfig.get_path("purelib", vars={"base": str(folder)})
     (Path(own) / "packages.pth").write_text(f"{packages}\n")
     return folder / "bin"
@@ -265,6 +282,34 @@ def _installed(name: str) -> bool:
         return bool(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def read_back(wheel: Path, home: Path) -> None:
+    """Install the wheel with its extra `trackio`, in the versions of PINS, and run the test of trackio
+    there; one that is skipped is a failure.
+    """
+    programs = environment(home, "trackio", wheel, Path(sysconfig.get_path("purelib")))
+    inside = programs / "python"
+    install(inside, "-c", PINS, f"{wheel}[trackio]")
+
+    # Nothing that is not pinned, so that every machine tests the same versions.
+    own = sysconfig.get_path("purelib", vars={"base": str(programs.parent)})
+    found = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions(path=[own])}
+    free = {one for one in found if not one.startswith("fastmoco==")}
+    free -= set(PINS.read_text().splitlines())
+    require(
+        not free, f"{PINS} lacks {', '.join(sorted(free))}, which pip has installed for trackio"
+    )
+
+    # The test away from the repository, so that it takes fastmoco from the wheel.
+    place = home / "read-back"
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/tracked_runs.py", READ_BACK):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    run(inside, "-c", FROM_WHEEL, "compiled", cwd=place)
+    test = (f"{READ_BACK}::test_trackio_on_this_machine", "-rs", "--basetemp", home / "runs")
+    told = run(inside, "-m", "pytest", *test, cwd=place)
+    require("\n1 passed in " in told, f"the test of trackio has not run: {told}")
 
 
 def use(compiled: Path, pure: Path, home: Path, out: Path | None) -> None:

@@ -201,6 +201,15 @@ def test_the_command_of_the_agent_is_a_list_on_the_loopback_interface() -> None:
     assert command[command.index("--local-addr") + 1] == "127.0.0.1"
 
 
+def test_torchrun_takes_no_option_of_fastmoco_for_its_own() -> None:
+    parse_args = pytest.importorskip("torch.distributed.run").parse_args
+    words = ["train", "r", "--log", "json", "--out", "runs/a", "--", "-m"]
+    command = launch_command(2, words, "logs")
+    found = parse_args(command[command.index("--standalone") :])
+    assert (found.training_script, found.training_script_args) == ("fastmoco", words)
+    assert (found.module, found.log_dir) == (True, "logs")
+
+
 @pytest.mark.parametrize("given", [["--gpus", "8"], ["--gpus=8"]])
 def test_the_workers_do_not_start_workers(given: list[str]) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")

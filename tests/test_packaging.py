@@ -57,17 +57,29 @@ def test_the_extras_that_messages_name_exist() -> None:
     assert set(EXTRA_OF_MODULE.values()) <= set(EXTRAS)
 
 
-def test_every_pin_is_exact_and_every_tool_is_pinned() -> None:
-    lines = [
-        line
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
+def pins(file: str) -> dict[str, str]:
+    """Version by name, of a file whose every line is `NAME==VERSION`."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", line)]
-    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
+    pairs = (line.split("==") for line in lines)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+def test_every_pin_is_exact_and_every_tool_is_pinned() -> None:
     free = {"triton"}  # the CUDA builds of torch name the one version they work with
+    pinned = pins("constraints.txt")
     missing = {name for name in names(EXTRAS["dev"]) if name.lower() not in pinned} - free
     assert not missing
+
+
+def test_trackio_is_tested_with_the_pinned_versions_but_for_pillow() -> None:
+    own = pins("tests/trackio.txt")
+    assert own.keys() & pins("constraints.txt").keys() == {"pillow"}
+    for requirement in (*PROJECT["project"]["dependencies"], *EXTRAS["trackio"]):
+        name = names([requirement]).pop()
+        if name in own:
+            assert satisfies(own[name], requirement.removeprefix(name))
+    assert {"pillow", "trackio"} <= own.keys()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_the_map_of_the_benchmarks_names_every_file_and_folder():
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert not {name for name in folders | files if f"`{name}`" not in readme}
+
+
+def test_ci_goes_on_without_a_browser_and_says_so(tmp_path):
+    """On a PATH with neither a browser nor apt-get."""
+    for name in ("bash", "dirname", "grep", "id"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        [tmp_path / "bash", ROOT / ".ci" / "browser"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert re.fullmatch(r"ci: no Chromium: .+ is going to be skipped\.\n", done.stdout)
+    steps = (ROOT / ".ci" / "run").read_text()
+    assert steps.index(".ci/browser") < steps.index("make long")
 
 
 FORBIDDEN = {

@@ -72,7 +72,8 @@ def launch_command(
         "--log-dir",
         logs,
     ]
-    return [*agent, *counts, "-m", "fastmoco", *args]
+    # Without the dashes torchrun takes a word such as --log for one of its own options.
+    return [*agent, *counts, "-m", "--", "fastmoco", *args]
 
 
 def launch(processes: int, args: Sequence[str], out: Path, *, device: str = "auto") -> int:

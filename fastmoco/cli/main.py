@@ -17,6 +17,7 @@ from fastmoco.cli.environment import (
     require_current_folder,
     without_modules_here,
 )
+from fastmoco.cli.output import PROCESS_ENDS
 from fastmoco.cli.pages import HELP, of_function, overview, show_page
 from fastmoco.cli.words import prepare_streams, prepare_words
 from fastmoco.errors import (
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output has closed its pipe.
     """
     process_ends = argv is None
+    token = PROCESS_ENDS.set(process_ends)
     if process_ends:
         open_closed_streams()
         leave_current_folder()
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = EXIT_FAILED
             else:
                 raise
+        finally:
+            PROCESS_ENDS.reset(token)
     if process_ends and is_orphan():
         # Nobody reads its output, and Python takes seconds to put away what torch has made.
         close_output()

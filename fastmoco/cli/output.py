@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from fastmoco.errors import (
     EXIT_FAILED,
@@ -29,6 +30,9 @@ STATES = {
     EXIT_INTERRUPTED: "interrupted",
 }
 """How a line of JSON calls the end of a command, by its exit code."""
+
+PROCESS_ENDS: ContextVar[bool] = ContextVar("PROCESS_ENDS", default=False)
+"""Whether this process ends with the command; else a program has called it, and goes on."""
 
 
 def width() -> int:
@@ -66,18 +70,17 @@ def run_logged(
     style: Style,
     call: Callable[[], int],
     *,
-    process_ends: bool = False,
     starts_others: bool = False,
 ) -> int:
     """Run a command that trains, and show its progress as `--log` says.
 
     With `json`, standard output has lines of JSON alone, and whatever else this process and its
-    libraries print there goes to standard error. The last line says how the command ended.
+    libraries print there goes to standard error: where the process ends with the command
+    (`PROCESS_ENDS`) also what they write to the descriptor. The last line says how the command ended.
 
     Args:
         style: of the option.
         call: returns the exit code.
-        process_ends: whether the process ends after it; only then its descriptor is changed too.
         starts_others: whether `call` starts processes that write to the same standard output.
 
     Returns:
@@ -91,7 +94,7 @@ def run_logged(
             STYLE.reset(token)
 
     stream = sys.stdout
-    if process_ends and not starts_others:
+    if PROCESS_ENDS.get() and not starts_others:
         stream = open(os.dup(1), "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         sys.stdout.flush()
         os.dup2(2, 1)

@@ -332,7 +332,6 @@ def _train(args: list[str], start_up: StartUp, *, process_ends: bool) -> int:
         return run_logged(
             parsed.log,
             lambda: _run(parsed, args, start_up, process_ends=process_ends),
-            process_ends=process_ends,
             starts_others=parsed.gpus > 0,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,13 +78,16 @@ class _Page:
             raise ValueError(f"out={out}: is the name of a file of a run: choose another one")
         if out.is_dir():
             raise IsADirectoryError(21, "Is a directory", str(out))
+        existing = next(folder for folder in out.absolute().parents if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f"out={out}: {existing} cannot be written; give --out FILE")
         self.out = out
         self._runs = list(zip(runs, names_of(runs), strict=True))
         self._pictures = pictures
         self._shards = shards
         self._chip = chip
         self._made: dict[Path, tuple[object, Any]] = {}
-        self._sizes: dict[Path, int] = {}
+        self._sizes: dict[Path, int | None] = {}
         self._told: set[str] = set()
 
     def write(self, refresh_s: int = 0) -> bool:
@@ -94,24 +98,25 @@ class _Page:
         from fastmoco.run.report.page import write_report
         from fastmoco.run.report.reading import read_run
 
+        sizes = {path: _size(path) for path, _ in self._runs}
         found = [read_run(path, name) for path, name in self._runs]
         for run in found:
             for note in run.notes:
                 if note not in self._told:
                     self._told.add(note)
                     say(note)
-        going = [run for run in found if self._goes_on(run)]
+        # One that neither has ended nor is locked may train on another machine: it does if its
+        # metrics have grown since the last page.
+        grown = [path for path, size in sizes.items() if self._sizes.get(path) != size]
+        self._sizes = sizes
+        going = [
+            run
+            for run in found
+            if run.state == "training" or (run.state == "interrupted" and run.folder.path in grown)
+        ]
         extras = [self._extras(run) for run in found]
         write_report(found, extras, self.out, refresh_s=refresh_s if going else 0)
         return bool(going)
-
-    def _goes_on(self, run: ReportRun) -> bool:
-        """Whether a run trains. One that neither has ended nor is locked may train on another
-        machine: it does if its metrics have grown since the last page."""
-        path = run.folder.metrics
-        before, now = self._sizes.get(path), path.stat().st_size
-        self._sizes[path] = now
-        return run.state == "training" or (run.state == "interrupted" and before != now)
 
     def watch(self, interval: int) -> None:
         """Write the page again and again while a run trains."""
@@ -156,6 +161,16 @@ class _Page:
             speed=facts.speed_facts(run, self._chip),
             memory=facts.memory_facts(run),
         )
+
+
+def _size(run: Path) -> int | None:
+    """Bytes of the metrics of a run; None without them."""
+    from fastmoco.run.folder import RunFolder
+
+    try:
+        return RunFolder(run).metrics.stat().st_size
+    except OSError:
+        return None
 
 
 def _differences(run: ReportRun) -> Table:

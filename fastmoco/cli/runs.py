@@ -65,12 +65,17 @@ def _print(found: list[RunLine], folder: Path) -> None:
 
 
 def _print_blocks(console: Terminal, found: list[RunLine], folder: Path) -> None:
-    """Two or three lines a run."""
+    """Some lines a run."""
     for run in found:
         name, state, step, knn, best, speed, written, _, recipe = _row(run, folder, hosts=True)
         console.print(f"{name}  {state}", soft_wrap=True)
-        console.print(f"  {step}  kNN {knn} (best {best})  {speed} images/s")
-        console.print(f"  {recipe}, {written}")
+        line = ""
+        for part in (step, f"kNN {knn} (best {best})", f"{speed} images/s", recipe, written):
+            if line and len(line) + 2 + len(part) > console.width:
+                console.print(line)
+                line = ""
+            line += f"  {part}"
+        console.print(line)
         if run.fault:
             console.print(f"  {run.fault}")
 

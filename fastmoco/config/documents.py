@@ -244,9 +244,7 @@ class _YamlReader:
         self._count += 1
         if self._count > MOST_VALUES:
             raise self._error(node, f"has more than {MOST_VALUES:,} values, aliases counted")
-        if node.tag not in _TAGS:
-            tag = escaped(node.tag.replace(_TAG, "!!"))
-            raise self._error(node, f"the tag {tag} is not read; leave it out")
+        self._check_tag(node)
         if id(node) in self._within:
             raise self._error(node, "contains itself by an alias")
         kind = node.id
@@ -272,6 +270,7 @@ class _YamlReader:
         for key, inner in node.value:
             if key.id != "scalar":
                 raise self._error(key, "a name must be one word")
+            self._check_tag(key)
             if key.tag == _TAG + "merge":
                 several = inner.value if inner.id == "sequence" else [inner]
                 for one in several:
@@ -287,6 +286,11 @@ class _YamlReader:
             own[name] = self.value(inner, (*path, name))
             self.lines[(*path, name)] = key.start_mark.line + 1
         return merged | own
+
+    def _check_tag(self, node: Any) -> None:
+        if node.tag not in _TAGS:
+            tag = escaped(node.tag.replace(_TAG, "!!"))
+            raise self._error(node, f"the tag {tag} is not read; leave it out")
 
     def _error(self, node: Any, what: str) -> UnfitFileError:
         return UnfitFileError(f"{self._name}:{node.start_mark.line + 1}: {what}")

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -34,6 +34,7 @@ _NONE = ("", "~", "null", "Null", "NULL", "None", "none")
 _SWITCHES = ("yes", "no", "on", "off", "y", "n")
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BASE_8 = re.compile(r"[+-]?0[0-9_]+")
 _INFINITE = re.compile(r"[+-]?\.?(inf|nan)", re.IGNORECASE)
 
 Near = Callable[[str, Config], Sequence[str]]
@@ -43,8 +44,11 @@ Near = Callable[[str, Config], Sequence[str]]
 def is_config_file(word: str) -> bool:
     """Whether a word in place of a recipe is the name of a file."""
     path = Path(word)
-    named = path.suffix.lower() in SUFFIXES
-    return word not in RECIPES and (named or path.is_file() or (path / "config.json").exists())
+    if not word or word in RECIPES:
+        return False
+    if path.is_dir():
+        return (path / "config.json").exists() or not near_recipes(word)
+    return path.suffix.lower() in SUFFIXES or path.is_file()
 
 
 def near_fields(name: str, config: Config) -> list[str]:
@@ -188,7 +192,7 @@ class _Reader:
             if name == "kind" and isinstance(base, ObjectiveConfig):
                 continue
             if name not in hints:
-                self._unknown(place)
+                self._unknown(place, hints)
                 continue
             hint, before = hints[name], getattr(base, name)
             if dataclasses.is_dataclass(before):
@@ -224,7 +228,8 @@ class _Reader:
         name = ".".join(map(str, path))
         self.faults.append(f"{self._document.where(path)}: {escaped(name)}: {what}")
 
-    def _unknown(self, path: tuple[Key, ...]) -> None:
+    def _unknown(self, path: tuple[Key, ...], beside: Iterable[str]) -> None:
+        """Tell of a key that its group, with these names, does not have."""
         name = ".".join(map(str, path))
         if name in OF_THE_COMMAND:
             hint = f"it is an option of the command, --{name}"
@@ -232,7 +237,10 @@ class _Reader:
             group, _, last = name.rpartition(".")
             hint = f"write {last} below {group}:"
         else:
-            near = list(self._near(name, self._base))
+            word = str(path[-1]).lower().replace("-", "_")
+            own = difflib.get_close_matches(word, beside, n=1, cutoff=0.7)
+            near = [".".join(map(str, (*path[:-1], known))) for known in own]
+            near = near or list(self._near(name, self._base))
             hint = f"did you mean {' or '.join(near)}?" if near else "print-config shows all"
         self.faults.append(
             f"{self._document.where(path)}: unknown key {shown_word(name[:200])}; {hint}"
@@ -281,7 +289,7 @@ def _plain(parts: tuple[Any, ...], word: Plain) -> Any:
         return text.lower() == "true"
     if int in parts and _INTEGER.fullmatch(text) and len(text) < 40:
         return int(text)
-    if float in parts and _NUMBER.fullmatch(text):
+    if float in parts and _NUMBER.fullmatch(text) and not _BASE_8.fullmatch(text):
         return int(text) if _INTEGER.fullmatch(text) and len(text) < 40 else float(text)
     if float in parts and _INFINITE.fullmatch(text):
         return float(text.replace(".", ""))  # refused by the limits, as the option
@@ -290,7 +298,7 @@ def _plain(parts: tuple[Any, ...], word: Plain) -> Any:
     hint = _near_word(parts, text)
     if bool in parts and text.lower() in _SWITCHES:
         hint = "; write true or false"
-    elif int in parts and re.fullmatch(r"0[0-9]+", text):
+    elif {int, float} & set(parts) and _BASE_8.fullmatch(text):
         hint = "; some readers take a leading zero for base 8: leave it out"
     elif str in parts:
         hint = ", '' if it is empty"
@@ -348,7 +356,7 @@ def _got(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or (isinstance(value, Plain) and value in _NONE[:5]):
-        return "no value" if not value else "null"
+        return "no value" if value == "" else "null"
     if isinstance(value, Plain):
         return shown_word(value[:100])
     return f"the text {value[:100]!r}" if isinstance(value, str) else str(value)[:100]

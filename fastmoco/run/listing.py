@@ -165,7 +165,7 @@ def read_run(path: Path, locks: dict[int, set[int]] | None = None) -> RunLine:
         readable = os.access(path / "config.json", os.R_OK)
         faults.append("config.json is damaged" if readable else "config.json cannot be read")
     elif not _is_config(saved):
-        faults.append("config.json is missing" if not saved else "config.json is none of a run")
+        faults.append("config.json is missing" if not saved else "config.json is not that of a run")
     last, best, written = _metrics(path / "metrics.jsonl", faults)
     if written is None:
         written = _time(path / "config.json")

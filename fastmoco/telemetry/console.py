@@ -44,6 +44,8 @@ ECHO = 3
 """Columns that stay free at the right: in a full line, `^C` would move the table by a row."""
 NARROW = 60
 """Columns below which labels are short and there is no frame."""
+WIDEST = 48
+"""Columns of a number with its label: further apart the eye loses the row."""
 LONGEST_EVENT = 3
 """Rows of one event."""
 LONGEST_KIND = 500
@@ -455,7 +457,7 @@ class Console:
                 continue
             cells.append((short if narrow else name, "-" if text is None else text))
         gap = 2 if narrow else 4
-        one = max(1, (width - gap) // 2)
+        one = max(1, min((width - gap) // 2, WIDEST))
         lines = []
         for number in range(0, len(cells), 2):
             pair = cells[number : number + 2]

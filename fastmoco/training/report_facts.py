@@ -18,7 +18,7 @@ from fastmoco.planning.costs import count_step
 from fastmoco.run.listing import HOST
 from fastmoco.run.report.pictures import Table
 from fastmoco.run.report.reading import ReportRun
-from fastmoco_pipelines.text import counted
+from fastmoco_pipelines.text import counted, escaped
 
 Made = TypeVar("Made")
 
@@ -64,6 +64,10 @@ def checkpoint_table(run: ReportRun) -> Table:
 
 def _checkpoint_row(path: Path) -> list[str]:
     marker = read_marker(path)
+    for name, promised in marker["files"].items():
+        found, wanted = (path / name).lstat().st_size, promised["bytes"]
+        if found != wanted:
+            raise ValueError(f"{escaped(name)} has {found:,} bytes in place of {wanted:,}")
     size = sum(file.lstat().st_size for file in path.iterdir())
     score = score_of(path)
     ranks = counted(int(marker["world_size"]), "rank")

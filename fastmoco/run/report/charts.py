@@ -240,7 +240,13 @@ def feature_chart(found: FeatureMap, key: str, name: str) -> Chart:
     if rest.any():
         traces.append(_points(found, rest, "other" if own else "images", "@muted", "circle"))
     layout = base_layout()
-    bare = {"showgrid": False, "showticklabels": False, "showline": False, "title": {"text": ""}}
+    bare = {
+        "showgrid": False,
+        "showticklabels": False,
+        "showline": False,
+        "ticks": "",
+        "title": {"text": ""},
+    }
     layout["xaxis"] |= bare
     layout["yaxis"] |= bare
     layout["margin"] = {"l": 8, "r": 8, "t": 12, "b": 8}
@@ -300,33 +306,33 @@ def step_times(run: ReportRun) -> dict[str, float] | None:
 
 def _step_bars(runs: Sequence[ReportRun]) -> Chart | None:
     """Where the time of a step went: training and waiting, and beside it the loader's stages."""
-    parts: dict[str, dict[str, float]] = {}
+    parts: list[tuple[str, dict[str, float]]] = []
     for run in runs:
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        prefix = f"{run.short}: " if len(runs) > 1 else ""
         times = step_times(run)
         if times is None:
             continue
-        parts[f"{prefix}step"] = times
+        parts.append((f"{prefix}step", times))
         stages = {
             label: float(np.median(run.series[f"loader/{name}"].values))
             for name, label in LOADER_STAGES.items()
             if f"loader/{name}" in run.series
         }
         if stages:
-            parts[f"{prefix}loader"] = stages
+            parts.append((f"{prefix}loader", stages))
     if not parts:
         return None
-    labels = list(dict.fromkeys(label for times in parts.values() for label in times))
+    labels = list(dict.fromkeys(label for _, times in parts for label in times))
     traces = []
     for order, label in enumerate(labels):
-        bars = [(bar, times[label]) for bar, times in parts.items() if label in times]
+        bars = [(row, times[label]) for row, (_, times) in enumerate(parts) if label in times]
         traces.append(
             {
                 "type": "bar",
                 "orientation": "h",
                 "name": text(label),
                 "x": rounded(np.array([value for _, value in bars])),
-                "y": [text(bar) for bar, _ in bars],
+                "y": [row for row, _ in bars],
                 "marker": {
                     "color": f"@s{order % COLORS}",
                     "pattern": {"shape": "/" if order >= COLORS else ""},
@@ -336,12 +342,17 @@ def _step_bars(runs: Sequence[ReportRun]) -> Chart | None:
         )
     layout = base_layout()
     layout["xaxis"] |= {"title": {"text": "ms per step"}, "rangemode": "tozero", "tickformat": ""}
-    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(parts))),
+        "ticktext": [text(bar) for bar, _ in parts],
+        "autorange": "reversed",
+        "showgrid": False,
+    }
     layout |= {"barmode": "stack", "hovermode": "closest", "showlegend": True}
     layout["legend"] |= {"traceorder": "normal"}
     rows = [
         (f"{bar}: {label}", f"{number(value)} ms", "", "", "")
-        for bar, times in parts.items()
+        for bar, times in parts
         for label, value in times.items()
     ]
     return Chart(

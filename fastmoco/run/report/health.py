@@ -17,7 +17,7 @@ from fastmoco_pipelines.text import counted
 
 Verdict = Literal["healthy", "look at it", "not healthy", "too early"]
 SERIOUS = ("collapse", "forgetting", "no_learning")
-"""Events after which the encoder is of no use."""
+"""Events after which the encoder is of no use, unless it has learned since."""
 SPIKES = ("gradient_spike", "gradient_not_finite")
 SLOW = 0.2
 """Share of the time spent waiting for data that is worth a look."""
@@ -26,7 +26,9 @@ COLLAPSED = 0.1
 MOST_REASONS = 20
 """Reasons that are given; events of unknown names have one each."""
 EARLY = 20
-"""Logged steps before a run is judged."""
+"""Logged steps before a run that has not finished is judged healthy."""
+WORSE = 0.05
+"""A loss above that of knowing nothing by this share of it is worth a look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,8 @@ def health_of(run: ReportRun) -> Health:
         return Health(verdict="not healthy", reasons=(*grave, *odd)[:MOST_REASONS])
     if odd:
         return Health(verdict="look at it", reasons=(*odd, *good)[:MOST_REASONS])
-    if logged < EARLY and run.state == "training":
-        few = f"{logged} logged steps are too few to judge"
+    if logged < EARLY and run.state != "finished":
+        few = f"{counted(logged, 'logged step')}: too early to judge"
         return Health(verdict="too early", reasons=(few, *good))
     return Health(verdict="healthy", reasons=tuple(good))
 
@@ -67,13 +69,18 @@ def _judge_loss(run: ReportRun, grave: list[str], odd: list[str], good: list[str
         else:
             odd.append(f"the loss was not finite in {counted(len(lost), 'logged step')}")
     if loss is None:
-        odd.append("no loss is recorded")
+        if lost is None and (run.series or run.lost or run.state == "finished"):
+            odd.append("no loss is recorded")
         return
     first, end = float(loss.values[0]), float(np.median(loss.values[-9:]))
     known = run.panels.lines.get("loss", {})
     uninformed = next(iter(known.values()), math.nan)
     beside = f", {number(uninformed)} for knowing nothing" if math.isfinite(uninformed) else ""
-    good.append(f"the loss went from {number(first)} to {number(end)}{beside}")
+    went = f"the loss went from {number(first)} to {number(end)}"
+    if len(loss.steps) >= EARLY and end > uninformed + WORSE * abs(uninformed):
+        odd.append(f"{went}, above {number(uninformed)} for knowing nothing")
+    else:
+        good.append(f"{went}{beside}")
 
 
 def _judge_accuracy(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
@@ -118,7 +125,9 @@ def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
 
 def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[str]) -> None:
     counts = Counter(event.name for event in run.events)
-    grave += [_last(run, name) for name in SERIOUS if counts[name]]
+    for name in SERIOUS:
+        if counts[name]:
+            (odd if _recovered(run, name) else grave).append(_last(run, name))
     spikes = [event for event in run.events if event.name in SPIKES]
     if spikes:
         steps = {event.step for event in spikes}
@@ -131,6 +140,24 @@ def _judge_events(run: ReportRun, grave: list[str], odd: list[str], good: list[s
         good.append("no gradient spike is recorded")
     others = set(counts) - set(SERIOUS) - set(SPIKES)
     odd += [_last(run, name) for name in sorted(others) if not name.endswith("_dip")]
+
+
+def _recovered(run: ReportRun, name: str) -> bool:
+    """Whether an accuracy shows that the run has learned after the last event of a name: its best is
+    of a later step, is no chance, and was kept. No accuracy takes back a collapse."""
+    if name == "collapse":
+        return False
+    step = max(event.step for event in run.events if event.name == name)
+    for metric in run.panels.figures:
+        series = run.series.get(metric)
+        if series is None:
+            continue
+        best = int(np.argmax(series.values))
+        chance = run.panels.lines.get(metric, {}).get("chance", 0.0)
+        top, last = series.values[best], series.values[-1]
+        if series.steps[best] > step and top > chance + DIP and last >= top - DIP:
+            return True
+    return False
 
 
 def _last(run: ReportRun, name: str) -> str:

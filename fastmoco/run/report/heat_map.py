@@ -108,7 +108,7 @@ def heat_map(run: ReportRun, order: int, *, several: bool) -> Chart | None:
     marks = _events(run, set(norms), lost)
     return Chart(
         key=f"gradients-{order}",
-        title=f"Gradient norms by layer{in_brackets(run.name) if several else ''} (times the median of the layer)",
+        title=f"Gradient norms by layer{in_brackets(run.short) if several else ''} (times the median of the layer)",
         note="Each cell is the largest norm of its steps. Instability begins as a bright column in "
         "the first layers, some steps before the last ones. The marks are events.",
         figure={"data": [heat, *marks], "layout": layout},

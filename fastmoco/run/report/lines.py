@@ -7,7 +7,7 @@ parts of the steps is kept. A noisy one also has the line of its medians.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from fastmoco.run.report.figure import (
     text,
 )
 from fastmoco.run.report.reading import ReportRun, dips_of
-from fastmoco.run.report.words import Meaning
+from fastmoco.run.report.words import GROUPS, Meaning
 
 BUCKETS = 400
 """Parts of the steps that a series is thinned to; a chart is at most 1,200 pixels wide."""
@@ -35,6 +35,8 @@ SMOOTH_PARTS = 120
 """Parts of the steps whose medians make the bold line of a noisy series."""
 NOISY = 400
 """Points from which on a series has one."""
+LABEL = 0.09
+"""Height of the name of a value to compare with, as a share of a chart."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -76,7 +78,7 @@ def line_chart(
     for order, run, name, label in wanted:
         alone = len(runs) == 1
         place = present.index(name)
-        shown = label if alone else run.name if len(present) == 1 else f"{run.name}: {label}"
+        shown = label if alone else run.short if len(present) == 1 else f"{run.short}: {label}"
         style = {
             "color": f"@s{(place if alone else order) % COLORS}",
             "dash": DASHES[(place // COLORS if alone else place + order // COLORS) % len(DASHES)],
@@ -99,15 +101,19 @@ def line_chart(
     known = _known(runs, guides)
     drawn = [run.series[name] for _, run, name, _ in wanted if name in run.series]
     near, far = _near_and_far(known | dict(lines or {}), drawn, zero=zero)
-    layout["shapes"], layout["annotations"] = _guides(near, share=share)
+    labels = _apart(near, drawn)
+    layout["shapes"], layout["annotations"] = _guides(near, labels, share=share)
+    if not (zero or log or near):
+        _read_constant(layout["yaxis"], drawn)
     layout["shapes"] += [
         _upright(event.step) for run in runs for event in run.events if event.name == "rolled_back"
     ][:MOST_MARKS]
-    layout["showlegend"] = sum(trace.get("showlegend", True) for trace in traces) > 1
+    named = sum(trace.get("showlegend", True) for trace in traces)
+    layout["showlegend"] = named > 1 or meaning in GROUPS.values()
     unit = f" ({meaning.unit})" if meaning.unit else ""
     beyond = [
-        f"{name[:1].upper()}{name[1:]}: {number(value, share=share)}."
-        for name, value in far.items()
+        f"{name if len(runs) > 1 else name[:1].upper() + name[1:]}: {number(value, share=share)}."
+        for name, value in (far | {n: v for n, v in near.items() if n not in labels}).items()
     ]
     if len(logged) > len(present):
         beyond.append(f"The first {len(present)} of {len(logged)}.")
@@ -230,13 +236,18 @@ def _known(runs: Sequence[ReportRun], metric: str) -> dict[str, float]:
     for run in runs:
         for name, value in run.panels.lines.get(metric, {}).items():
             if math.isfinite(value):
-                found.setdefault(name, {})[run.name] = value
+                found.setdefault(name, {})[run.short] = value
     known: dict[str, float] = {}
     for name, values in found.items():
         if len(set(values.values())) == 1:
             known[name] = next(iter(values.values()))
-        else:
-            known |= {f"{run}: {name}": value for run, value in values.items()}
+            continue
+        alike: dict[float, list[str]] = {}
+        for short, value in values.items():
+            alike.setdefault(value, []).append(short)
+        for value, own in alike.items():
+            more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+            known[f"{own[0]}{more}: {name}"] = value
     return known
 
 
@@ -256,10 +267,29 @@ def _near_and_far(
     return near, {name: value for name, value in values.items() if name not in near}
 
 
+def _apart(values: Mapping[str, float], series: Sequence[Series]) -> set[str]:
+    """The values to compare with whose names do not cover each other, from the lowest on."""
+    ends = [end for one in series for end in (one.values.min(), one.values.max())]
+    ends += values.values()
+    least = LABEL * (float(max(ends)) - float(min(ends))) if ends else 0.0
+    kept: dict[str, float] = {}
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        if not kept or value - max(kept.values()) >= least:
+            kept[name] = value
+    return set(kept)
+
+
+def _read_constant(axis: dict[str, Any], series: Sequence[Series]) -> None:
+    """Around a constant plotly draws one unit up and down, so that a small one seems to be zero."""
+    ends = {float(end) for one in series for end in (one.values.min(), one.values.max())}
+    if len(ends) == 1 and (value := ends.pop()):
+        axis["range"] = sorted([0.95 * value, 1.05 * value])
+
+
 def _guides(
-    values: Mapping[str, float], *, share: bool
+    values: Mapping[str, float], labels: Container[str], *, share: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of values to compare with, and their names."""
+    """Lines of values to compare with, and the names of those in `labels`."""
     shapes = [
         {
             "type": "line",
@@ -284,6 +314,7 @@ def _guides(
             "font": {"size": 11, "color": "@muted"},
         }
         for name, value in values.items()
+        if name in labels
     ]
     return shapes, notes
 

@@ -30,6 +30,7 @@
   const applied = () => (theme === "system" ? (system.matches ? "dark" : "light") : theme);
   let printing = false;
   const PAPER = 650; // pixels of a chart on A4 or letter
+  const LEAST = 150; // pixels of height of what is drawn
 
   const paint = () => {
     root.dataset.theme = printing ? "light" : applied();
@@ -53,6 +54,7 @@
   };
 
   let figures = {};
+  const heights = {};
   const draw = async (place) => {
     const style = getComputedStyle(root);
     const narrow = place.clientWidth < 480;
@@ -68,7 +70,16 @@
     // Dragging on a touch screen scrolls the page.
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
     const config = { displayModeBar: false };
-    await Plotly.react(place, colored(figure.data, "", style), layout, config);
+    const data = colored(figure.data, "", style);
+    // A legend of many lines takes its room from the curves: the chart becomes as much higher.
+    layout.height = heights[place.id] ??= place.clientHeight;
+    for (let tries = 0; tries < 4; tries += 1) {
+      place.style.height = `${layout.height}px`;
+      await Plotly.react(place, data, layout, config);
+      const lacking = Math.ceil(LEAST - place._fullLayout._size.h);
+      if (lacking <= 0) break;
+      layout.height += lacking;
+    }
     const shown = place._fullData || [];
     const count = (trace) => (trace.z ? trace.z.reduce((sum, row) => sum + row.length, 0) : (trace.x || []).length);
     place.dataset.points = shown.reduce((sum, trace) => sum + count(trace), 0);

@@ -145,7 +145,7 @@ def _sections(runs: Sequence[ReportRun], extras: Sequence[Extras]) -> list[Secti
     several = len(runs) > 1
     loss = chart.loss_chart(runs)
     maps = [
-        chart.feature_chart(one.features, f"features-{order}", run.name if several else "")
+        chart.feature_chart(one.features, f"features-{order}", run.short if several else "")
         for order, (run, one) in enumerate(zip(runs, extras, strict=True))
         if one.features is not None
     ]

@@ -27,6 +27,8 @@ MOST_FIGURES = 16
 """Accuracies of a run, and lines to compare a metric with."""
 MOST_SECONDS = 1e11
 """Of a time that is one."""
+LONGEST_NAME = 40
+"""Characters of the name of a run in a chart."""
 DIP = 0.02
 """An accuracy this far below the best one before it is a dip; docs/stability.md says why."""
 
@@ -68,6 +70,14 @@ class ReportRun:
     events: Sequence[Event]
     state: str
     notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def short(self) -> str:
+        """The name for a chart, without the middle of a long one: names of runs often differ at the
+        end."""
+        half = LONGEST_NAME // 2
+        long = len(self.name) > LONGEST_NAME
+        return f"{self.name[: half - 1]}…{self.name[-half:]}" if long else self.name
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -116,7 +126,8 @@ def whole(value: Any) -> int | None:
 
 
 def read_run(path: Path, name: str | None = None) -> ReportRun:
-    """Read one run, also while it trains or after an interruption; needs no lock.
+    """Read one run, also while it trains, before its first step, or after an interruption; needs no
+    lock.
 
     The time is linear in the number of lines: some seconds for 300,000. Damaged lines are left out
     and named in `notes`.
@@ -126,19 +137,31 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         name: for people; default that of the folder.
 
     Raises:
-        RunError: if the folder has no metrics.
+        RunError: if the folder has neither metrics nor the config of a run.
         UnfitFileError: if they are a link or no regular file.
     """
     folder = RunFolder(path)
     if not os.path.lexists(path):
         raise no_run(path)
-    if not os.path.lexists(folder.metrics):
+    # Before the metrics: those of a run that ends meanwhile may lack its last lines.
+    state = state_of(folder)
+    notes: list[str] = []
+    saved = folder.read_config()
+    if not saved:
+        notes.append(
+            f"{path / 'config.json'} is missing or damaged, so the configuration is unknown."
+        )
+    if os.path.lexists(folder.metrics):
+        series, lost = read_curves(folder.metrics, lambda name: name != "step", tell=notes.append)
+        found = read_events(folder.metrics, tell=notes.append)
+    elif isinstance(saved.get("config"), Mapping):
+        series, lost, found = {}, {}, []
+        notes.append(f"{folder.metrics} is missing: no step is logged.")
+    else:
         raise RunError(
             f"{path} contains no {folder.metrics.name}; "
             "is it the folder given to fastmoco train --out?"
         )
-    notes: list[str] = []
-    series, lost = read_curves(folder.metrics, lambda name: name != "step", tell=notes.append)
     times = series.pop("time", None)
     if times is not None and not (abs(times.values) < MOST_SECONDS).all():
         times = None
@@ -146,24 +169,19 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
     for entry in NO_CURVE:
         series.pop(entry, None)
         lost.pop(entry, None)
-    found = [*read_events(folder.metrics, tell=notes.append), *_spikes(series, lost)]
+    found += _spikes(series, lost)
     if back is not None:
         found += [
             Event(step, "rolled_back", None, step - to, f"rolled back to step {to:.0f}")
             for step, to in zip(back.steps.tolist(), back.values.tolist(), strict=True)
         ]
-    saved = folder.read_config()
-    if not saved:
-        notes.append(
-            f"{path / 'config.json'} is missing or damaged, so the configuration is unknown."
-        )
     kept = {
         metric: Series(one.steps, one.values.clip(-LARGEST, LARGEST))
         for metric, one in series.items()
         if not metric.startswith(SPIKE)
     }
     return ReportRun(
-        name=name or path.absolute().name,
+        name=name or names_of([path])[0],
         folder=folder,
         saved=saved,
         panels=_fewer(Panels.of(saved), kept),
@@ -171,7 +189,7 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
         lost={metric: steps for metric, steps in lost.items() if not metric.startswith(SPIKE)},
         times=times,
         events=_in_order(found),
-        state=state_of(folder),
+        state=state,
         notes=notes,
     )
 
@@ -190,7 +208,7 @@ def _fewer(panels: Panels, series: Mapping[str, Series]) -> Panels:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """A short name for each of some runs, no two alike: the end of its path."""
-    parts = [path.absolute().parts for path in paths]
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     own = list(dict.fromkeys(parts))
     depths = dict.fromkeys(own, 1)
 

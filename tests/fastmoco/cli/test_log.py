@@ -61,11 +61,12 @@ def test_what_libraries_print_goes_to_standard_error() -> None:
     """Also what is written to the descriptor, as by a library of C or a child."""
     code = (
         "import os, sys\n"
-        "from fastmoco.cli.output import run_logged\n"
+        "from fastmoco.cli import main, output\n"
         "def call():\n"
         "    print('one'); os.write(1, b'two\\n'); os.system('echo three')\n"
         "    return 75\n"
-        "sys.exit(run_logged('json', call, process_ends=True))\n"
+        "main._main = lambda args, process_ends: output.run_logged('json', call)\n"
+        "sys.exit(main.main())\n"
     )
     left = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(

@@ -37,6 +37,7 @@ def test_a_page_beside_the_metrics(tmp_path: Path, capsys) -> None:
         (["{tmp}/a", "--no-pictures", "--chip", "Z80"], "must be one of A100"),
         (["{tmp}/a", "--out", "{tmp}"], "Is a directory"),
         (["{tmp}/a", "--out", "{tmp}/a/metrics.jsonl"], "choose another one"),
+        (["{tmp}/a", "--out", "/proc/self/page.html"], "cannot be written; give --out FILE"),
     ],
 )
 def test_refusals_name_the_cure(tmp_path: Path, capsys, words, said) -> None:

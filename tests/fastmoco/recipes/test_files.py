@@ -163,6 +163,7 @@ REFUSED = {
     "seed: 1.0": "FILE:1: seed: got 1.0, must be a whole number",
     "seed: 010": "FILE:1: seed: got 010, must be a whole number; some readers take a leading zero "
     "for base 8: leave it out",
+    "optim: {lr: 012}": "FILE:1: optim.lr: got 012, must be a number; some readers take a leading",
     "seed: 1:30": "FILE:1: seed: got 1:30, must be a whole number",
     "seed: true": "FILE:1: seed: got true, must be a whole number",
     "epochs: .inf": "FILE:1: epochs: got inf: must be finite",
@@ -173,6 +174,9 @@ REFUSED = {
     "epochs: 1\noptim: {warmup_epochs: 2}": "FILE:2: optim.warmup_epochs: got 2: must be at most",
     "epoch: 3": "FILE:1: unknown key epoch; did you mean epochs?",
     "optim: {lrr: 3}": "FILE:1: unknown key optim.lrr; did you mean optim.lr",
+    "Optim: {lr: 3}": "FILE:1: unknown key Optim; did you mean optim?",
+    "modl: {image_size: 96}": "FILE:1: unknown key modl; did you mean model?",
+    "data: {view: {size: 96}}": "FILE:1: unknown key data.view; did you mean data.view",
     "lr: 3": "FILE:1: unknown key lr; did you mean optim.lr?",
     "optim.lr: 3": "FILE:1: unknown key optim.lr; write lr below optim:",
     "out: runs/a": "FILE:1: unknown key out; it is an option of the command, --out",
@@ -197,6 +201,7 @@ REFUSED = {
     "optim:\n\tlr: 3": "FILE:2: not YAML: found character '\\t' that cannot start any token; indent",
     "optim: {lr: 3": "FILE:1: not YAML: ",
     "a: !!python/object/apply:os.system [ls]": "FILE:1: the tag !!python/object/apply:os.system is",
+    "!!python/name:os.system seed: 3": "FILE:1: the tag !!python/name:os.system is not read",
     "seed: !mine 3": "FILE:1: the tag !mine is not read; leave it out",
     "a: &a [*a]": "FILE:1: contains itself by an alias",
     "&a optim: &b {lr: *b}": "FILE:1: contains itself by an alias",
@@ -229,7 +234,7 @@ OTHERS = {
         "seed = 1\n[optim]\nlr = 'x'\n": "FILE:3: optim.lr: got the text 'x', must be a number",
         "seed = 1\nseed = 2\n": "FILE:2: not TOML: ",
         "[data]\n[[data.more_views]]\nsize=96\n[[data.more_views]]\nsze=96": "FILE:5: unknown key "
-        "data.more_views.1.sze; did you mean data.more_views or data.view1.size?",
+        "data.more_views.1.sze; did you mean data.more_views.1.size?",
         "seed = 1979-05-27": "FILE:1: seed: got 1979-05-27, must be a whole number",
         "seed = ": "FILE:1: not TOML: ",
         "seed = " + "9" * 5000: "FILE: not TOML: Exceeds the limit",
@@ -239,6 +244,7 @@ OTHERS = {
         '{"seed": 1,\n "optim": {"betas": [1],\n "lr": null}}': "FILE:2: optim.betas: got 1, must",
         '{"data": {"more_views": [{}, {"copies": 1,\n"size": "3"}]}}': "FILE:2: data.more_views.1."
         "size: got the text '3', must be a whole number",
+        '{"optim": {"lr": null}}': "FILE:1: optim.lr: got null, must be a number",
         TWINS: "FILE: lr has two values",
         '{"seed": NaN}': "FILE: NaN is no finite number",
         "[1]": "FILE: must be an object of JSON, with names",
@@ -306,11 +312,23 @@ def test_the_config_of_a_run_is_read_and_its_folder_named(tmp_path: Path) -> Non
         ("my.yaml", True),
         ("MY.YML", True),
         ("a/b", False),
+        ("", False),
         ("runs/first/config.json", True),
     ],
 )
 def test_a_file_is_known_by_its_name(word: str, expected: bool) -> None:
     assert is_config_file(word) is expected
+
+
+def test_a_folder_hides_no_recipe_of_a_similar_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("dino", "here", "quickstart_digits"):
+        (tmp_path / name).mkdir()
+    assert [is_config_file(name) for name in ("dino", "here", "quickstart_digits")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_lines_of_json_are_those_of_its_keys(tmp_path: Path) -> None:

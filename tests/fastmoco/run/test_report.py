@@ -174,6 +174,41 @@ def test_values_to_compare_with_are_those_of_each_run(tmp_path: Path) -> None:
     assert shown == ["a: knows nothing 3.9", "b: knows nothing 4.2", "same 3"]
 
 
+def test_runs_of_long_names_have_bars_and_names_of_their_own(tmp_path: Path) -> None:
+    paths = [tmp_path / ("x" * 200 + end) for end in ("_lr1", "_lr2")]
+    runs = [read_run(write_run(path)) for path in paths]
+    charts = {chart.key: chart.figure for chart in every_chart(runs)}
+    assert charts["step-time"]["layout"]["yaxis"]["ticktext"] == [
+        f"{'x' * 19}…{'x' * 16}_lr{run}: {part}" for run in "12" for part in ("step", "loader")
+    ]
+    training = charts["step-time"]["data"][0]
+    assert training["y"] == [0, 2]
+    names = {trace["name"] for trace in charts["loss"]["data"]}
+    assert names == {f"{'x' * 19}…{'x' * 16}_lr{run}" for run in "12"}
+
+
+def test_names_of_values_to_compare_with_do_not_cover_each_other(tmp_path: Path) -> None:
+    runs = []
+    for name, chance in (("a", 0.1), ("b", 0.1), ("c", 0.103)):
+        lines = {"knn": {"chance": chance}}
+        curves = {"curves": {"figures": {"knn": "kNN"}, "lines": lines}}
+        runs.append(read_run(write_run(tmp_path / name, config=curves)))
+    chart = next(chart for chart in every_chart(runs) if chart.key == "accuracy-0")
+    layout = chart.figure["layout"]
+    assert [shape["y0"] for shape in layout["shapes"]] == [0.1, 0.103]
+    assert [note["text"] for note in layout["annotations"]] == ["a and 1 more: chance 10.0%"]
+    assert chart.note.endswith(" c: chance: 10.3%.")
+
+
+def test_a_constant_and_a_single_line_of_a_group_can_be_read(tmp_path: Path) -> None:
+    change = {step: {"memory/host_gb": 0.5, "temperature": 0.04} for step in range(1, 121)}
+    charts = every_chart([read_run(write_run(tmp_path, change=change))])
+    layouts = {chart.title: chart.figure["layout"] for chart in charts}
+    assert layouts["Temperature"]["yaxis"]["range"] == pytest.approx([0.038, 0.042])
+    assert not layouts["Temperature"]["showlegend"]
+    assert layouts["Peak memory so far (GB)"]["showlegend"]
+
+
 def test_a_norm_that_was_never_finite_is_shown(tmp_path: Path) -> None:
     change = {step: {"gradient_norm/heads": None} for step in range(1, 6)}
     run = read_run(write_run(tmp_path, steps=5, change=change))
@@ -218,6 +253,12 @@ def test_dips_are_stretches_below_the_best_value_before() -> None:
             "look at it",
             "waited 50% of the time",
         ),
+        ({"steps": 12, "done": False}, "too early", "12 logged steps: too early to judge"),
+        (
+            {"change": {step: {"loss": 4.5} for step in range(60, 121)}},
+            "look at it",
+            "to 4.5, above 3.9 for knowing nothing",
+        ),
     ],
 )
 def test_the_verdict_and_its_reasons(tmp_path, options, verdict, reason) -> None:
@@ -242,6 +283,21 @@ def test_an_event_of_collapse_is_grave(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, more=({"step": 100, "time": 1.7e9, "event": event},)))
     assert health_of(run).verdict == "not healthy"
     assert health_of(run).reasons[0] == "step 100: features are collapsing"
+
+
+@pytest.mark.parametrize(
+    ("knn", "verdict"),
+    [
+        ({0: 0.1, 60: 0.11, 120: 0.115}, "not healthy"),
+        ({0: 0.1, 60: 0.7, 120: 0.7}, "not healthy"),
+        ({0: 0.1, 60: 0.11, 120: 0.7}, "look at it"),
+    ],
+)
+def test_a_run_that_learns_after_all_has_recovered(tmp_path, knn, verdict) -> None:
+    event = {"name": "no_learning", "layer": None, "size": 2.3, "text": "it learns nothing"}
+    run = read_run(write_run(tmp_path, knn=knn, more=({"step": 70, "event": event},)))
+    found = health_of(run)
+    assert (found.verdict, found.reasons[0]) == (verdict, "step 70: it learns nothing")
 
 
 def test_spikes_of_earlier_versions_are_events_once(tmp_path: Path) -> None:
@@ -394,6 +450,27 @@ def test_a_run_without_config_momentum_or_norms_still_has_a_page(tmp_path: Path)
     assert "this method has no momentum encoder" in text
 
 
+def test_a_run_before_its_first_step_has_a_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", done=False)
+    (path / "metrics.jsonl").unlink()
+    run = read_run(path)
+    assert health_of(run).verdict == "too early"
+    assert "metrics.jsonl is missing: no step is logged." in Tags(render([run], [Extras()])).text
+    (path / "metrics.jsonl").touch()
+    assert health_of(read_run(path)).verdict == "too early"
+
+
+def test_a_run_that_ends_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch) -> None:
+    """Its state is that of before: the last lines may be missing."""
+    path = write_run(tmp_path, done=False)
+    monkeypatch.setattr(
+        "fastmoco.run.report.reading.read_events",
+        lambda *_, **__: (path / "DONE").write_text("\n") and [],
+    )
+    assert read_run(path).state == "interrupted"
+    assert state_of(read_run(path).folder) == "finished"
+
+
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"contains no metrics\.jsonl"):
         read_run(tmp_path)
@@ -417,7 +494,10 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
 
 
 def test_places_keep_their_order(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path))
+    inside = write_run(tmp_path / "run") / "checkpoints"
+    inside.mkdir()
+    run = read_run(inside / "..")
+    assert run.name == "run"
     assert tuple(run.prefixed("gradient_norm/")) == PLACES
 
 

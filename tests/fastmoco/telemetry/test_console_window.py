@@ -59,7 +59,8 @@ def table(columns: int, rows: int, monkeypatch: Any, **options: Any) -> Iterator
 
 
 @pytest.mark.parametrize(
-    ("columns", "rows"), [(80, 24), (100, 50), (60, 24), (59, 20), (40, 20), (36, 18), (24, 10)]
+    ("columns", "rows"),
+    [(200, 50), (80, 24), (100, 50), (60, 24), (59, 20), (40, 20), (36, 18), (24, 10)],
 )
 def test_the_table_fits_the_window_and_keeps_warnings(
     columns: int, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +76,8 @@ def test_the_table_fits_the_window_and_keeps_warnings(
     lines = last_table(stream)
     assert len(lines) < rows
     assert max(map(len, lines)) <= columns
+    numbers = next(line.strip("│ ") for line in lines if "1842" in line)
+    assert len(numbers) <= 100  # in a wide window, too, numbers are near their labels
     text = " ".join(line.strip("│ ") for line in lines)
     assert "fastmoco" in text
     assert "step 110/2000" in text

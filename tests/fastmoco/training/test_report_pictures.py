@@ -114,6 +114,15 @@ def test_the_tables(trained, tmp_path: Path) -> None:
     table = report_facts.checkpoint_table(run)
     assert [row[0] for row in table.rows] == ["3", "5"]
     assert report_facts.newest_checkpoint(run).name == "step_00000005"
+    cut = run.folder.checkpoints / "step_00000003" / "state.json"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    try:
+        states = [row[-1] for row in report_facts.checkpoint_table(run).rows]
+    finally:
+        cut.write_bytes(whole)
+    assert states[0].startswith(f"damaged: state.json has {len(whole) - 1:,} bytes in place of")
+    assert states[1] == "committed by 1 rank"
     values = dict(report_facts.environment_table(run).rows)
     assert values["torch"] == torch.__version__
     assert values["device"] == "cpu"
