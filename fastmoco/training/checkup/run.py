@@ -17,6 +17,7 @@ from typing import IO
 
 from fastmoco.training.checkup.findings import MARK, Checkup, Finding
 from fastmoco.training.checkup.packages import (
+    DALI,
     MODULES,
     fastmoco_finding,
     installed,
@@ -124,10 +125,11 @@ def _others(device: str) -> list[Probe]:
     """Everything but torch, for a device."""
     words = {found.name: found.words for found in requirements()}
     on_gpu = device == "cuda"
+    engine = next(filter(installed, DALI.values()), "pillow")  # a CPU does without DALI
     decoder = (
         "python -m pip check names what does not fit; or decode on the CPU: --data.device cpu"
         if on_gpu
-        else pip_install("--force-reinstall", words.get("pillow", "pillow"))
+        else pip_install("--force-reinstall", words.get(engine, engine))
     )
     return [
         Probe(name="training", title="training", needed=True),
@@ -183,7 +185,10 @@ def _others(device: str) -> list[Probe]:
 
 
 def _there(probe: Probe) -> bool:
-    return not probe.module or importlib.util.find_spec(probe.module) is not None
+    try:
+        return not probe.module or importlib.util.find_spec(probe.module) is not None
+    except (ImportError, ValueError):  # a finder fails: its probe says why
+        return True
 
 
 def _missing(probe: Probe) -> Finding:

@@ -234,6 +234,15 @@ def test_what_every_machine_has_works(name: str, says: tuple[str, str, str]) -> 
     assert says[2] in found.text
 
 
+@pytest.mark.parametrize("there", ["nvidia-dali-cuda120", ""])
+def test_the_cure_of_the_decoder_is_that_of_what_decodes(
+    monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setattr(run, "installed", lambda name: "2.4.0" if name == there else None)
+    (decoder,) = (probe for probe in run._others("cpu") if probe.name == "decoder")
+    assert (there or "pillow") in decoder.cure
+
+
 def test_the_c_part_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmoco_kernels.cut_views import native
 
