@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastmoco_pipelines.errors import install_command
+from fastmoco_pipelines.errors import DecoderBrokenError, install_command
 from fastmoco_pipelines.spec import require
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ DISTRIBUTIONS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 @functools.cache
 def has_dali() -> bool:
-    """Whether DALI is installed, and can be imported."""
+    """Whether DALI is installed, without importing it."""
     if _WITHOUT_DOCSTRINGS:
         return False
     try:
@@ -71,9 +71,20 @@ def require_dali(name: str, value: object, otherwise: str) -> None:
 
 def load_dali() -> None:
     """Import DALI now, if it is installed. It registers its exit handler, which runs after those
-    that are registered later."""
-    if has_dali():
+    that are registered later.
+
+    Raises:
+        DecoderBrokenError: if it is installed and cannot be imported.
+    """
+    if not has_dali():
+        return
+    try:
         import nvidia.dali  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise DecoderBrokenError(
+            f"NVIDIA DALI is installed and cannot be imported ({type(error).__name__}: {error}): "
+            "fastmoco doctor names the cure; a CPU does without DALI, if it is uninstalled"
+        ) from error
 
 
 def dali_version() -> str | None:

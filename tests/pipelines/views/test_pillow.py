@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastmoco_pipelines import LoaderSpec, build_loader
-from fastmoco_pipelines.errors import DecodeError
+from fastmoco_pipelines.errors import DecodeError, DecoderBrokenError
 from fastmoco_pipelines.spec import EvalSpec, ViewSpec, moco_v3_views
 from fastmoco_pipelines.views import runtime
 from fastmoco_pipelines.views.dali import EvalPipeline, ViewPipeline
@@ -197,3 +197,12 @@ def test_what_dali_only_warns_of_is_decoded_alike(name) -> None:
     from fastmoco_pipelines.views.decode_child import Decoder
 
     assert np.array_equal(decode_image(GARBLED[name]), Decoder().decode(GARBLED[name]))
+
+
+def test_a_dali_that_cannot_be_imported_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "has_dali", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(
+        DecoderBrokenError, match=r"cannot be imported .*nvidia\.dali.* fastmoco doctor"
+    ):
+        runtime.load_dali()
