@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,14 @@ def test_doctor_starts_and_any_other_command_names_it(package: str) -> None:
     (line,) = other.stderr.splitlines()
     assert f"'{package}'" in line or package in line
     assert line.endswith("fastmoco doctor names the cure")
+
+
+def test_a_package_that_a_command_needs_later_is_named_too(tmp_path: Path) -> None:
+    """Any other module that is missing is a mistake of the code, with its traceback."""
+    config = tmp_path / "my.yaml"
+    config.write_text("epochs: 1\n")
+    found = _program("yaml", "train", str(config))
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].endswith("fastmoco doctor names the cure")
+    assert "Traceback" not in found.stderr
+    assert "Traceback" in _program("fastmoco.config.documents", "train", str(config)).stderr
