@@ -42,20 +42,30 @@ def test_a_run_is_judged_by_its_distance_to_its_best_so_far():
         "best": 0.8,
         "last": 0.79,
         "fall": pytest.approx(0.09),
-        "fall_step": 15,
+        "falls": [[15, 12]],
         "spikes": 2,
-        "spike_step": 9,
+        "largest_spike": 7.0,
     }
     calm = judged([[0, 5], [0.5, 0.45]], [])
-    assert (calm["fall_step"], calm["spike_step"]) == (None, None)
+    assert (calm["falls"], calm["largest_spike"]) == ([], 0.0)
+
+
+def test_falls_count_once_knn_has_passed_random_weights_and_end_at_half_their_distance():
+    steps = list(range(0, 100, 10))
+    shares = [0.6, 0.4, 0.5, 0.8, 0.7, 0.75, 0.71, 0.78, 0.7, 0.8]
+    spikes = [[15, "heads", 9.0], [19, "heads", 6.0], [80, "total", 5.5], [90, "total", 30.0]]
+    figures = judged([steps, shares], spikes)
+    assert figures["falls"] == [[40, None], [80, 80]]
+    assert figures["fall"] == pytest.approx(0.1)
+    assert judged([steps, shares], [[20, "heads", 6.0]])["falls"][0] == [40, 20]
 
 
 def test_a_picture_without_a_spike_before_a_fall_or_of_a_frozen_fall_is_a_failure():
     assert instability._failed(_runs()) == {}
     late = instability._failed(_runs(fall_first=True))
-    assert late == {"spikes": "no fall comes after a spike"}
+    assert late == {"trained": "0 of 1 fall after a spike"}
     frozen = instability._failed(_runs(frozen_falls=True))
-    assert frozen == {"sides": "1 trained and 1 frozen ones fall"}
+    assert frozen == {"frozen": "0 of 1 do not fall"}
 
 
 def test_the_sides_differ_in_the_patch_projection_alone():
@@ -71,10 +81,11 @@ def test_the_sides_differ_in_the_patch_projection_alone():
 
 def test_the_recipe_has_the_views_and_heads_of_the_quickstart():
     unstable, calm = get_recipe("unstable_digits"), get_recipe("quickstart_digits")
-    assert unstable.data == calm.data
+    view = replace(unstable.data.view1, size=8)
+    assert replace(unstable.data, view1=view, view2=view) == calm.data
     assert unstable.objective == calm.objective
-    assert replace(unstable.model, freeze_patch_embed=True) == calm.model
-    assert unstable.optim.lr == 100 * calm.optim.lr
+    frozen = replace(unstable.model, freeze_patch_embed=True, image_size=8, patch_size=2)
+    assert frozen == calm.model
 
 
 def test_the_table_and_the_picture_show_every_run(tmp_path):
@@ -82,8 +93,8 @@ def test_the_table_and_the_picture_show_every_run(tmp_path):
     result = {"failed": {}, "runs": _runs()}
     rows = instability.table(result).splitlines()
     assert len(rows) == 4
-    assert "| trained | 0 | 80.0% | 79.0% | 9.0 points | step 15 | step 9 |" in rows[2]
-    assert rows[3].endswith("| none | none | none |")
+    assert "| trained | 0 | 80.0% | 79.0% | 9.0 points | 15 (12) | 2 | 7 |" in rows[2]
+    assert rows[3].endswith("| none | 0 | none |")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     for path in (first, second):
         instability.draw(result, path)
