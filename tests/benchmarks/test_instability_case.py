@@ -11,18 +11,18 @@ from benchmarks.cases import instability, telemetry
 from benchmarks.cases.instability import judged
 from fastmoco.recipes import get_recipe
 
-KNN = [[0, 5, 10, 15, 20], [0.5, 0.8, 0.73, 0.71, 0.79]]
-SPIKES = [[9, "patch_embed", 7.0], [12, "last_block", 6.0]]
+KNN = [[20, 25, 30, 35, 40], [0.5, 0.8, 0.73, 0.71, 0.79]]
+SPIKES = [[29, "patch_embed", 7.0], [32, "last_block", 6.0]]
 
 
-def _runs(*, fall_first: bool = False, frozen_falls: bool = False):
+def _runs(*, fall_first: bool = False, frozen_falls_as_well: bool = False):
     """Both runs of a seed."""
-    still = [[0, 5, 10, 15, 20], [0.5, 0.8, 0.78, 0.79, 0.81]]
-    late = [[16, "patch_embed", 7.0]]
+    later = [[20, 25, 30, 35, 40], [0.5, 0.8, 0.78, 0.81, 0.7]]
+    late = [[36, "patch_embed", 7.0]]
     norms = {"first_block": [[5, 10], [1.0, 2.0]]}
     sides = {
         "trained": (KNN, late if fall_first else SPIKES),
-        "frozen": (KNN if frozen_falls else still, []),
+        "frozen": (KNN if frozen_falls_as_well else later, SPIKES),
     }
     return [
         {
@@ -42,30 +42,31 @@ def test_a_run_is_judged_by_its_distance_to_its_best_so_far():
         "best": 0.8,
         "last": 0.79,
         "fall": pytest.approx(0.09),
-        "falls": [[15, 12]],
+        "falls": [[35, 32]],
         "spikes": 2,
+        "early_spikes": 0,
         "largest_spike": 7.0,
     }
-    calm = judged([[0, 5], [0.5, 0.45]], [])
+    calm = judged([[20, 25], [0.5, 0.45]], [])
     assert (calm["falls"], calm["largest_spike"]) == ([], 0.0)
 
 
-def test_falls_count_once_knn_has_passed_random_weights_and_end_at_half_their_distance():
+def test_falls_count_from_step_20_on_and_end_at_half_their_distance():
     steps = list(range(0, 100, 10))
-    shares = [0.6, 0.4, 0.5, 0.8, 0.7, 0.75, 0.71, 0.78, 0.7, 0.8]
+    shares = [0.9, 0.4, 0.5, 0.8, 0.7, 0.75, 0.71, 0.78, 0.7, 0.8]
     spikes = [[15, "heads", 9.0], [19, "heads", 6.0], [80, "total", 5.5], [90, "total", 30.0]]
     figures = judged([steps, shares], spikes)
     assert figures["falls"] == [[40, None], [80, 80]]
-    assert figures["fall"] == pytest.approx(0.1)
+    assert (figures["best"], figures["fall"], figures["early_spikes"]) == (0.8, 0.1, 2)
     assert judged([steps, shares], [[20, "heads", 6.0]])["falls"][0] == [40, 20]
 
 
-def test_a_picture_without_a_spike_before_a_fall_or_of_a_frozen_fall_is_a_failure():
+def test_a_picture_without_spikes_before_falls_or_of_a_frozen_run_that_falls_first_is_a_failure():
     assert instability._failed(_runs()) == {}
-    late = instability._failed(_runs(fall_first=True))
-    assert late == {"trained": "0 of 1 fall after a spike"}
-    frozen = instability._failed(_runs(frozen_falls=True))
-    assert frozen == {"frozen": "0 of 1 do not fall"}
+    silent = instability._failed(_runs(fall_first=True))
+    assert silent == {"spikes": "1 of 2"}
+    same = instability._failed(_runs(frozen_falls_as_well=True))
+    assert same == {"order": "0 of 1", "kNN": "0 of 1"}
 
 
 def test_the_sides_differ_in_the_patch_projection_alone():
@@ -93,8 +94,8 @@ def test_the_table_and_the_picture_show_every_run(tmp_path):
     result = {"failed": {}, "runs": _runs()}
     rows = instability.table(result).splitlines()
     assert len(rows) == 4
-    assert "| trained | 0 | 80.0% | 79.0% | 9.0 points | 15 (12) | 2 | 7 |" in rows[2]
-    assert rows[3].endswith("| none | 0 | none |")
+    assert "| trained | 0 | 80.0% | 79.0% | 9.0 points | 35 (32) | 2 | 0 | 7 |" in rows[2]
+    assert rows[3].endswith("| 11.0 points | 40 (32) | 2 | 0 | 7 |")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     for path in (first, second):
         instability.draw(result, path)
