@@ -202,7 +202,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for row, side in zip(panels[1:], SIDES, strict=True):
         row[0].set_ylabel(f"gradient norms, {side}")
     panels[0][0].legend(loc="lower left", fontsize=8)
-    panels[1][0].legend(loc="lower left", fontsize=8)
+    panels[1][0].legend(loc="upper left", fontsize=8)
 
     # The same result gives the same file.
     path.parent.mkdir(parents=True, exist_ok=True)
