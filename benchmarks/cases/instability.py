@@ -110,7 +110,8 @@ def judged(knn: Sequence[Sequence[float]], spikes: Sequence[Sequence[Any]]) -> d
         one more than `WINDOW` steps before the first fall; `largest_spike`, 0 without. A fall is
         over at half its distance. kNN before `START` does not count.
     """
-    best, fall, falls, inside = 0.0, 0.0, [], False
+    best, fall, inside = 0.0, 0.0, False
+    falls: list[tuple[int, int | None]] = []
     for step, value in zip(*knn, strict=True):
         if step < START:
             continue
@@ -119,7 +120,7 @@ def judged(knn: Sequence[Sequence[float]], spikes: Sequence[Sequence[Any]]) -> d
         fall = max(fall, below)
         if below >= FALL and not inside:
             before = [int(at) for at, _, _ in spikes if step - WINDOW <= at <= step]
-            falls.append([int(step), before[-1] if before else None])
+            falls.append((int(step), before[-1] if before else None))
         inside = below >= (FALL / 2 if inside else FALL)
     early = {at for at, _, _ in spikes if not falls or at < falls[0][0] - WINDOW}
     return {

@@ -42,7 +42,7 @@ def test_a_run_is_judged_by_its_distance_to_its_best_so_far():
         "best": 0.8,
         "last": 0.79,
         "fall": pytest.approx(0.09),
-        "falls": [[35, 32]],
+        "falls": [(35, 32)],
         "spikes": 2,
         "early_spikes": 0,
         "largest_spike": 7.0,
@@ -56,9 +56,9 @@ def test_falls_count_from_step_20_on_and_end_at_half_their_distance():
     shares = [0.9, 0.4, 0.5, 0.8, 0.7, 0.75, 0.71, 0.78, 0.7, 0.8]
     spikes = [[15, "heads", 9.0], [19, "heads", 6.0], [80, "total", 5.5], [90, "total", 30.0]]
     figures = judged([steps, shares], spikes)
-    assert figures["falls"] == [[40, None], [80, 80]]
+    assert figures["falls"] == [(40, None), (80, 80)]
     assert (figures["best"], figures["fall"], figures["early_spikes"]) == (0.8, 0.1, 2)
-    assert judged([steps, shares], [[20, "heads", 6.0]])["falls"][0] == [40, 20]
+    assert judged([steps, shares], [[20, "heads", 6.0]])["falls"][0] == (40, 20)
 
 
 def test_a_picture_without_spikes_before_falls_or_of_a_frozen_run_that_falls_first_is_a_failure():
