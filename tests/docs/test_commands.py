@@ -187,10 +187,16 @@ def read_by_another_program(words: list[str]) -> None:
 
 
 def read_by_pip(words: list[str]) -> None:
-    from pip._internal.commands import create_command
-
+    """Not in this process: once pip is imported setuptools cannot be, and torch's compiler needs it."""
     assert words[0] == "install"
-    _, names = create_command("install").parse_args(words[1:])
+    code = (
+        "import sys; from pip._internal.commands import create_command;"
+        "print(*create_command('install').parse_args(sys.argv[1:])[1], sep='\\n')"
+    )
+    parser = [sys.executable, "-c", code, *words[1:]]
+    found = subprocess.run(parser, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    names = found.stdout.splitlines()
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     for extra in re.findall(r"(?:\.|fastmoco)\[([\w,-]+)\]", " ".join(names)):
         for name in extra.split(","):
