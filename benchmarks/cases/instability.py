@@ -138,7 +138,7 @@ def table(result: Mapping[str, Any]) -> str:
     """A row for each run."""
     head = (
         *("patch projection", "seed", "kNN: best", "at the end", "largest fall below the best"),
-        *("falls of 8 points: step (spike before it)", "spikes", "steps of early ones"),
+        *("falls of 8 points: step (spike before it)", "spikes", "early ones without a fall"),
         "largest, x median",
     )
     rows = []

@@ -58,7 +58,8 @@ def quickstart_digits() -> Config:
 
 def unstable_digits() -> Config:
     """MoCo v3 made unstable on purpose, on handwritten digits scaled to 32 pixels: a trained patch
-    projection, large batches, and a rate that rises all the time. --model.freeze-patch-embed: later.
+    projection, large batches, and a rate that rises all the time. With
+    --model.freeze-patch-embed the instability begins later.
     """
     base = quickstart_digits()
     view = replace(base.data.view1, size=32)
