@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,6 +49,9 @@ FEW_PARTS = 64
 equal shares."""
 WAIT_S = 3600.0
 """For `start_world`: how much later than the first process the last one may have its share."""
+UNUSED_DAYS = 30
+"""After which `remove_unused` removes a cache that no command has acquired or written to."""
+_OWN_NAME = re.compile(r"(?:classifiers-)?[0-9a-f]{16}")
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -273,6 +279,55 @@ def _require_alike(part: FeaturePart) -> None:
     if not whole or part.features.dtype != torch.float32 or len(rows) != 1:
         shapes = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (part.features, *columns)]
         raise ValueError(f"features, labels and samples are {', '.join(shapes)}")
+
+
+def remove_unused(folder: Path, *, days: float = UNUSED_DAYS) -> tuple[int, int]:
+    """Remove the caches in a folder that were not used for some days, and classifiers of
+    `eval linear` that were not trained to the end. Nothing is removed that another process holds, or
+    that has another name than theirs.
+
+    Returns:
+        Their number and their bytes; what cannot be removed is not counted.
+    """
+    count = size = 0
+    oldest = time.time() - days * 86400
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in [one for one in entries if _OWN_NAME.fullmatch(one.name)]:
+            with suppress(OSError):
+                found = _removed_if_older(Path(entry.path), oldest)
+                count, size = count + (found is not None), size + (found or 0)
+    return count, size
+
+
+def _removed_if_older(path: Path, oldest: float) -> int | None:
+    """Remove a cache, or a file, that was last used before a time; its bytes, None if it stays."""
+    about = path.lstat()
+    if not stat.S_ISDIR(about.st_mode):
+        if not stat.S_ISREG(about.st_mode) or about.st_mtime >= oldest:
+            return None
+        path.unlink()
+        return about.st_size
+    if _last_used(path) >= oldest:
+        return None
+    lock = lock_path(str(path / "lock"))
+    if lock is None:
+        return None
+    try:
+        if _last_used(path) >= oldest:  # another command had it meanwhile
+            return None
+        size = sum(file.lstat().st_size for file in path.iterdir())
+        shutil.rmtree(path)
+    finally:
+        os.close(lock)
+    return size
+
+
+def _last_used(path: Path) -> float:
+    """When a cache was last acquired, or a part written: seconds since 1970."""
+    times = [path.lstat().st_mtime]
+    with suppress(FileNotFoundError):
+        times.append((path / "key.json").lstat().st_mtime)
+    return max(times)
 
 
 def share_of(count: int, rank: int, ranks: int) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fastmoco.evaluation.feature_cache import (
     FeaturePart,
     embed_missing,
     encoder_digest,
+    remove_unused,
     share_of,
 )
 from fastmoco_pipelines.files.small import UnfitFileError
@@ -182,3 +184,33 @@ def test_a_part_that_is_none_is_computed_again(tmp_path: Path, what: str) -> Non
     embed_missing(cache, encode, Loader())
     assert part.read_bytes() == before
     cache.release()
+
+
+def test_features_that_nobody_uses_any_more_are_removed(tmp_path: Path) -> None:
+    """Not what another process holds, was used since, is none of ours, or is a link."""
+    long_ago = time.time() - 31 * 86400
+    caches = {name: cache_in(tmp_path, encoder=name) for name in ("old", "held", "used", "linked")}
+    for cache in caches.values():
+        cache.acquire()
+        embed_missing(cache, encode, Loader())
+        cache.release()
+    caches["linked"].path.rename(tmp_path / "elsewhere")
+    caches["linked"].path.symlink_to(tmp_path / "elsewhere")
+    files = [tmp_path / "classifiers-0123456789abcdef", tmp_path / "0123456789abcdef.txt"]
+    for file in files:
+        file.write_bytes(b"0" * 100)
+    for path in (*tmp_path.rglob("*"), *caches.values()):
+        os.utime(getattr(path, "path", path), (long_ago, long_ago), follow_symlinks=False)
+    caches["held"].acquire()
+    os.utime(caches["held"].path / "key.json", (long_ago, long_ago))
+    os.utime(caches["held"].path, (long_ago, long_ago))
+    caches["used"].acquire()
+    caches["used"].release()
+    size = 100 + sum(file.stat().st_size for file in caches["old"].path.iterdir())
+    assert remove_unused(tmp_path) == (2, size)
+    left = {caches[name].path for name in ("held", "used", "linked")}
+    assert set(tmp_path.iterdir()) == {*left, tmp_path / "elsewhere", files[1]}
+    assert caches["held"].finished() == caches["used"].finished() == list(range(5))
+    caches["held"].release()
+    assert remove_unused(tmp_path)[0] == 1
+    assert remove_unused(tmp_path / "none") == (0, 0)
