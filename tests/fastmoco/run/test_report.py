@@ -251,6 +251,11 @@ def test_dips_are_stretches_below_the_best_value_before() -> None:
             "the features have collapsed",
         ),
         (
+            {"change": {step: {"feature_std": 2e-3} for step in range(1, 121)}},
+            "healthy",
+            "of an even one, and tells images apart",
+        ),
+        (
             {"change": {step: {"wait_share": 0.5} for step in range(1, 121)}},
             "look at it",
             "waited 50% of the time",
