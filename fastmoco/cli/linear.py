@@ -193,7 +193,7 @@ def _fast(
     """The result of `--fast`; None on ranks other than the first."""
     with collection_paused():
         from fastmoco.distributed.mesh import start_world, stop_world
-        from fastmoco.evaluation.feature_cache import UNUSED_DAYS, WAIT_S, remove_unused
+        from fastmoco.evaluation.feature_cache import WAIT_S, make_room
         from fastmoco.faults.first_cause import first_cause
         from fastmoco.training import linear_fast
         from fastmoco.training.encoder_source import load_source
@@ -226,11 +226,11 @@ def _fast(
     if world.rank:
         return None
     if cache is None:  # a folder that is named belongs to the user
-        count, size = remove_unused(own)
+        count, size = make_room(own)
         if count:
             say(
-                f"{own}: {counted(count, 'cache')} of features, {size / 1e9:.1f} GB, removed: not "
-                f"used for {UNUSED_DAYS} days"
+                f"{own}: {counted(count, 'cache')} of features, used longest ago, removed "
+                f"({size / 1e9:.1f} GB): they take no more than is free beside them"
             )
     return found
 
