@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastmoco.run.collapse import SPREAD, has_collapsed
+from fastmoco.run.collapse import POINT, SPREAD, has_collapsed
 from fastmoco.run.events import Event
 
 
@@ -168,6 +168,13 @@ class SpikeEvents:
         return Event(step, "gradient_level", name, ratio, text)
 
 
+SLOW = 10
+"""Log steps that heads have, before images were ever apart, to find the direction that all features
+have in common."""
+LEARNED = 0.1
+"""`apart` of images that an encoder distinguishes."""
+
+
 class CollapseDetector:
     """Event when the features have collapsed (`run.collapse`): `feature_std` stays below a share of
     its healthy value 1/sqrt(D), and no more distance is left between images than between views.
@@ -183,9 +190,12 @@ class CollapseDetector:
             dim: D.
             patience: values.
             after: first step that is judged where no value was healthy before: at their start some
-                heads give nearly one output for all images.
+                heads give nearly one output for all images. Until then `SLOW` values are needed
+                where images have never been apart, and features are no point.
         """
         self._after = after
+        self._warm = after
+        self._learned = False
         self._told = False
         self._healthy = dim**-0.5
         self._patience = patience
@@ -210,7 +220,11 @@ class CollapseDetector:
             self._told = False
         self._low = self._low + 1 if low and step >= self._after else 0
         self._apart.append(images_apart)
+        self._learned = self._learned or (images_apart or 0.0) >= LEARNED
         if self._low < self._patience or self._told:
+            return None
+        starts = images_apart is not None and not self._learned and step < self._warm
+        if starts and self._low < SLOW and not spread < POINT:
             return None
         known = [value for value in self._apart if value is not None]
         if not has_collapsed(spread, statistics.fmean(known) if known else None):
