@@ -151,7 +151,7 @@ class FeatureCache:
             self._lock = None
 
     def close(self) -> None:
-        """Let other commands continue, and remove the parts: they are read no more."""
+        """Let other commands compute the parts, and `make_room` remove them: they are read no more."""
         self.release()
         if self._used is not None:
             os.close(self._used)
@@ -309,9 +309,9 @@ def make_room(folder: Path) -> tuple[int, int]:
     total = sum(size for _, size, _ in found)
     count = removed = 0
     for used, size, path in sorted(found):
-        if total - removed <= shutil.disk_usage(folder).free:
-            break
         with suppress(OSError):
+            if total - removed <= shutil.disk_usage(folder).free:
+                break
             if _removed(path, used):
                 count, removed = count + 1, removed + size
     return count, removed
@@ -337,16 +337,19 @@ def _removed(path: Path, used: float) -> bool:
     if not path.is_dir():
         path.unlink()
         return True
-    names = [name for name in (_LOCK, _USERS) if (path / name).exists()]
-    locks = [lock_path(str(path / name)) for name in names]
+    locks: list[int] = []
     try:
-        if None in locks or _use(path)[0] != used:
+        for name in (_LOCK, _USERS):
+            if (path / name).exists():
+                if (lock := lock_path(str(path / name))) is None:
+                    return False
+                locks.append(lock)
+        if _use(path)[0] != used:
             return False
         shutil.rmtree(path)
     finally:
         for lock in locks:
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
     return True
 
 
