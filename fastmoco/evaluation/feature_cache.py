@@ -295,7 +295,10 @@ def _require_alike(part: FeaturePart) -> None:
 def make_room(folder: Path) -> tuple[int, int]:
     """Remove caches in a folder, those used longest ago first, until they take no more space than is
     free beside them; likewise classifiers of `eval linear` that were not trained to the end. Nothing
-    is removed that a process uses, or that has another name than theirs.
+    is removed that a process uses, that has another name than theirs, or that holds a folder.
+
+    Free is what the file system has, whatever the quota of the user. Some file systems count removed
+    bytes as free only seconds later: they count at once here, or all caches would go.
 
     Returns:
         The number of those removed, and their bytes.
@@ -307,10 +310,12 @@ def make_room(folder: Path) -> tuple[int, int]:
                 with suppress(OSError):
                     found.append((*_use(Path(entry.path)), Path(entry.path)))
     total = sum(size for _, size, _ in found)
-    count = removed = 0
+    count = removed = before = 0
+    with suppress(OSError):
+        before = shutil.disk_usage(folder).free
     for used, size, path in sorted(found):
         with suppress(OSError):
-            if total - removed <= shutil.disk_usage(folder).free:
+            if total - removed <= max(shutil.disk_usage(folder).free, before + removed):
                 break
             if _removed(path, used):
                 count, removed = count + 1, removed + size
@@ -321,7 +326,7 @@ def _use(path: Path) -> tuple[float, int]:
     """When a cache, or a file, was last used, in seconds since 1970, and its bytes.
 
     Raises:
-        OSError: if it is a link, or neither.
+        OSError: if it is a link, or neither; a cache holds no folder.
     """
     about = path.lstat()
     if stat.S_ISREG(about.st_mode):
@@ -329,12 +334,16 @@ def _use(path: Path) -> tuple[float, int]:
     if not stat.S_ISDIR(about.st_mode):
         raise NotADirectoryError(path)
     files = [file.lstat() for file in path.iterdir()]
+    if any(stat.S_ISDIR(file.st_mode) for file in files):
+        raise IsADirectoryError(path)
     return max([about.st_mtime, *(f.st_mtime for f in files)]), sum(f.st_size for f in files)
 
 
 def _removed(path: Path, used: float) -> bool:
     """Remove a cache, or a file, unless it is used or was used since; whether it has gone."""
     if not path.is_dir():
+        if _use(path)[0] != used:
+            return False
         path.unlink()
         return True
     locks: list[int] = []

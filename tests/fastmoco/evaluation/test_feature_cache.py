@@ -243,3 +243,28 @@ def test_features_used_longest_ago_make_room(
     caches["shared"].close()
     assert make_room(tmp_path)[0] == 2
     assert make_room(tmp_path / "none") == (0, 0)
+
+
+def test_no_more_is_removed_where_the_system_counts_free_bytes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a file that was written since, or a folder of another kind."""
+    states = [tmp_path / f"classifiers-{number:016x}" for number in range(5)]
+    for age, file in enumerate(states):
+        file.write_bytes(b"0" * 100)
+        os.utime(file, (1e9 + age, 1e9 + age))
+    (other := tmp_path / "0123456789abcdef" / "folder").mkdir(parents=True)
+    os.utime(other.parent, (1.0, 1.0))
+    asked = []
+
+    def usage(folder: Path) -> object:
+        asked.append(folder)
+        if len(asked) == 2:
+            os.utime(states[0], (2e9, 2e9))
+        return whole._replace(free=300)
+
+    whole = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert make_room(tmp_path) == (1, 100)
+    assert not states[1].exists()
+    assert set(tmp_path.iterdir()) == {other.parent, states[0], *states[2:]}

@@ -3,6 +3,7 @@ stays as it was."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
+from fastmoco.cli import linear
 from fastmoco.config import Config
 from fastmoco.distributed import World
+from fastmoco.evaluation import feature_cache
 from fastmoco.evaluation.confidence import wilson
 from fastmoco.evaluation.embed import embed
 from fastmoco.optim.build import build_optimizer
@@ -35,6 +38,7 @@ from fastmoco.training.linear_official import (
 from fastmoco.training.source_model import log_every
 from fastmoco.training.trainer import Trainer
 from fastmoco_pipelines import EvalLoaderSpec, build_eval_loader
+from fastmoco_pipelines.files import whole
 from fastmoco_pipelines.spec import EvalSpec
 from tests.command_line import main
 
@@ -213,6 +217,33 @@ def test_options_that_do_not_fit_are_refused(
         raise SystemExit(main(words(run, digits, *more)))
     assert ended.value.code == 2
     assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_of_features_needs_no_home(run, digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(whole, "user_cache", homeless)
+    named = ["--cache", str(tmp_path / "features")]
+    assert main(words(run, digits, "--fast", "--epochs", "0", *named)) == 2
+    assert "--epochs 0: must be at least 1" in " ".join(capsys.readouterr().err.split())
+
+
+def homeless() -> Path:
+    raise OSError(errno.ENOENT, "this user has no home folder")
+
+
+def test_features_make_room_when_the_result_is_out(run, digits, tmp_path, capfd, monkeypatch):
+    """To remove them takes long, and the command may be ended meanwhile."""
+    shown = []
+
+    def ended(folder: Path) -> tuple[int, int]:
+        shown.append((folder, capfd.readouterr().out))
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(feature_cache, "make_room", ended)
+    monkeypatch.setattr(linear, "_fast", lambda *_, **__: {"top1": 0.5})
+    main(words(run, digits, "--fast", "--json"))
+    main(words(run, digits, "--fast", "--json", "--cache", str(tmp_path / "named")))
+    assert shown == [(tmp_path / "fastmoco" / "features", '{"top1": 0.5}\n')]
 
 
 def test_the_views_of_a_photograph_are_those_of_the_protocol(small_run: Config) -> None:
