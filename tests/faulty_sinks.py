@@ -26,6 +26,14 @@ class Raises(Sink):
         raise ValueError(f"no room for step {step} at https://ann:pass-word@host/x")
 
 
+class Full(Sink):
+    """Writes to a disk that is full."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("1")
+
+
 class Tells(Sink):
     """Its error has a secret in it."""
 

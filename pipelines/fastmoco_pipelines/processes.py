@@ -33,6 +33,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _END_SECONDS = 1.0
 """Time for processes to be gone after SIGKILL; one in a hanging file system takes longer."""
+_LOOK_SECONDS = 0.01
+"""Between two looks whether they have gone: each reads all of /proc."""
 _followed: _Followed | None = None
 
 
@@ -233,6 +235,7 @@ def kill_descendants(process: int) -> None:
         for number in found:
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)
+        time.sleep(_LOOK_SECONDS)
 
 
 def started(process: int) -> str | None:

@@ -194,8 +194,10 @@ def worded(error: BaseException) -> str:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether the disk is full, which may be that of the run."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether the disk is full, which may be that of the run. A tracker in its own process has only
+    words for it."""
+    text = str(error).casefold()
+    return any(os.strerror(number).casefold() in text for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def without_values(text: str) -> str:

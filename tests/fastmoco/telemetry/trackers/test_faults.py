@@ -298,6 +298,16 @@ def test_a_sink_that_hangs_does_not_outlive_a_killed_run(tmp_path: Path) -> None
     eventually(lambda: started(process) is None)
 
 
+def test_no_complete_metrics_are_promised_where_a_sink_in_its_process_has_a_full_disk(
+    tmp_path: Path,
+) -> None:
+    """The run may write to the same one."""
+    outlet = Outlet("full", lambda: Isolated("tests.faulty_sinks:Full"), tracked(tmp_path, 0))
+    (warning,) = warnings_of(outlet)
+    assert "No space left on device; free some space" in warning
+    assert warning.endswith("The run goes on")
+
+
 @pytest.mark.parametrize("killed", ["run", "sink"])
 def test_what_a_sink_has_started_in_another_session_ends_with_it(
     tmp_path: Path, killed: str
