@@ -224,7 +224,7 @@ class CollapseDetector:
         if self._low < self._patience or self._told:
             return None
         starts = images_apart is not None and not self._learned and step < self._warm
-        if starts and self._low < SLOW and not spread < POINT:
+        if starts and self._low < SLOW and spread >= POINT:
             return None
         known = [value for value in self._apart if value is not None]
         if not has_collapsed(spread, statistics.fmean(known) if known else None):

@@ -61,7 +61,7 @@ class Health:
             dim: width of the queries; None if no loss reads the features, which are then not judged.
         """
         found: list[Event | None] = []
-        pairs = [figures[name] for name in PAIRS if name in figures]
+        pairs = [figures[name] for name in PAIRS] if figures.keys() >= set(PAIRS) else []
         if dim is not None:
             if self._collapse is None:
                 self._collapse = CollapseDetector(dim=dim, after=self._warm)

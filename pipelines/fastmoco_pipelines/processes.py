@@ -216,7 +216,10 @@ def adopt_orphans(adopt: bool) -> None:
 
 def descendants(process: int) -> list[int]:
     """The living processes below one, whatever their session: its children, theirs, and so on. None
-    where the system has no /proc."""
+    where the system has no /proc, or /proc counts otherwise than this process: its numbers are those
+    of other processes then, as in a container with the /proc of its host."""
+    if not _counts_alike():
+        return []
     below: dict[int, list[int]] = {}
     for path in _processes():
         if (stat := _stat(int(path.name))) and stat[0] not in "ZX":
@@ -225,6 +228,14 @@ def descendants(process: int) -> list[int]:
     for number in found:  # grows meanwhile
         found += below.get(number, ())
     return found
+
+
+def _counts_alike() -> bool:
+    """Whether /proc has the numbers by which this process knows others."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def kill_descendants(process: int) -> None:

@@ -418,6 +418,18 @@ def test_images_that_were_apart_and_are_no_more_are_told_at_once_in_the_warm_up_
         assert steps == [told], (warm, told)
 
 
+def test_features_that_are_not_finite_are_told_in_the_warm_up_as_after_it() -> None:
+    detector = CollapseDetector(dim=64, after=1000)
+    values = [(0.05, 0.0), *[(math.nan, math.nan)] * 8]
+    assert [step for step, one in enumerate(values) if detector.observe(step, *one)] == [3]
+
+
+def test_one_of_two_cosines_is_not_judged() -> None:
+    health = Health(warm=0, uninformed_loss=None)
+    figures = {"feature_std": 0.1, "effective_rank": 2.0, "cosine/positive": 0.5}
+    assert health.observe(0, 0.1, figures, dim=64) == []
+
+
 def test_a_point_is_a_collapse_whatever_is_left_between_images() -> None:
     """Features that shrink towards one direction keep the ratio of their distances."""
     torch.manual_seed(0)
