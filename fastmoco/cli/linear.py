@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json as json_module
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,26 +108,27 @@ def eval_linear(
                     raise ValueError(
                         f"protocol={protocol!r}: leave out --fast, which has another one"
                     )
-                found = _fast(
-                    run,
-                    train,
-                    test,
-                    which,
-                    best,
-                    heads=heads,
-                    normalised=normalisation(mean, std),
-                    lrs=lr,
-                    weight_decays=weight_decay,
-                    epochs=90 if epochs is None else epochs,
-                    batch_size=batch,
-                    copies=copies,
-                    crop_min=crop_min,
-                    holdout=holdout,
-                    protocol=protocol,
-                    precision=precision,
-                    seed=seed,
-                    cache=cache,
-                )
+                with _room_at_full_disk(cache):
+                    found = _fast(
+                        run,
+                        train,
+                        test,
+                        which,
+                        best,
+                        heads=heads,
+                        normalised=normalisation(mean, std),
+                        lrs=lr,
+                        weight_decays=weight_decay,
+                        epochs=90 if epochs is None else epochs,
+                        batch_size=batch,
+                        copies=copies,
+                        crop_min=crop_min,
+                        holdout=holdout,
+                        protocol=protocol,
+                        precision=precision,
+                        seed=seed,
+                        cache=cache,
+                    )
             else:
                 _require_official(lr, weight_decay, copies, precision, out)
                 assert out is not None  # noqa: S101 - a type: required above
@@ -228,8 +231,19 @@ def _fast(
     return found if world.rank == 0 else None
 
 
+@contextmanager
+def _room_at_full_disk(cache: Path | None) -> Iterator[None]:
+    """A context whose end on a full disk makes room too: the next command may then have enough."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC and cache is None and is_first():
+            _make_room()
+        raise
+
+
 def _make_room() -> None:
-    """Bound the features in the user's cache. After the result is shown: to remove a large cache
+    """Bound the features in the user's cache. Only after a result is shown: to remove a large cache
     takes long, and the command may be ended meanwhile."""
     from fastmoco.evaluation.feature_cache import make_room
     from fastmoco_pipelines.files.whole import user_cache

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,25 @@ def test_features_make_room_when_the_result_is_out(run, digits, tmp_path, capfd,
     main(words(run, digits, "--fast", "--json"))
     main(words(run, digits, "--fast", "--json", "--cache", str(tmp_path / "named")))
     assert shown == [(tmp_path / "fastmoco" / "features", '{"top1": 0.5}\n')]
+
+
+@pytest.mark.parametrize(("reason", "rooms"), [(errno.ENOSPC, 1), (errno.EACCES, 0)])
+def test_features_make_room_at_a_full_disk(
+    reason, rooms, run, digits, tmp_path, capsys, monkeypatch
+):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason), "part-000000.features")
+
+    made = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(feature_cache, "make_room", lambda folder: (made.append(folder) or 2, 3e9))
+    monkeypatch.setattr(linear, "_fast", fails)
+    assert main(words(run, digits, "--fast")) == 2
+    assert main(words(run, digits, "--fast", "--cache", str(tmp_path / "named"))) == 2
+    assert made == [tmp_path / "fastmoco" / "features"] * rooms
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count(os.strerror(reason)) == 2
+    assert told.count("2 caches of features, used longest ago, removed (3.0 GB)") == rooms
 
 
 def test_the_views_of_a_photograph_are_those_of_the_protocol(small_run: Config) -> None:
