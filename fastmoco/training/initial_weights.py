@@ -174,7 +174,8 @@ def _used_otherwise(config: Config, weights: EncoderWeights) -> tuple[str, ...]:
                 f"{getattr(config.model, key)}; {option} {value} keeps theirs"
             )
     image = weights.image
-    if (image.mean, image.std) != (own.image.mean, own.image.std):
+    differs = (image.mean, image.std) != (own.image.mean, own.image.std)
+    if weights.says_normalised and differs:
         found.append(
             f"these weights are of images normalised by mean {_numbers(image.mean)} and deviation "
             f"{_numbers(image.std)}, those of this run by {_numbers(own.image.mean)} and "

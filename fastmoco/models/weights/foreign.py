@@ -86,6 +86,7 @@ class EncoderWeights:
         beside: names of the file that are no part of the encoder, and what they are.
         heads: attention heads; None if the file does not show them, and for a trunk without.
         image: how images are resized, cropped and normalised.
+        says_normalised: whether its mean and deviation are known, not those of ImageNet by default.
         networks: all tensors of a checkpoint of moco-v3 or of fastmoco by our names, head included.
         facts: what the file states: arch, epoch, header.
         notes: what a user should know, in sentences.
@@ -99,6 +100,7 @@ class EncoderWeights:
     beside: Mapping[str, str] = field(default_factory=dict)
     heads: int | None = None
     image: EvalSpec
+    says_normalised: bool = True
     networks: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -367,8 +369,9 @@ def _described(
             "the file does not say how its images were normalised: by mean and standard deviation "
             "of ImageNet"
         )
+    weights = replace(weights, image=image, says_normalised=said)
     if sizes is None:
-        return replace(weights, image=image, notes=tuple(notes))
+        return replace(weights, notes=tuple(notes))
 
     # Heads: by the file, by the caller, or where every known model of this size has the same.
     found = stated.heads
@@ -395,7 +398,7 @@ def _described(
         raise CheckpointError(
             f"{weights.source}: {found} heads do not divide its width of {sizes.width}"
         )
-    return replace(weights, image=image, heads=found, notes=tuple(notes))
+    return replace(weights, heads=found, notes=tuple(notes))
 
 
 def heads_differ(weights: EncoderWeights) -> bool:

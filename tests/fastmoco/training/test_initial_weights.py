@@ -153,3 +153,16 @@ def test_what_no_tensor_shows_is_a_warning(tmp_path: Path, capsys) -> None:
             "warning: these weights are of images normalised by mean 0.485 0.456 0.406 and "
             "deviation 0.229 0.224 0.225, those of this run by 0.3 0.3 0.3 and 0.35 0.35 0.35: "
         )
+
+
+def test_a_file_that_does_not_say_how_images_were_normalised_is_no_warning(tmp_path: Path) -> None:
+    """The run may have it right."""
+    _, trunk = official(tmp_path)
+    torch.save(trunk, path := tmp_path / "plain.pth")
+    config = with_init(path)
+    view = replace(config.data.view1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    config = replace(config, data=replace(config.data, view1=view))
+    found = start_from(config, build_objective(config, CPU), World())
+    assert found is not None
+    assert "does not say how its images were normalised" in " ".join(found.lines())
+    assert found.warnings == ()
