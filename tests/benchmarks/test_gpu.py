@@ -65,6 +65,33 @@ def test_every_gate_has_tests_and_every_goal_a_row():
         assert {goal.row, goal.over_row or goal.row} <= named
 
 
+def test_every_test_that_needs_a_gpu_gates_an_op():
+    """Or it never runs on one. Those of pipelines need DALI's GPU part and take minutes; those of
+    benchmarks are of the instrument."""
+    gating = {file for patterns in TESTS_OF.values() for file in kernel_tests.test_files(patterns)}
+    needing = {
+        str(path.relative_to(kernel_tests.ROOT))
+        for folder, sign in (("fastmoco", "mark.gpu"), ("kernels", '"cuda" if torch.cuda.is_ava'))
+        for path in (kernel_tests.ROOT / "tests" / folder).rglob("test_*.py")
+        if sign in path.read_text() or "mark.gpu" in path.read_text()
+    }
+    assert len(needing) > 20
+    assert needing <= gating
+
+
+def test_files_with_tests_for_each_device_run_those_of_the_gpu(tmp_path, monkeypatch):
+    """A file of `tests/fastmoco` runs its marked tests alone, one of the kernels all."""
+    text = "import pytest\n\n@pytest.mark.gpu\ndef test_a(): ...\n\ndef test_b(): ...\n"
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    for folder, passed in (("fastmoco", 1), ("kernels", 2)):
+        file = tmp_path / "tests" / folder / "test_it.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        code, last = kernel_tests.run_file(str(file.relative_to(tmp_path)), time.monotonic() + 60)
+        assert code == 0
+        assert f"{passed} passed" in last
+
+
 def test_goals_follow_the_card():
     times = {"milliseconds": {"triton": 1.5}, "speedup": {"naive": {"median": 8.0}}}
     on_h200, naive = goals.outcomes("loss 16384", times, "NVIDIA H200", CEILINGS)
