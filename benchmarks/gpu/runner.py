@@ -151,6 +151,9 @@ class Run:
         code, failed = self._process(stage, words, limit)
         if code in (OUT_OF_TIME, 3) and not failed:
             return "out of time"
+        if code and not failed:  # it died before it said so itself
+            reason = f"exit {code}: {last_words(self._log(stage))}"
+            self._take(stage, {"name": stage.name, "status": FAILED, "reason": reason})
         if code or failed:
             return FAILED
         printed = [line["status"] for line in self._lines_of(stage)[first:]]
@@ -214,7 +217,7 @@ class Run:
             cwd=ROOT,
         )
         failed = any(line["status"] == FAILED for line in self._lines_of(stage)[first:])
-        if code not in (0, 1, 3, SPOILED) or (code == 1 and not failed):
+        if stage.rows and (code not in (0, 1, 3, SPOILED) or (code == 1 and not failed)):
             self._say(f"{stage.name}: exit {code}: {last_words(self._log(stage))}")
         return code, failed
 

@@ -286,6 +286,20 @@ def test_a_stage_is_called_what_it_was(tmp_path, monkeypatch, code, line, outcom
     assert run._stage(LOOK) == outcome
 
 
+def test_a_stage_that_dies_is_among_the_faults_with_its_error(tmp_path, monkeypatch):
+    run = _run_with(monkeypatch, tmp_path, 1, GOOD)
+    text = (
+        "Traceback:\n  File a.py, line 3\n    import yaml\n    ^^^^^^\nModuleNotFoundError: yaml\n"
+    )
+    run._log(LOOK).write_text(text)
+    assert run.all([LOOK]) == 1
+    died = run.lines[-1]
+    assert (died["name"], died["status"]) == ("look", "failed")
+    assert died["reason"].startswith("exit 1: ModuleNotFoundError: yaml | before it: Traceback:")
+    faults = summary(run.lines, [("look", "failed", 1.0)], {}, "")
+    assert any(line.startswith("failed: look: exit 1: ModuleNotFoundError") for line in faults)
+
+
 def test_what_later_stages_need_is_measured_first_and_kept_for_its_commit(tmp_path, monkeypatch):
     facts = (
         {**GOOD, "name": "environment", "machine": {"gpu": "H100"}},
