@@ -286,6 +286,15 @@ def test_a_stage_is_called_what_it_was(tmp_path, monkeypatch, code, line, outcom
     assert run._stage(LOOK) == outcome
 
 
+@pytest.mark.parametrize(
+    ("line", "outcome"), [(LEFT_OUT, "skipped"), (GOOD, "ok"), (BAD, "failed")]
+)
+def test_so_is_a_stage_of_rows(tmp_path, monkeypatch, line, outcome):
+    run = _run_with(monkeypatch, tmp_path, 0, {**line, "row": 0})
+    row = Row(name="ema", case="ema", op="ema")
+    assert run._stage(Stage(name="look", run="a", limit=60, rows=(row,))) == outcome
+
+
 def test_a_stage_that_dies_is_among_the_faults_with_its_error(tmp_path, monkeypatch):
     run = _run_with(monkeypatch, tmp_path, 1, GOOD)
     text = (
