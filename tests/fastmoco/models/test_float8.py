@@ -25,6 +25,7 @@ from fastmoco.models.float8 import candidates, use_float8_
 from fastmoco.objectives import MoCoV3
 from fastmoco.objectives.chunked import ChunkedStep
 from fastmoco.optim.averaged import FusedAdamW
+from tests.float8_products import require_scales_of_rows
 from tests.golden_objective import features_of, move_apart_
 
 pytestmark = pytest.mark.skipif(
@@ -228,7 +229,7 @@ def test_compiled_blocks_compute_the_same() -> None:
 def test_any_number_of_tokens_makes_products_that_a_gpu_takes() -> None:
     """13 images of 17 tokens: the gradient of a weight sums over 221, which float8 hardware wants
     as a multiple of 16."""
-    _require_scales_of_rows()
+    require_scales_of_rows()
     torch.manual_seed(42)
     emulated, ours = encoder(depth=2), encoder(depth=2)
     ours.load_state_dict(emulated.state_dict())
@@ -245,17 +246,6 @@ def test_any_number_of_tokens_makes_products_that_a_gpu_takes() -> None:
     assert all(inner % 16 == columns % 16 == 0 for inner, columns in sizes)
     assert any(inner == 224 for inner, _ in sizes)
     assert relative(gradients(ours), gradients(emulated)) < 0.01
-
-
-def _require_scales_of_rows() -> None:
-    """Skip where torch's product in float8 on a CPU takes one scale alone, as that of 2.11 does."""
-    ones, scales = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(ones, ones.T, scales, scales.T, out_dtype=torch.bfloat16)
-    except RuntimeError as error:
-        if "numel() == 1" not in str(error):
-            raise
-        pytest.skip("on a CPU this torch multiplies float8 with one scale alone, not one a row")
 
 
 @pytest.mark.gpu
