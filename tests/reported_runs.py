@@ -77,6 +77,7 @@ def write_run(
     lines = [json.dumps(row) for row in (*rows, *more)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     saved = {
+        "run_id": "0" * 14,
         "config": to_json(quickstart_digits()),
         "resolved": {"total_steps": steps, "world_size": 1, "device": "cpu", "steps_per_epoch": 10},
         "curves": {

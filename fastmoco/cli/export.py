@@ -19,6 +19,8 @@ def export(
     best: bool = False,
     images: str = "",
     heads: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> int:
     """Write an encoder in the format of another package, and compare features before it is good.
 
@@ -36,12 +38,14 @@ def export(
         images: Images to compare features of: shards or a folder of images. Default: those of the
             run.
         heads: Attention heads, for a file of a ViT that does not show them.
+        mean: Of red, green, blue by which images were normalised, for a file that does not say.
+        std: The standard deviations.
     """
     from fastmoco.cli.collection import collection_paused
 
     with one_line(EXIT_REFUSED, ValueError, OSError):
         with collection_paused():
-            from fastmoco.cli.images import set_of_folder
+            from fastmoco.cli.images import normalisation, set_of_folder
             from fastmoco.training.export_run import export_encoder
 
         done = export_encoder(
@@ -51,6 +55,7 @@ def export(
             which=which,
             best=best,
             heads=heads,
+            normalised=normalisation(mean, std),
             shards=set_of_folder(images, named="images") if images else None,
             report=say,
         )

@@ -193,18 +193,20 @@ def _fast(
     """The result of `--fast`; None on ranks other than the first."""
     with collection_paused():
         from fastmoco.distributed.mesh import start_world, stop_world
-        from fastmoco.evaluation.feature_cache import WAIT_S
+        from fastmoco.evaluation.feature_cache import WAIT_S, make_room
         from fastmoco.faults.first_cause import first_cause
         from fastmoco.training import linear_fast
         from fastmoco.training.encoder_source import load_source
         from fastmoco.training.images import max_side_for
         from fastmoco_pipelines.files.whole import user_cache
+        from fastmoco_pipelines.text import counted
 
+    own = user_cache() / "features"
     options = linear_fast.FastOptions(
         lrs=lrs or linear_fast.LRS,
         weight_decays=weight_decays or linear_fast.WEIGHT_DECAYS,
         copies=linear_fast.COPIES if copies is None else copies,
-        cache=cache if cache is not None else user_cache() / "features",
+        cache=cache if cache is not None else own,
         **others,
     )
     world = start_world("auto", timeout_s=WAIT_S)
@@ -221,7 +223,16 @@ def _fast(
             source, bank, queries, world, options, progress=partial(progress_on, world), tell=say
         )
     stop_world()
-    return found if world.rank == 0 else None
+    if world.rank:
+        return None
+    if cache is None:  # a folder that is named belongs to the user
+        count, size = make_room(own)
+        if count:
+            say(
+                f"{own}: {counted(count, 'cache')} of features, used longest ago, removed "
+                f"({size / 1e9:.1f} GB): they take no more than is free beside them"
+            )
+    return found
 
 
 def _official(

@@ -112,7 +112,8 @@ class _Page:
         going = [
             run
             for run in found
-            if run.state == "training" or (run.state == "interrupted" and run.folder.path in grown)
+            if run.state == "running"
+            or (run.state not in ("finished", "stopped") and run.folder.path in grown)
         ]
         extras = [self._extras(run) for run in found]
         write_report(found, extras, self.out, refresh_s=refresh_s if going else 0)
@@ -149,7 +150,7 @@ class _Page:
             before = self._made.get(run.folder.path)
             if before is None or before[0] != newest:
                 made = make_pictures(
-                    run, shards=self._shards, on_cpu=run.state == "training", tell=say
+                    run, shards=self._shards, on_cpu=run.state == "running", tell=say
                 )
                 self._made[run.folder.path] = (newest, made)
             pictures = self._made[run.folder.path][1]._asdict()

@@ -4,6 +4,7 @@ import is missing or broken. Imports no such package itself."""
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 
@@ -45,8 +46,11 @@ def _without_commands(words: Sequence[str], error: Exception) -> int:
         return _refused(error)
     from fastmoco.cli.doctor import doctor
 
+    # Its own options and defaults, each a keyword.
     parser = argparse.ArgumentParser(prog="fastmoco doctor")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=90.0)
-    chosen = parser.parse_args(words[1:])
-    return doctor(json=chosen.json, seconds=chosen.seconds)
+    for name, option in inspect.signature(doctor).parameters.items():
+        if option.default is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", type=type(option.default), default=option.default)
+    return doctor(**vars(parser.parse_args(words[1:])))

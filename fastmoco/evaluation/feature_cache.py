@@ -8,10 +8,13 @@ made them, or on how often these were interrupted.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from fastmoco.evaluation.embed import LabelledRows
 from fastmoco.evaluation.knn import Progress
 from fastmoco.evaluation.rows import MemoryRows, Rows, new_rows
 from fastmoco_pipelines.files.small import linked_to, open_regular, read_small
-from fastmoco_pipelines.files.whole import lock_path, remove, write_file, write_json
+from fastmoco_pipelines.files.whole import lock_path, remove, try_lock, write_file, write_json
 from fastmoco_pipelines.loading.batch import EvalBatch
 
 BATCH = EVAL_BATCH
@@ -46,6 +49,9 @@ FEW_PARTS = 64
 equal shares."""
 WAIT_S = 3600.0
 """For `start_world`: how much later than the first process the last one may have its share."""
+_LOCK, _USERS = "lock", "users"
+"""Files of a cache: the first is locked by the command that computes, the second by all that read."""
+_OWN_NAME = re.compile(r"(?:classifiers-)?[0-9a-f]{16}")
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -106,14 +112,15 @@ class FeatureCache:
         self.path = Path(folder) / hashlib.sha256(text).hexdigest()[:16]
         self.parts = -(-len(sample_ids) // self._part_images)
         self._lock: int | None = None
+        self._used: int | None = None
 
     def sample_ids(self, number: int) -> NDArray[np.int64]:
         """The images of a part, bad ones too."""
         return self._sample_ids[number * self._part_images : (number + 1) * self._part_images]
 
     def acquire(self) -> None:
-        """Create the folder, and keep other commands out until `release` or `remove`. For one
-        process of a command.
+        """Create the folder, and keep other commands out until `release` or `remove`. Until `close`,
+        `make_room` leaves it alone. For one process of a command.
 
         Raises:
             RunError: if another command holds it.
@@ -123,13 +130,16 @@ class FeatureCache:
         for folder in (self.path.parent, self.path):
             linked_to(folder)  # refuses a link of another user
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = self.path / "lock"
+        lock = self.path / _LOCK
         os.close(open_regular(lock, os.O_RDWR | os.O_CREAT, follow=False))
         self._lock = lock_path(str(lock))
         if self._lock is None:
             raise RunError(
                 f"{self.path}: another command computes these features now; wait for it, or end it"
             )
+        if self._used is None:
+            self._used = open_regular(self.path / _USERS, os.O_RDWR | os.O_CREAT, follow=False)
+            try_lock(self._used, fcntl.LOCK_SH)
         for left in self.path.glob(".*.tmp"):
             remove(str(left))
         write_json(self.path / "key.json", self._key)
@@ -140,10 +150,17 @@ class FeatureCache:
             os.close(self._lock)
             self._lock = None
 
+    def close(self) -> None:
+        """Let other commands compute the parts, and `make_room` remove them: they are read no more."""
+        self.release()
+        if self._used is not None:
+            os.close(self._used)
+            self._used = None
+
     def remove(self) -> None:
         """Remove all parts, and the folder of caches if it is empty then."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.release()
+        self.close()
         with suppress(OSError):  # it holds another cache
             self.path.parent.rmdir()
 
@@ -273,6 +290,67 @@ def _require_alike(part: FeaturePart) -> None:
     if not whole or part.features.dtype != torch.float32 or len(rows) != 1:
         shapes = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (part.features, *columns)]
         raise ValueError(f"features, labels and samples are {', '.join(shapes)}")
+
+
+def make_room(folder: Path) -> tuple[int, int]:
+    """Remove caches in a folder, those used longest ago first, until they take no more space than is
+    free beside them; likewise classifiers of `eval linear` that were not trained to the end. Nothing
+    is removed that a process uses, or that has another name than theirs.
+
+    Returns:
+        The number of those removed, and their bytes.
+    """
+    found: list[tuple[float, int, Path]] = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _OWN_NAME.fullmatch(entry.name):
+                with suppress(OSError):
+                    found.append((*_use(Path(entry.path)), Path(entry.path)))
+    total = sum(size for _, size, _ in found)
+    count = removed = 0
+    for used, size, path in sorted(found):
+        with suppress(OSError):
+            if total - removed <= shutil.disk_usage(folder).free:
+                break
+            if _removed(path, used):
+                count, removed = count + 1, removed + size
+    return count, removed
+
+
+def _use(path: Path) -> tuple[float, int]:
+    """When a cache, or a file, was last used, in seconds since 1970, and its bytes.
+
+    Raises:
+        OSError: if it is a link, or neither.
+    """
+    about = path.lstat()
+    if stat.S_ISREG(about.st_mode):
+        return about.st_mtime, about.st_size
+    if not stat.S_ISDIR(about.st_mode):
+        raise NotADirectoryError(path)
+    files = [file.lstat() for file in path.iterdir()]
+    return max([about.st_mtime, *(f.st_mtime for f in files)]), sum(f.st_size for f in files)
+
+
+def _removed(path: Path, used: float) -> bool:
+    """Remove a cache, or a file, unless it is used or was used since; whether it has gone."""
+    if not path.is_dir():
+        path.unlink()
+        return True
+    locks: list[int] = []
+    try:
+        for name in (_LOCK, _USERS):
+            if (path / name).exists():
+                if (lock := lock_path(str(path / name))) is None:
+                    return False
+                locks.append(lock)
+        if _use(path)[0] != used:
+            return False
+        shutil.rmtree(path)
+    finally:
+        for lock in locks:
+            os.close(lock)
+    return True
 
 
 def share_of(count: int, rank: int, ranks: int) -> range:

@@ -71,6 +71,8 @@ IN_HEADER = {
     "none": "none",
 }
 """Values of `pooling` and `positions` -> how the header spells them."""
+CONFIG_VALUES = {spelled: value for value, spelled in IN_HEADER.items()}
+"""The other way round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +176,7 @@ class EncoderDescription:
             name = self.timm_name()
             found |= {"timm_model": name} if name is not None else {}
             found["timm_arguments"] = json.dumps(self.timm_arguments())
+            found["timm_pretrained_cfg"] = _timm_image(self.image)
         return found
 
     @classmethod
@@ -288,13 +291,17 @@ class NamedDescription:
     def to_metadata(self) -> dict[str, str]:
         """As the header of a file; values are strings."""
         name = self.torchvision_name()
+        elsewhere = {}
+        if name is not None:
+            cfg = _timm_image(self.image)
+            elsewhere = {"torchvision_model": name, "timm_model": name, "timm_pretrained_cfg": cfg}
         return {
             "architecture": self.architecture,
             "width": str(self.width),
             "depth": str(self.depth),
             **_image_metadata(self.image),
             "pooling": self.pooling,
-            **({"torchvision_model": name, "timm_model": name} if name is not None else {}),
+            **elsewhere,
         }
 
     @classmethod
@@ -432,6 +439,21 @@ def _image_metadata(image: EvalSpec) -> dict[str, str]:
         "mean": json.dumps(list(image.mean)),
         "std": json.dumps(list(image.std)),
     }
+
+
+def _timm_image(image: EvalSpec) -> str:
+    """The same as timm's `pretrained_cfg` says it, which has a resized side as a share of the crop."""
+    share = image.size / image.resize
+    if math.floor(image.size / share) != image.resize:  # as timm computes the side
+        share = math.nextafter(share, 0)
+    config = {
+        "input_size": [CHANNELS, image.size, image.size],
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "interpolation": "bilinear",
+        "crop_pct": share,
+    }
+    return json.dumps(config)
 
 
 def _image_of(header: Mapping[str, str]) -> EvalSpec:

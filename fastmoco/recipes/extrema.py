@@ -115,7 +115,7 @@ def _small(base: Config, recipe: str, objective: ExtreMAConfig) -> Config:
     """A recipe for small images with ExtreMA: sizes, crops and colors of the base.
 
     Without batch norms only weight decay removes what all features have in common. A short run needs
-    much of it, and many small steps: with the decay of the base, features of the digits collapse.
+    much of it, and many small steps.
     """
     return replace(
         base,

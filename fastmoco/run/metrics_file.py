@@ -4,8 +4,9 @@ The file grows with the run, to some hundred megabytes. Reading is linear in tim
 for each value of the metrics that the caller wants, never the rows. Cutting back takes the time of
 the lines that it removes, not that of the file.
 
-A crash may leave half a line at the end, or zeros. Readers leave out every line that is damaged, and
-tell how many; a run that continues cuts them off.
+A kill may leave half a line at the end, and a reader may see one that is being written: readers leave
+it out. A crash may leave zeros. Readers leave out every line that is damaged, and tell how many; a run
+that continues cuts off both.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def read_rows(path: Path, tell: Tell, having: bytes = b"") -> Iterator[tuple[int
         found = _parsed(line)
         if found is not None:
             yield found
-        elif _is_damaged(line, math.inf):
+        elif _is_damaged(line, math.inf) and not _is_torn(line):
             first = first if damaged else at
             damaged += 1
     if damaged:
@@ -278,6 +279,25 @@ def _bounded(path: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[i
 def _is_damaged(line: bytes, step: float) -> bool:
     """Whether a line without a step is more than an empty one."""
     return step == math.inf and bool(line.strip())
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without a step is the beginning of one that was still to be written."""
+    return line.startswith(b"{") and len(line) < LONGEST and not line.endswith((b"\n", b"\0"))
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether the last line was not written to its end, as of a run that was killed.
+
+    Raises:
+        UnfitFileError: if it is no regular file, a link, or too large.
+    """
+    with _opened(path, os.O_RDONLY) as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size or os.pread(file.fileno(), 1, size - 1) == b"\n":
+            return False
+        _, line = next(_backwards(file, size))
+    return step_of(line) == math.inf and _is_torn(line)
 
 
 def _opened(path: Path, flags: int) -> IO[bytes]:

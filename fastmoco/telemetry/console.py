@@ -20,7 +20,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -36,6 +35,8 @@ from rich.text import Text
 from fastmoco.errors.log import STYLE, JsonLog
 from fastmoco.errors.streams import raw
 from fastmoco.errors.terminal import Terminal
+from fastmoco.telemetry.log_row import COLUMNS, clock, columns_of, plain_line, shown_value
+from fastmoco.telemetry.sparkline import ASCII_LEVELS, LEVELS, Curve, sparkline
 from fastmoco_pipelines.text import shown, shown_lines
 
 EVENTS_SHOWN = 6
@@ -50,94 +51,14 @@ LONGEST_EVENT = 3
 """Rows of one event."""
 LONGEST_KIND = 500
 """Characters by which two warnings are compared."""
-HISTORY = 512
-"""Values of a sparkline; twice as many are averaged in pairs."""
+_APART = ("loss", "eta_s")
+"""Columns with a place of their own in the table."""
 WARNING, MARK = "warning: ", "! "
 """How the text of a warning begins, and how it is marked."""
-LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-"""Heights of a sparkline, where the terminal has these characters and where not."""
 _FIGURES = re.compile(
     r"\bsteps? [\d,]+|[\d,]*\d\.\d+(e[+-]?\d+)?|\d+e[+-]?\d+|\d[\d,]*(?= is\b| x\b|%| s\b)"
 )
 """What differs between two warnings of one kind."""
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (
-        f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
-    )
-
-
-Column = tuple[str, str, str, Callable[[float], str]]
-"""Key of the row, short label in a line, long label in the table, format."""
-_COLUMNS: tuple[Column, ...] = (
-    ("epoch", "epoch", "epoch", "{:.1f}".format),
-    ("loss", "loss", "loss", "{:.3f}".format),
-    ("lr", "lr", "learning rate", "{:.1e}".format),
-    ("ema_momentum", "m", "EMA momentum", "{:.4f}".format),
-    ("images_per_s", "img/s", "images/s", "{:.0f}".format),
-    ("wait_share", "wait", "wait for data", "{:.1%}".format),
-    ("quarantined", "left out", "images left out", "{:.0f}".format),
-    ("eta_s", "eta", "time left", _clock),
-)
-_APART = ("loss", "eta_s")
-"""Columns with a place of their own in the table."""
-
-
-def _columns(figures: Mapping[str, str]) -> list[Column]:
-    """Those of every run, and one for each accuracy: metric name -> label."""
-    return [*_COLUMNS, *((name, name, label, "{:.1%}".format) for name, label in figures.items())]
-
-
-def _shown(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, int | float) and math.isfinite(value):
-        return form(value)
-    return shown(str(value), keep="\n")
-
-
-def sparkline(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
-    """A curve as text: one character for each value, or for the mean of several where there are more
-    than columns.
-
-    Args:
-        values: finite ones, the oldest first.
-        width: columns.
-        levels: characters, the lowest first.
-    """
-    if not values or width < 1:
-        return ""
-    count = min(width, len(values))
-    edges = [number * len(values) // count for number in range(count + 1)]
-    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(edges)]
-    low, high = min(means), max(means)
-    if high <= low:
-        return levels[len(levels) // 2] * count
-    scale = (len(levels) - 1) / (high - low)
-    return "".join(levels[round((value - low) * scale)] for value in means)
-
-
-def plain_line(row: Mapping[str, Any], total_steps: int, figures: Mapping[str, str]) -> str:
-    """One log line, e.g.
-    `step 120/2000 epoch 3.2 loss 3.412 lr 1.5e-04 m 0.9931 img/s 1842 eta 0:01:12`.
-
-    Args:
-        row: `step` and any of epoch, loss, lr, ema_momentum, images_per_s, wait_share (share),
-            eta_s (seconds), and accuracies (shares). Other keys are ignored.
-        total_steps: steps of the whole run.
-        figures: metric name -> label of the accuracies.
-    """
-    parts = [f"step {row.get('step', '?')}/{total_steps}"]
-    for key, label, _, form in _columns(figures):
-        text = _shown(row, key, form)
-        if text is not None:
-            parts.append(f"{label} {text}")
-    return " ".join(parts)
 
 
 def _event(text: str) -> Text:
@@ -149,31 +70,6 @@ def _colors(stream: TextIO) -> bool:
     """Whether plain lines may have a color: on a terminal, unless NO_COLOR is set."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", None)
     return not plain and stream.isatty()
-
-
-class _Curve:
-    """A curve of any length in bounded memory: each value is the mean of equally many."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.newest: float | None = None
-        self._each = 1
-        self._sum, self._count = 0.0, 0
-
-    def add(self, value: float) -> None:
-        """Take the next value; one that is not finite is left out."""
-        if not math.isfinite(value):
-            return
-        self.newest = value
-        self._sum, self._count = self._sum + value, self._count + 1
-        if self._count < self._each:
-            return
-        self.values.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
-        if len(self.values) >= 2 * HISTORY:
-            pairs = zip(self.values[::2], self.values[1::2], strict=True)
-            self.values = [(one + other) / 2 for one, other in pairs]
-            self._each *= 2
 
 
 @dataclass
@@ -225,7 +121,7 @@ class Console:
         self._header = ""
         self._row: dict[str, Any] = {}
         self._best: dict[str, float] = {}
-        self._history = {name: _Curve() for name in ("loss", *self._figures)}
+        self._history = {name: Curve() for name in ("loss", *self._figures)}
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
         self._warnings: dict[str, _Warning] = {}
         self._drawn: list[int] = []
@@ -407,7 +303,7 @@ class Console:
         header = _wrapped(f"fastmoco  {self._header}" if narrow else self._header, width, 2)
         parts: list[Any] = [*header, *self._progress(width, narrow), *self._metrics(width, narrow)]
         label = max([len("loss"), *map(len, self._figures.values())])
-        for key, _, name, form in _columns(self._figures):
+        for key, _, name, form in columns_of(self._figures):
             if key == "loss" or key in self._figures:
                 parts.append(self._curve(key, name, form, label, width, levels))
 
@@ -431,7 +327,7 @@ class Console:
         step = int(self._row.get("step", 0) or 0)
         total = max(self._total, 1)
         done, share = f"step {step}/{self._total}", min(step / total, 1)
-        left = _shown(self._row, "eta_s", _clock)
+        left = shown_value(self._row, "eta_s", clock)
         left = f"{left} left" if left is not None else ""
         bar = ProgressBar(
             total=total, completed=step, style="dim", complete_style="bold", finished_style="bold"
@@ -451,8 +347,8 @@ class Console:
     def _metrics(self, width: int, narrow: bool) -> list[Any]:
         """Numbers in two columns, one pair a row."""
         cells: list[tuple[str, str]] = []
-        for key, short, name, form in _COLUMNS:
-            text = _shown(self._row, key, form)
+        for key, short, name, form in COLUMNS:
+            text = shown_value(self._row, key, form)
             if key in _APART or (key == "quarantined" and text is None):
                 continue
             cells.append((short if narrow else name, "-" if text is None else text))
@@ -479,7 +375,7 @@ class Console:
         levels: str,
     ) -> Text:
         """A number with its best value and its curve."""
-        text = _shown(self._row, key, form)
+        text = shown_value(self._row, key, form)
         value = "-" if text is None else text
         if text is not None and key in self._best:
             value = f"{text}  (best {form(self._best[key])})"

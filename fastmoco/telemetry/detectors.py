@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastmoco.run.collapse import POINT, SPREAD, has_collapsed
 from fastmoco.run.events import Event
 
 
@@ -167,43 +168,73 @@ class SpikeEvents:
         return Event(step, "gradient_level", name, ratio, text)
 
 
-class CollapseDetector:
-    """Event when `feature_std` stays below a share of its healthy value 1/sqrt(D)."""
+SLOW = 10
+"""Log steps that heads have, before images were ever apart, to find the direction that all features
+have in common."""
+LEARNED = 0.1
+"""`apart` of images that an encoder distinguishes."""
 
-    def __init__(self, *, dim: int, floor: float = 0.1, patience: int = 3, after: int = 0) -> None:
-        """Set the rule: an event after `patience` consecutive values below `floor / sqrt(dim)`.
+
+class CollapseDetector:
+    """Event when the features have collapsed (`run.collapse`): `feature_std` stays below a share of
+    its healthy value 1/sqrt(D), and no more distance is left between images than between views.
+
+    Methods that have neither negatives nor batch norms at the end of their heads may pass through a
+    small spread about one common direction, in which images keep their distances.
+    """
+
+    def __init__(self, *, dim: int, patience: int = 3, after: int = 0) -> None:
+        """Set the rule: an event after `patience` consecutive values below `SPREAD / sqrt(dim)`.
 
         Args:
             dim: D.
-            floor: share of the healthy value.
             patience: values.
             after: first step that is judged where no value was healthy before: at their start some
-                heads give nearly one output for all images.
+                heads give nearly one output for all images. Until then `SLOW` values are needed
+                where images have never been apart, and features are no point.
         """
         self._after = after
+        self._warm = after
+        self._learned = False
         self._told = False
         self._healthy = dim**-0.5
-        self._floor = floor
         self._patience = patience
         self._low = 0
+        self._apart: deque[float | None] = deque(maxlen=patience)
 
-    def observe(self, step: int, std: float) -> Event | None:
+    def observe(self, step: int, std: float, images_apart: float | None = None) -> Event | None:
         """Take one value; return the event when the patience ends, once until a value is at twice the
-        floor. Its size is the value as a share of the healthy one."""
-        low = not std >= self._floor * self._healthy  # NaN counts as low
+        floor. Its size is the value as a share of the healthy one.
+
+        Args:
+            step: optimizer steps done.
+            std: `feature_std`.
+            images_apart: `run.collapse.apart`, whose mean over the patience counts, as few images give
+                a noisy one; None if it is unknown.
+        """
+        spread = std / self._healthy
+        low = has_collapsed(spread)
         if not low:
             self._after = 0
-        if std >= 2 * self._floor * self._healthy:
+        if spread >= 2 * SPREAD:
             self._told = False
         self._low = self._low + 1 if low and step >= self._after else 0
+        self._apart.append(images_apart)
+        self._learned = self._learned or (images_apart or 0.0) >= LEARNED
         if self._low < self._patience or self._told:
+            return None
+        starts = images_apart is not None and not self._learned and step < self._warm
+        if starts and self._low < SLOW and not spread < POINT:
+            return None
+        known = [value for value in self._apart if value is not None]
+        if not has_collapsed(spread, statistics.fmean(known) if known else None):
             return None
         self._told = True
         text = (
             f"features are collapsing, their deviation over the batch is {std:.2g} "
             f"and would be {self._healthy:.2g} if they were evenly spread"
         )
-        return Event(step, "collapse", None, std / self._healthy, text)
+        return Event(step, "collapse", None, spread, text)
 
 
 class NarrowingDetector:

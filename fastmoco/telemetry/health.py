@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fastmoco.run.collapse import PAIRS, apart
 from fastmoco.run.events import Event
 from fastmoco.telemetry.detectors import (
     BoundDetector,
@@ -60,17 +61,15 @@ class Health:
             dim: width of the queries; None if no loss reads the features, which are then not judged.
         """
         found: list[Event | None] = []
+        pairs = [figures[name] for name in PAIRS if name in figures]
         if dim is not None:
             if self._collapse is None:
                 self._collapse = CollapseDetector(dim=dim, after=self._warm)
-            found.append(self._collapse.observe(step, figures["feature_std"]))
+            images_apart = apart(*pairs) if pairs else None
+            found.append(self._collapse.observe(step, figures["feature_std"], images_apart))
             found.append(self._narrowing.observe(step, figures["effective_rank"]))
-        if "cosine/positive" in figures:
-            found.append(
-                self._forgetting.observe(
-                    step, figures["cosine/positive"], figures["cosine/negative"]
-                )
-            )
+        if pairs:
+            found.append(self._forgetting.observe(step, *pairs))
         found.append(self._uninformed.observe(step, loss))
         found += [self._within_bound(step, name, value) for name, value in figures.items()]
         return [event for event in found if event is not None]

@@ -203,7 +203,7 @@ class Embedder:
                     caches[cache.path] = cache
                     first_rank_does(world, f"features {number}", partial(acquired, cache))
                     if world.rank == 0:
-                        stack.callback(cache.release)
+                        stack.callback(cache.close)
                     show = shown if world.rank == 0 else shows_nothing
                     with show(f"embedding {redact(pattern)}") as progress:
                         self._embed(pattern, shards, cache, progress)

@@ -20,6 +20,7 @@ import fastmoco
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.config import Config
 from fastmoco.models.encoder_file import Description
+from fastmoco.models.weights.foreign import Normalised
 from fastmoco.models.weights.judging import (
     Comparison,
     compare_features,
@@ -73,6 +74,7 @@ def export_encoder(
     which: Which | None = None,
     best: bool = False,
     heads: int | None = None,
+    normalised: Normalised | None = None,
     shards: str | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Export:
@@ -86,6 +88,7 @@ def export_encoder(
             one.
         best: as of `load_source`.
         heads: as of `load_source`.
+        normalised: as of `load_source`.
         shards: images to compare features of; None: those that the run was trained on.
         report: called with each note about the source, in a sentence.
 
@@ -97,7 +100,7 @@ def export_encoder(
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists; choose another --out")
     require_reader(to)
-    found = load_source(source, which=which, best=best, heads=heads)
+    found = load_source(source, which=which, best=best, heads=heads, normalised=normalised)
     which = which or found.facts["encoder"]
     for note in found.notes:
         report(note)

@@ -23,7 +23,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.models.blocks import Block
 from fastmoco.models.encoder import trunk_of
-from fastmoco.models.encoder_file import describe_run
+from fastmoco.models.encoder_file import CONFIG_VALUES, describe_run
 from fastmoco.models.vit import VisionTransformer
 from fastmoco.models.weights.fitting import Fit, fit_encoder
 from fastmoco.models.weights.foreign import EncoderWeights, find_encoder
@@ -34,6 +34,8 @@ from fastmoco_pipelines.files.whole import at_home, hash_file
 
 INITIAL = "initial_weights"
 """Where `config.json` of a run names them."""
+_UNSEEN = {"pooling": "--model.pooling", "norm_eps": "--model.norm-eps"}
+"""Keys of the header that say what tensors do not, beside heads and images -> their options."""
 NETWORKS = ("encoder", "momentum_encoder")
 """The networks of an objective that start from the weights."""
 
@@ -48,6 +50,7 @@ class InitialWeights:
         sha256: of the file; of a run that of the list of its checkpoint's files.
         fit: how they fill an encoder.
         filled: the networks that they filled.
+        warnings: how the run uses them in another way than they were trained, in sentences.
     """
 
     path: str
@@ -55,6 +58,7 @@ class InitialWeights:
     sha256: str
     fit: Fit
     filled: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For `config.json`."""
@@ -77,7 +81,8 @@ class InitialWeights:
             f"{names} {verb} from {self.weights.source} ({self.weights.format}{which}, SHA-256 "
             f"{self.sha256[:16]}):"
         )
-        return [first, *self.fit.lines(), *self.weights.notes, *self.fit.notes]
+        warned = [f"warning: {text}" for text in self.warnings]
+        return [first, *self.fit.lines(), *self.weights.notes, *self.fit.notes, *warned]
 
 
 def start_from(config: Config, objective: Objective, world: World) -> InitialWeights | None:
@@ -146,7 +151,41 @@ def _read(config: Config, objective: Objective) -> InitialWeights:
     except RunError as error:
         raise type(error)(f"model.init={given!r}: {error}") from error
     filled = tuple(name for name in NETWORKS if name in objective.networks())
-    return InitialWeights(path=given, weights=weights, sha256=digest, fit=fit, filled=filled)
+    return InitialWeights(
+        path=given,
+        weights=weights,
+        sha256=digest,
+        fit=fit,
+        filled=filled,
+        warnings=_used_otherwise(config, weights),
+    )
+
+
+def _used_otherwise(config: Config, weights: EncoderWeights) -> tuple[str, ...]:
+    """What no tensor shows, and the run has otherwise than the weights say."""
+    own = describe_run(config)
+    ours, theirs = own.to_metadata(), weights.facts.get("header", {})
+    found = []
+    for key, option in _UNSEEN.items():
+        if key in ours and theirs.get(key, ours[key]) != ours[key]:
+            value = CONFIG_VALUES.get(theirs[key], theirs[key])
+            found.append(
+                f"these weights are of a run with model.{key}={value}, and give other features with "
+                f"{getattr(config.model, key)}; {option} {value} keeps theirs"
+            )
+    image = weights.image
+    if (image.mean, image.std) != (own.image.mean, own.image.std):
+        found.append(
+            f"these weights are of images normalised by mean {_numbers(image.mean)} and deviation "
+            f"{_numbers(image.std)}, those of this run by {_numbers(own.image.mean)} and "
+            f"{_numbers(own.image.std)}: give theirs to --data.view1.mean, --data.view1.std and the "
+            "other views"
+        )
+    return tuple(found)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _encoder(objective: Objective) -> nn.Module:
@@ -190,6 +229,7 @@ def _of_run(path: Path) -> tuple[EncoderWeights, str]:
         beside={name: "projector" for name in tensors if name.startswith("head.")},
         heads=description.heads,
         image=description.image,
+        facts={"header": description.to_metadata()},
         notes=tuple(f"passed over {p.name}: {reason}" for p, reason in checkpoint.skipped),
     )
     return weights, hash_file(checkpoint.path / MARKER)

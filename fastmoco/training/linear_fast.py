@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -152,11 +153,15 @@ def fast_linear(
     """
     config = source.config or Config()
     threads = setup.share_cores(config)
-    with probe_sets(train, test, config.data) as sets, eval_mode(source.encoder):
+    with (
+        ExitStack() as held,
+        probe_sets(train, test, config.data) as sets,
+        eval_mode(source.encoder),
+    ):
         if world.rank == 0:
             for note in sets.notes:
                 tell(f"warning: {note}")
-        job = _Job(source, world, options, progress, tell, config, threads)
+        job = _Job(source, world, options, progress, tell, config, threads, held)
         return job.run(sets.train, sets.test, sets.classes)
 
 
@@ -171,6 +176,8 @@ class _Job:
     tell: Callable[[str], None]
     config: Config
     threads: int
+    held: ExitStack
+    """Closes the caches at the end."""
 
     def _require_memory(self, pairs: int, classes: int) -> None:
         """Refuse classifiers that do not fit: weights, gradients and momentum of all pairs."""
@@ -287,6 +294,7 @@ class _Job:
         encoder, world = self.source.encoder, self.world
 
         # If another command holds the cache, all processes end.
+        self.held.callback(cache.close)
         first_rank_does(world, f"features of the {what}", partial(acquired, cache))
         try:
             with self.progress(f"features of the {what}") as advance:

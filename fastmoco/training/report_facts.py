@@ -51,7 +51,11 @@ def checkpoint_table(run: ReportRun) -> Table:
     rows = []
     for path in paths:
         state = tried(lambda path=path: _checkpoint_row(path))  # type: ignore[misc]
-        if isinstance(state, str) and run.state == "training" and not is_committed(path):
+        if (
+            isinstance(state, str)
+            and run.state in ("running", "elsewhere")
+            and not is_committed(path)
+        ):
             continue  # being saved, or removed since
         step = path.name.removeprefix("step_").lstrip("0") or "0"
         rows.append([step, "-", "-", "-", f"damaged: {state}"] if isinstance(state, str) else state)

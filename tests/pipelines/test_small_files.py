@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco_pipelines.files import small
 from fastmoco_pipelines.files.small import (
     JSON_DEPTH,
     UnfitFileError,
@@ -21,6 +22,7 @@ from fastmoco_pipelines.files.small import (
     require_solid,
     text_of,
 )
+from fastmoco_pipelines.text import escaped
 
 
 @pytest.fixture
@@ -200,3 +202,10 @@ def test_a_file_that_grows_while_it_is_read_has_an_end(tmp_path: Path) -> None:
         with open(path, "ab") as file:
             file.write(b"more\n" * 3000)
     assert found == [b"one\n", b"two\n"]
+
+
+@pytest.mark.parametrize("name", ["plain", "m\u00fcll\n\x1b[2J", "\udcff\u732b\u202e"])
+def test_names_are_shown_as_all_other_text(name: str) -> None:
+    """The room of files imports no other, so it escapes them by itself."""
+    assert small._plain(name) == escaped(name)
+    assert small._plain(name).isprintable()

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from fastmoco.run.collapse import PAIRS, apart, has_collapsed
 from fastmoco.run.events import Event
 from fastmoco.run.report.figure import number
 from fastmoco.run.report.reading import DIP, ReportRun, dips_of
@@ -21,8 +22,6 @@ SERIOUS = ("collapse", "forgetting", "no_learning")
 SPIKES = ("gradient_spike", "gradient_not_finite")
 SLOW = 0.2
 """Share of the time spent waiting for data that is worth a look."""
-COLLAPSED = 0.1
-"""Spread of the features relative to its healthy value, below which they have collapsed."""
 MOST_REASONS = 20
 """Reasons that are given; events of unknown names have one each."""
 EARLY = 20
@@ -114,11 +113,16 @@ def _judge_features(run: ReportRun, grave: list[str], good: list[str]) -> None:
     if spread is None or width is None:
         return
     end, even = float(np.median(spread.values[-9:])), width**-0.5
-    if end < COLLAPSED * even:
+    pairs = [float(np.median(run.series[name].values[-9:])) for name in PAIRS if name in run.series]
+    images_apart = apart(*pairs) if len(pairs) == len(PAIRS) else None
+    if has_collapsed(end / even, images_apart):
         grave.append(
             f"the features have collapsed: their spread is {number(end)}, and {number(even)} if they "
             "were evenly spread"
         )
+    elif has_collapsed(end / even):
+        share = f"{end / even:.0%}"
+        good.append(f"the spread of the features is {share} of an even one, and tells images apart")
     else:
         good.append(f"the spread of the features is {end / even:.0%} of an even one")
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmoco.errors import RunError, no_run
+from fastmoco.run import listing
 from fastmoco.run.curves import LARGEST, ROLLED_BACK, Panels
 from fastmoco.run.events import Event, read_events
 from fastmoco.run.folder import RunFolder
-from fastmoco.run.listing import held_locks
-from fastmoco.run.metrics_file import SPIKE, Series, read_curves
+from fastmoco.run.metrics_file import SPIKE, Series, ends_torn, read_curves
 
 NO_CURVE = ("step", "time", "epoch")
 """Entries of a line of metrics that are no metrics of their own."""
@@ -56,7 +56,7 @@ class ReportRun:
         lost: steps at which a metric was not finite, by metric.
         times: seconds since 1970 of the logged steps.
         events: in the order of steps.
-        state: "finished", "training", "stopped" or "interrupted".
+        state: that of `fastmoco runs`.
         notes: what is wrong with the files, in sentences.
     """
 
@@ -68,7 +68,7 @@ class ReportRun:
     lost: Mapping[str, NDArray[np.int64]]
     times: Series | None
     events: Sequence[Event]
-    state: str
+    state: listing.State
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -144,7 +144,7 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
     if not os.path.lexists(path):
         raise no_run(path)
     # Before the metrics: those of a run that ends meanwhile may lack its last lines.
-    state = state_of(folder)
+    state = listing.read_run(path).state
     notes: list[str] = []
     saved = folder.read_config()
     if not saved:
@@ -154,6 +154,8 @@ def read_run(path: Path, name: str | None = None) -> ReportRun:
     if os.path.lexists(folder.metrics):
         series, lost = read_curves(folder.metrics, lambda name: name != "step", tell=notes.append)
         found = read_events(folder.metrics, tell=notes.append)
+        if state in ("finished", "stopped") and ends_torn(folder.metrics):
+            notes.append(f"{folder.metrics} ends within a line, although the run has ended.")
     elif isinstance(saved.get("config"), Mapping):
         series, lost, found = {}, {}, []
         notes.append(f"{folder.metrics} is missing: no step is logged.")
@@ -241,23 +243,6 @@ def dips_of(series: Series, tolerance: float = DIP) -> list[Dip]:
             lowest = None
         best = max(best, value)
     return [*dips, lowest] if lowest is not None else dips
-
-
-def state_of(folder: RunFolder) -> str:
-    """Whether a run is "finished", "training", "stopped" on request, or "interrupted".
-
-    A run that trains holds the lock of its folder, which is looked up without being tried: a try
-    could refuse a run that starts at the same moment. The lock of a run on another machine is not
-    seen: it counts as interrupted.
-    """
-    for mark, state in (("DONE", "finished"), ("PREEMPTED", "stopped")):
-        if (folder.path / mark).is_file():
-            return state
-    try:
-        held = (folder.path / "lock").stat().st_ino in held_locks()
-    except OSError:
-        held = False
-    return "training" if held else "interrupted"
 
 
 def _spikes(series: Mapping[str, Series], lost: Mapping[str, NDArray[np.int64]]) -> list[Event]:

@@ -8,6 +8,7 @@ twice is left out, so a record that a tracker refuses does not keep it from the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from fastmoco.errors import describe
 from fastmoco.telemetry.trackers.interface import Sink, Started, TrackedRun
 from fastmoco_pipelines.text import counted, shown
 
@@ -121,7 +123,7 @@ class Outlet:
                 self._deliver(sink, started)
                 return
             except Exception as error:  # whatever a tracker raises; see the module's docstring
-                self._warn(f"failed ({type(error).__name__}: {error})")
+                self._warn(f"failed ({worded(error)})", complete=not _is_full(error))
                 self._abandon()
                 if isinstance(error, ImportError) or not self._later(wait):
                     break
@@ -171,17 +173,29 @@ class Outlet:
         with self._lock:
             return not self._lock.wait_for(lambda: self._closing, seconds)
 
-    def _warn(self, text: str) -> None:
-        """Say what is wrong, the first time."""
+    def _warn(self, text: str, *, complete: bool = True) -> None:
+        """Say what is wrong, the first time; `complete`: whether metrics.jsonl has all for sure."""
         if not self._warned:
             self._warned = True
-            told = f"warning: tracker {self.name} {text}. The run goes on, and metrics.jsonl is complete"
-            self._tell(told)
+            rest = ", and metrics.jsonl is complete" if complete else ""
+            self._tell(f"warning: tracker {self.name} {text}. The run goes on{rest}")
 
     def _tell(self, text: str) -> None:
         text = without_values(shown(text))[:_LONGEST]
         with self._lock:
             self._news.append(text)
+
+
+def worded(error: BaseException) -> str:
+    """What a tracker has raised, in words: of an error of the operating system the cure too."""
+    if isinstance(error, OSError) and error.strerror:
+        return describe(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk is full, which may be that of the run."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def without_values(text: str) -> str:

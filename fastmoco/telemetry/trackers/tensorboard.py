@@ -7,8 +7,9 @@ on, so the curve is that of the resumed run.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        self._open.enter_context(_silent_threads())
         folder = Path(run.folder) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         place = self._open.enter_context(utf8_name(folder))
@@ -88,9 +90,27 @@ class TensorBoardSink(Sink):
 
     def close(self) -> None:
         """Flush and close; may be called more than once."""
-        if self._writer is not None:
-            self._writer.close()
-        self._open.close()
+        with self._open:
+            if self._writer is not None:
+                self._writer.close()
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """A context in which the thread that writes an event file ends without a traceback. TensorBoard
+    raises its error, such as that of a full disk, again in the next call."""
+    before = threading.excepthook
+
+    def told(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            before(error)
+
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        if threading.excepthook is told:
+            threading.excepthook = before
 
 
 def _plain(value: Any) -> Any:

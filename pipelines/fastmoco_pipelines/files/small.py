@@ -303,8 +303,8 @@ _STRICT: dict[str, Any] = {
 
 
 def _plain(name: str) -> str:
-    """A name that cannot steer a terminal."""
-    return name if name.isprintable() else ascii(name)[1:-1]
+    """A name that cannot steer a terminal, as `text.escaped` makes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _is_deeper(content: Any, depth: int) -> bool:

@@ -462,7 +462,7 @@ def test_files_of_a_run(walk):
     assert walk.say(*embed, str(walk.out / f"other{ending}"))[0] == 0
 
 
-def test_a_linear_classifier(walk):
+def test_a_linear_classifier(walk, tmp_path, monkeypatch):
     command = ["eval", "linear", str(walk.out), "--train", walk.shards, "--test", walk.shards]
     out = ["--out", str(walk.out / "linear.json")]
     needed = (
@@ -479,6 +479,21 @@ def test_a_linear_classifier(walk):
     (fast,) = cures
     own = ["--epochs", "1", "--lr", "0.1", "0.2", "--copies", "1", "--precision", "bf16"]
     assert walk.say(*command, *own, "--cache", str(walk.out / "cache"), fast)[0] == 0
+
+    # Without a folder of one's own, features that were used longest ago leave it.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = tmp_path / "fastmoco" / "features" / "classifiers-0123456789abcdef"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"0")
+    os.utime(old, (1e9, 1e9))
+    space = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: space._replace(free=bool(not old.exists())))
+    code, text = walk.say(*command, *own, fast)
+    assert code == 0
+    assert re.search(
+        r"features: \d caches? of features, used longest ago, removed \(0\.0 GB\)", text
+    )
+    assert not old.exists()
 
 
 def test_weights_of_another_encoder(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.distributed.mesh import World
+from fastmoco.run.folder import RunFolder
 from tests.browser import CHROMIUM, browser
 from tests.command_line import main
 from tests.fastmoco.run.test_report import hostile_run
@@ -49,14 +50,17 @@ def test_refusals_name_the_cure(tmp_path: Path, capsys, words, said) -> None:
 
 
 def test_watching_ends_with_the_run(tmp_path: Path, capsys, monkeypatch) -> None:
-    run = write_run(tmp_path / "run")
-    states = iter(["training", "training", "finished"])
-    monkeypatch.setattr("fastmoco.run.report.reading.state_of", lambda folder: next(states))
+    run = write_run(tmp_path / "run", done=False)
+    folder = RunFolder(run)
+    folder.acquire()
     pages = []
 
     def slept(seconds: float) -> None:
         assert seconds >= 30
         pages.append((run / "report.html").read_text())
+        if len(pages) == 2:
+            folder.mark("DONE")
+            folder.release()
 
     monkeypatch.setattr("time.sleep", slept)
     assert main(["report", str(run), "--no-pictures", "--watch", "--interval", "30"]) == 0
@@ -83,8 +87,7 @@ def test_a_run_of_another_machine_goes_on_while_its_metrics_grow(
 
 
 def test_ctrl_c_ends_watching_with_a_page_that_stays(tmp_path: Path, monkeypatch) -> None:
-    run = write_run(tmp_path / "run")
-    monkeypatch.setattr("fastmoco.run.report.reading.state_of", lambda folder: "training")
+    run = write_run(tmp_path / "run", done=False)
 
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt

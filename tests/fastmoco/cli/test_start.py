@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.cli.start import _without_commands
+
 
 def _program(without: str, *words: str) -> subprocess.CompletedProcess[str]:
     code = (
@@ -40,3 +42,16 @@ def test_a_package_that_a_command_needs_later_is_named_too(tmp_path: Path) -> No
     assert found.stderr.splitlines()[-1].endswith("fastmoco doctor names the cure")
     assert "Traceback" not in found.stderr
     assert "Traceback" in _program("fastmoco.config.documents", "train", str(config)).stderr
+
+
+def test_the_options_of_doctor_are_its_own_without_other_packages_too(monkeypatch) -> None:
+    called = []
+
+    def doctor(*, json: bool = False, seconds: float = 7.5) -> int:
+        called.append((json, seconds))
+        return 0
+
+    monkeypatch.setattr("fastmoco.cli.doctor.doctor", doctor)
+    for words in ([], ["--json"], ["--seconds", "3"]):
+        assert _without_commands(["doctor", *words], ImportError("tyro")) == 0
+    assert called == [(False, 7.5), (True, 7.5), (False, 3.0)]

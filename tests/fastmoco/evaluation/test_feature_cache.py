@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fastmoco.evaluation.feature_cache import (
     FeaturePart,
     embed_missing,
     encoder_digest,
+    make_room,
     share_of,
 )
 from fastmoco_pipelines.files.small import UnfitFileError
@@ -182,3 +184,62 @@ def test_a_part_that_is_none_is_computed_again(tmp_path: Path, what: str) -> Non
     embed_missing(cache, encode, Loader())
     assert part.read_bytes() == before
     cache.release()
+
+
+def test_features_used_longest_ago_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that a process computes or reads, none of another name, and no link."""
+    names = ("oldest", "worked", "shared", "second", "newest", "linked")
+    caches = {name: cache_in(tmp_path, encoder=name) for name in names}
+    for age, cache in enumerate(caches.values()):
+        cache.acquire()
+        embed_missing(cache, encode, Loader())
+        cache.close()
+        for path in (*cache.path.iterdir(), cache.path):
+            os.utime(path, (1e9 + age, 1e9 + age))
+    caches["linked"].path.rename(tmp_path / "elsewhere")
+    caches["linked"].path.symlink_to(tmp_path / "elsewhere")
+    classifiers, other = (
+        tmp_path / "classifiers-0123456789abcdef",
+        tmp_path / "0123456789abcdef.txt",
+    )
+    for file in (classifiers, other):
+        file.write_bytes(b"0" * 100)
+        os.utime(file, (1.0, 1.0))
+    caches["worked"].acquire()
+    caches["shared"].acquire()
+    caches["shared"].release()
+    for name in ("worked", "shared"):
+        for path in (*caches[name].path.iterdir(), caches[name].path):
+            os.utime(path, (1e9, 1e9))
+
+    # 100 bytes and five caches; room for all, then for all but 300 bytes of them.
+    size = sum(file.stat().st_size for file in caches["oldest"].path.iterdir())
+    total = 100 + 5 * size
+    whole = shutil.disk_usage(tmp_path)
+
+    def usage(_: Path) -> object:
+        left = sum(f.stat().st_size for p in caches.values() for f in p.path.glob("*"))
+        left -= sum(f.stat().st_size for f in (tmp_path / "elsewhere").iterdir())
+        left += 100 * classifiers.exists()
+        return whole._replace(free=disk - left)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    disk = 2 * total
+    assert make_room(tmp_path) == (0, 0)
+    disk = 2 * (total - 300)
+    assert make_room(tmp_path) == (2, 100 + size)
+    gone = {classifiers, caches["oldest"].path}
+    assert not any(path.exists() for path in gone)
+
+    # None that is used, however short space is.
+    disk = 0
+    assert make_room(tmp_path) == (2, 2 * size)
+    left = {caches[name].path for name in ("worked", "shared", "linked")}
+    assert set(tmp_path.iterdir()) == {*left, tmp_path / "elsewhere", other}
+    assert caches["worked"].finished() == caches["shared"].finished() == list(range(5))
+    caches["worked"].close()
+    caches["shared"].close()
+    assert make_room(tmp_path)[0] == 2
+    assert make_room(tmp_path / "none") == (0, 0)

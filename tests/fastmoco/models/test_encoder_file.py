@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +61,33 @@ def test_vits_of_the_paper_have_a_name_in_timm_and_its_own_heads(name: str, timm
     assert header["timm_model"] == timm
     assert header["heads"] == "12"
     assert json.loads(header["timm_arguments"])["num_heads"] == 12
+    assert json.loads(header["timm_pretrained_cfg"]) == {
+        "input_size": [3, 224, 224],
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+    }
     assert EncoderDescription.from_metadata(header) == EncoderDescription.of(get_recipe(name))
+
+
+def test_timm_prepares_the_images_of_a_run_as_the_run_does() -> None:
+    """Its own mean and deviation, and the side as timm computes it: crop / share, rounded down."""
+    base = get_recipe("vit_s16_e300_b4096")
+    view = replace(base.data.view1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    own = replace(base, data=replace(base.data, view1=view))
+    for architecture in ("vit_small", "resnet50"):
+        config = replace(own, model=replace(own.model, architecture=architecture))
+        header = describe_run(config).to_metadata()
+        assert json.loads(header["timm_pretrained_cfg"])["mean"] == [0.1, 0.2, 0.3]
+        assert json.loads(header["timm_pretrained_cfg"])["std"] == [0.4, 0.5, 0.6]
+        assert description_of(header).image == config.eval_spec()
+    for size in range(8, 400):
+        for resize in (size, size + 1, round(size * 256 / 224)):
+            image = replace(config.eval_spec(), size=size, resize=resize)
+            header = replace(describe_run(config), image=image).to_metadata()
+            share = json.loads(header["timm_pretrained_cfg"])["crop_pct"]
+            assert math.floor(size / share) == resize
 
 
 @pytest.mark.parametrize(

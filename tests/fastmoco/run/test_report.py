@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastmoco.errors import RunError
+from fastmoco.run.folder import RunFolder
 from fastmoco.run.metrics_file import Series
 from fastmoco.run.report import charts
 from fastmoco.run.report.charts import FeatureMap
@@ -20,7 +21,8 @@ from fastmoco.run.report.figure import Chart
 from fastmoco.run.report.health import health_of
 from fastmoco.run.report.heat_map import HEAT_PARTS, HIGHEST, LOWEST
 from fastmoco.run.report.pictures import Extras, Table, Tile, Tiles
-from fastmoco.run.report.reading import dips_of, names_of, read_run, state_of
+from fastmoco.run.report.reading import dips_of, names_of, read_run
+from tests.command_line import main
 from tests.reported_runs import PLACES, write_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install '.[report]'")
@@ -249,6 +251,11 @@ def test_dips_are_stretches_below_the_best_value_before() -> None:
             "the features have collapsed",
         ),
         (
+            {"change": {step: {"feature_std": 2e-3} for step in range(1, 121)}},
+            "healthy",
+            "of an even one, and tells images apart",
+        ),
+        (
             {"change": {step: {"wait_share": 0.5} for step in range(1, 121)}},
             "look at it",
             "waited 50% of the time",
@@ -440,7 +447,7 @@ def test_several_runs_are_side_by_side_with_what_differs(tmp_path: Path) -> None
 
 
 def test_a_run_without_config_momentum_or_norms_still_has_a_page(tmp_path: Path) -> None:
-    lines = ['{"step": 1, "loss": 2.0, "lr": 0.1}', '{"step": 2, "loss": 1.9, "lr": 0.1}', '{"st']
+    lines = ['{"step": 1, "loss": 2.0, "lr": 0.1}', '{"st', '{"step": 2, "loss": 1.9, "lr": 0.1}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     run = read_run(tmp_path)
     assert any("config.json is missing" in note for note in run.notes)
@@ -467,8 +474,8 @@ def test_a_run_that_ends_while_it_is_read_is_read_again(tmp_path: Path, monkeypa
         "fastmoco.run.report.reading.read_events",
         lambda *_, **__: (path / "DONE").write_text("\n") and [],
     )
-    assert read_run(path).state == "interrupted"
-    assert state_of(read_run(path).folder) == "finished"
+    assert read_run(path).state == "failed"
+    assert read_run(path).state == "finished"
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
@@ -476,21 +483,51 @@ def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_the_state_of_a_run(tmp_path: Path) -> None:
-    import fcntl
-
+def test_the_state_of_a_run_is_that_of_the_list(tmp_path: Path, capsys) -> None:
     run = write_run(tmp_path, done=False)
+
+    def state() -> str:
+        """The state, which must be the same in the page and in the list."""
+        found = read_run(run)
+        assert main(["runs", str(run), "--json"]) == 0
+        [line] = json.loads(capsys.readouterr().out)
+        assert line["state"] == found.state
+        assert f"quickstart_digits · {found.state}" in Tags(render([found], [Extras()])).text
+        return found.state
+
     (run / "lock").write_text("1")
-    folder = read_run(run).folder
-    assert state_of(folder) == "interrupted"
-    with open(run / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert state_of(folder) == "training"
-    assert state_of(folder) == "interrupted"
+    assert state() == "failed"
+    folder = RunFolder(run)
+    folder.acquire()
+    assert state() == "running"
+    folder.release()
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"host": "node7"}))
+    assert state() == "elsewhere"
     (run / "PREEMPTED").write_text("\n")
-    assert state_of(folder) == "stopped"
+    assert state() == "stopped"
     (run / "DONE").write_text("\n")
-    assert state_of(folder) == "finished"
+    assert state() == "finished"
+    for mark in ("DONE", "PREEMPTED", "metrics.jsonl"):
+        (run / mark).unlink()
+    (run / "config.json").write_text(json.dumps(saved))
+    assert state() == "not begun"
+
+
+def test_a_line_that_is_being_written_is_no_damage_before_the_run_has_ended(tmp_path: Path) -> None:
+    run = write_run(tmp_path, done=False)
+    whole = (run / "metrics.jsonl").read_bytes()
+    torn = b'{"step": 121, "event": {"na'
+    (run / "metrics.jsonl").write_bytes(whole + torn)
+    assert read_run(run).notes == []
+    (run / "DONE").write_text("\n")
+    assert read_run(run).notes == [
+        f"{run}/metrics.jsonl ends within a line, although the run has ended."
+    ]
+    (run / "DONE").unlink()
+    for damaged in (torn + b"\n", torn + b"\0" * 10, b"\0" * 10, b"at"):
+        (run / "metrics.jsonl").write_bytes(whole + damaged)
+        assert "1 line left out" in read_run(run).notes[0], damaged
 
 
 def test_places_keep_their_order(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fastmoco.telemetry.console import EVENTS_SHOWN, Console, plain_line
+from fastmoco.telemetry.console import EVENTS_SHOWN, Console
+from fastmoco.telemetry.log_row import plain_line
 
 KNN = {"knn": "kNN"}
 

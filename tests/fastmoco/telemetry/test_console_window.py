@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from fastmoco.errors.log import KINDS, STYLE, JsonLog
-from fastmoco.telemetry.console import ASCII_LEVELS, EVENTS_SHOWN, LEVELS, Console, sparkline
+from fastmoco.telemetry.console import EVENTS_SHOWN, Console
+from fastmoco.telemetry.sparkline import ASCII_LEVELS, LEVELS, sparkline
 
 KNN = {"knn": "kNN"}
 ROW = {

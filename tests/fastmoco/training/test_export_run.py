@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastmoco.checkpoint import CheckpointError
 from fastmoco.distributed.mesh import World
-from fastmoco.models.encoder_file import EncoderDescription, ResNetDescription, SwinDescription
+from fastmoco.models.encoder_file import (
+    EncoderDescription,
+    ResNetDescription,
+    SwinDescription,
+    load_encoder,
+)
 from fastmoco.models.weights import judging
 from fastmoco.models.weights.judging import compare_features, features_of_export
 from fastmoco.models.weights.writing import refusal, write_encoder
@@ -221,6 +227,18 @@ def test_on_the_command_line(run: Path, tmp_path: Path, capsys) -> None:
     official = ["--to", "moco-v3", "--out"]
     assert main(["export", str(run), *official, str(tmp_path / "official")]) == 0
     assert "no place for how images are normalised" in capsys.readouterr().err
+
+    # A file that does not say how images were normalised is told it once; one that does is not.
+    plain, stated = tmp_path / "plain.safetensors", tmp_path / "stated.safetensors"
+    save_file(load_file(out), plain)
+    own = ["--heads", "4", "--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6"]
+    to = ["--to", "safetensors", "--out"]
+    assert main(["export", str(plain), *to, str(stated), *own]) == 0
+    assert load_encoder(stated).image.mean == (0.1, 0.2, 0.3)
+    assert load_encoder(stated).image.std == (0.4, 0.5, 0.6)
+    assert "does not say" not in capsys.readouterr().err
+    assert main(["export", str(stated), *to, str(tmp_path / "y"), *own[2:]]) == 2
+    assert "--mean" in capsys.readouterr().err
     assert main(["export", str(out), "--to", "moco-v3", "--out", str(tmp_path / "x")]) == 2
     assert "needs a run or a checkpoint of moco-v3" in capsys.readouterr().err
 

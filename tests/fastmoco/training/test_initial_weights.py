@@ -18,6 +18,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.objectives.build import build_objective
 from fastmoco.training.initial_weights import start_from
 from fastmoco.training.trainer import Trainer
+from tests.command_line import main
 from tests.official_checkpoints import official_checkpoint
 from tests.step_runs import short_run
 
@@ -120,3 +121,35 @@ def test_a_resnet_starts_with_its_running_averages(tmp_path: Path) -> None:
         name = "layer3.0.downsample.1.running_var"
         expected = content["state_dict"][f"module.base_encoder.{name}"]
         assert torch.equal(network.state_dict()[name], expected)
+
+
+def test_what_no_tensor_shows_is_a_warning(tmp_path: Path, capsys) -> None:
+    """The class token's norm becomes that of a mean, and images are normalised otherwise."""
+    run = tmp_path / "run"
+    trainer = Trainer.build(short_run("cpu", steps=1), run, World())
+    try:
+        assert trainer.run() == 0
+    finally:
+        trainer.close()
+    starts = [run, tmp_path / "encoder.safetensors", tmp_path / "state.safetensors"]
+    command = ["checkpoint", "consolidate", str(run), "--out"]
+    assert main([*command, str(starts[1]), "--encoder"]) == main([*command, str(starts[2])]) == 0
+
+    for path in starts:
+        same = start_from(with_init(path), build_objective(with_init(path), CPU), World())
+        assert same is not None
+        assert same.warnings == ()
+        other = with_init(path, pooling="mean_norm")
+        view = replace(other.data.view1, mean=(0.3, 0.3, 0.3), std=(0.35, 0.35, 0.35))
+        other = replace(other, data=replace(other.data, view1=view))
+        found = start_from(other, build_objective(other, CPU), World())
+        assert found is not None
+        pooling, image = found.lines()[-2:]
+        assert pooling == (
+            "warning: these weights are of a run with model.pooling=class, and give other features "
+            "with mean_norm; --model.pooling class keeps theirs"
+        )
+        assert image.startswith(
+            "warning: these weights are of images normalised by mean 0.485 0.456 0.406 and "
+            "deviation 0.229 0.224 0.225, those of this run by 0.3 0.3 0.3 and 0.35 0.35 0.35: "
+        )

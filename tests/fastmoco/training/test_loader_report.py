@@ -13,7 +13,7 @@ import torch
 from fastmoco.cli.train import train
 from fastmoco.distributed.mesh import World
 from fastmoco.run.folder import RunFolder
-from fastmoco.telemetry.console import plain_line
+from fastmoco.telemetry.log_row import plain_line
 from fastmoco.telemetry.recorder import Recorder
 from fastmoco_pipelines.formats.quarantine import Quarantine
 from fastmoco_pipelines.loading.stages import StageFigures

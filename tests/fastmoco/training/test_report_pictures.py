@@ -133,7 +133,7 @@ def test_the_tables(trained, tmp_path: Path) -> None:
     (row,) = report_facts.checkpoint_table(bare).rows
     assert row[0] == "7"
     assert row[-1].startswith("damaged: ")
-    saving = report_facts.checkpoint_table(replace(bare, state="training"))
+    saving = report_facts.checkpoint_table(replace(bare, state="running"))
     assert saving.rows == []
 
 

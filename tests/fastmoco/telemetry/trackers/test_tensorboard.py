@@ -1,10 +1,13 @@
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from fastmoco.telemetry.trackers.tensorboard import TensorBoardSink
+from fastmoco.telemetry.trackers.trackers import Trackers
 from tests.tracked_runs import tracked
 
 
@@ -46,3 +49,44 @@ def test_the_name_of_an_event_file_is_new_each_time(tmp_path: Path) -> None:
     ends = {path.name.rpartition(".")[2] for path in files}
     assert len(ends) == 2
     assert all(len(end) == 8 for end in ends)
+
+
+def test_a_full_disk_is_one_warning_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard's thread would print a traceback. A thread of another library still does."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
+    told: list[str] = []
+    trackers = Trackers(["tensorboard"], tracked(tmp_path, 0), tell=told.append)
+    deadline = time.monotonic() + 60
+    while not (files := list(tmp_path.glob("tensorboard/events.*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    files[0].unlink()
+    files[0].symlink_to("/dev/full")
+    step = 0
+    while not told:
+        step += 1
+        trackers.write(step, {"loss": 1.0})
+        trackers.news()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    trackers.close()
+    assert told == [
+        "warning: tracker tensorboard failed (No space left on device; free some space, or choose a "
+        "folder on another disk). The run goes on"
+    ]
+    assert "Traceback" not in capfd.readouterr().err
+
+    def fails() -> None:
+        raise ValueError("of another thread")
+
+    sink = TensorBoardSink()
+    sink.start(tracked(tmp_path / "other", 0))
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    sink.close()
+    assert "ValueError: of another thread" in capfd.readouterr().err
+    assert threading.excepthook is threading.__excepthook__
