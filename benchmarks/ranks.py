@@ -28,6 +28,25 @@ def held_port() -> Iterator[int]:
         yield int(holder.getsockname()[1])
 
 
+def variables_of_ranks(port: int, ranks: int, variables: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environment of each of some ranks on this machine, with one thread for OpenMP.
+
+    Args:
+        port: of their store.
+        ranks: number of processes.
+        variables: further ones.
+    """
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def completed_ranks(
     command: Sequence[str],
     ranks: int,
@@ -53,19 +72,9 @@ def completed_ranks(
         subprocess.TimeoutExpired: if a process has not ended in time.
     """
     with held_port() as port:
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            **variables,
-        }
         processes = [
-            subprocess.Popen(
-                command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options
-            )
-            for r in range(ranks)
+            subprocess.Popen(command, env=environment, **options)
+            for environment in variables_of_ranks(port, ranks, variables)
         ]
         try:
             streams = [process.communicate(timeout=timeout_s) for process in processes]

@@ -1,13 +1,12 @@
 """Runs that kill themselves with -9 at an exact place, or are stopped by a test, and are started
 again.
 
-Each start is a process forked from a server that has imported once what a run needs.
+Each start is a forked process.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,16 +17,9 @@ from typing import Any
 
 from fastmoco.config import Config
 from fastmoco.config.serial import from_json, to_json
+from tests import forks
 from tests.held_steps import hold
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("fastmoco.cli.main", "fastmoco.cli.train", "fastmoco.training.trainer", "nvidia.dali"),
-        # What a run imports later takes longer than a few steps.
-        *("torch.utils.tensorboard", "torch.distributed.checkpoint"),
-    ]
-)
 PATIENCE_S = 200
 
 
@@ -42,7 +34,9 @@ def start_and_end(config: Config, out: Path, place: str = "") -> int:
     Returns:
         The exit code; minus the signal that killed the process.
     """
-    process = CONTEXT.Process(target=_run, args=(json.dumps(to_json(config)), str(out), place))
+    process = forks.CONTEXT.Process(
+        target=_run, args=(json.dumps(to_json(config)), str(out), place)
+    )
     process.start()
     process.join(PATIENCE_S)
     if process.exitcode is None:
@@ -59,13 +53,13 @@ def start_held(words: Sequence[str], log: Path, *, held_after: int) -> BaseProce
         log: file for its output.
         held_after: steps before it waits.
     """
-    process = CONTEXT.Process(target=_command, args=(list(words), str(log), held_after))
+    process = forks.CONTEXT.Process(target=_command, args=(list(words), str(log), held_after))
     process.start()
     return process
 
 
 def _command(words: list[str], log: str, held_after: int) -> None:
-    _print_to(log)
+    forks.print_to(Path(log))
     from fastmoco.cli.main import main
 
     hold(held_after)
@@ -73,15 +67,9 @@ def _command(words: list[str], log: str, held_after: int) -> None:
     sys.exit(main())
 
 
-def _print_to(log: str) -> None:
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-
-
 def _run(config: str, out: str, place: str) -> None:
     """The child: its output goes to a file beside the run."""
-    _print_to(f"{out}.log")
+    forks.print_to(Path(f"{out}.log"))
     from fastmoco.cli import train
 
     train._draw = lambda *arguments, **options: None  # matplotlib takes longer than the run

@@ -38,6 +38,7 @@ PACKAGES = (
     "scikit-learn",
     "fsspec",
     "urllib3",
+    "pyyaml",
 )
 STEP_TESTS = (
     "tests/fastmoco/training/test_step_gpu.py",

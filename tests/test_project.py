@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FIRST
+from tests.conftest import FIRST, pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [
@@ -213,3 +213,16 @@ def test_asserts_only_narrow_types(path):
             text = ast.unparse(node.test)
             form = r"(not )?isinstance\([\w.]+, [\w.]+\)|[\w.]+ is not None"
             assert re.fullmatch(form, text), text
+
+
+def test_a_folder_of_the_name_of_a_mark_skips_no_test(request, monkeypatch):
+    """Keywords of a test are also the names of the folders above it, as of a checkout `gpu`."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plain, marked = (
+        pytest.Function.from_parent(request.node.parent, name=name, callobj=lambda: None)
+        for name in ("plain", "marked")
+    )
+    plain.keywords["gpu"] = True
+    marked.add_marker(pytest.mark.gpu)
+    pytest_collection_modifyitems([plain, marked])
+    assert [bool(item.get_closest_marker("skip")) for item in (plain, marked)] == [False, True]

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.lines import emit
+from benchmarks.gpu.lines import emit, end_first
 from benchmarks.gpu.stages import STAGES, TRUNKS, Trunk, ahead_of, concerns
 from benchmarks.outcome import FAILED, OK, SKIPPED
 
@@ -107,7 +107,7 @@ def _run(name: str, command: list[str], ends: float) -> bool:
     if code is None:
         status, reason = SKIPPED, "not done in time"
     else:
-        status, reason = (FAILED, f"exit {code}: {words[-WORDS:]}") if code else (OK, "")
+        status, reason = (FAILED, f"exit {code}: {end_first(words, WORDS)}") if code else (OK, "")
     emit(f"compile ahead: {name}", status, reason=reason, seconds=time.monotonic() - began)
     return status != FAILED
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8
 LONGEST = ("step", "info_nce", "fused_block")
 """Ops whose files start first, in this order, because they take longest: the loss compiles 30 tiles."""
+ON_EACH_DEVICE = "tests/fastmoco/"
+"""Tests there that need a GPU say so. The others ran on a CPU before, and would take the time."""
 NOTHING_COLLECTED = 5
 OUT_OF_TIME = 124
 OF_A_TEST = re.compile(r"^(FAILED|ERROR)\b|::.* (FAILED|ERROR)\b")
@@ -83,7 +85,7 @@ def run_file(file: str, ends: float) -> tuple[int, str]:
         "-p",
         "no:cacheprovider",
         "-m",
-        "not slow",
+        "gpu and not slow" if file.startswith(ON_EACH_DEVICE) else "not slow",
         "--tb=short",
         file,
     ]

@@ -102,9 +102,16 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def last_words(log: Path, length: int = 500) -> str:
-    """The end of a log, as one paragraph."""
+    """The end of a log, as `end_first`."""
     if not log.exists():
         return ""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4 * length))
-        return " | ".join(file.read().decode(errors="replace").split("\n"))[-length:].strip()
+        return end_first(file.read().decode(errors="replace"), length)
+
+
+def end_first(text: str, length: int) -> str:
+    """The end of a text as one paragraph, its last line first: of a reason only the beginning is
+    shown, and the last line of a traceback is the error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~|")]
+    return " | before it: ".join([*lines[-1:], " | ".join(lines[:-1])[-length:]])[:length]

@@ -151,10 +151,12 @@ class Run:
         code, failed = self._process(stage, words, limit)
         if code in (OUT_OF_TIME, 3) and not failed:
             return "out of time"
+        if code and not failed:  # it died before it said so itself
+            reason = f"exit {code}: {last_words(self._log(stage))}"
+            self._take(stage, {"name": stage.name, "status": FAILED, "reason": reason})
         if code or failed:
             return FAILED
-        printed = [line["status"] for line in self._lines_of(stage)[first:]]
-        return SKIPPED if printed and all(status == SKIPPED for status in printed) else "ok"
+        return self._ended(stage, first)
 
     def _rows(self, stage: Stage, limit: float) -> str:
         """Rows of a stage in one process, and in a new one after a row that killed it."""
@@ -196,7 +198,12 @@ class Run:
                 reason = f"exit {code}: {last_words(self._log(stage))}"
                 self._take(stage, {"name": row.name, "status": FAILED, "reason": reason})
                 failed = True
-        return FAILED if failed else "ok"
+        return FAILED if failed else self._ended(stage, 0)
+
+    def _ended(self, stage: Stage, first: int) -> str:
+        """What to call a stage without a failure, by its lines from the first one on."""
+        printed = [line["status"] for line in self._lines_of(stage)[first:]]
+        return SKIPPED if printed and all(status == SKIPPED for status in printed) else "ok"
 
     def _process(self, stage: Stage, words: Sequence[str], limit: float) -> tuple[int, bool]:
         """Run the module of a stage; returns its exit code, and whether one of
@@ -214,7 +221,7 @@ class Run:
             cwd=ROOT,
         )
         failed = any(line["status"] == FAILED for line in self._lines_of(stage)[first:])
-        if code not in (0, 1, 3, SPOILED) or (code == 1 and not failed):
+        if stage.rows and (code not in (0, 1, 3, SPOILED) or (code == 1 and not failed)):
             self._say(f"{stage.name}: exit {code}: {last_words(self._log(stage))}")
         return code, failed
 

@@ -372,6 +372,7 @@ EQUALITY = Stage(
             name="equality",
             case="equality",
             op="step",
+            needs="webdataset",
             options=(
                 *("device=cuda", "precisions=fp32,bf16", "batch=1024", "warmup_steps=20000"),
                 *("total_steps=150000", "loader_steps=1", "distinct=10", "workers=14", "threads=8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 TESTS_OF = {
     "info_nce": (
         "tests/kernels/test_info_nce.py",
+        "tests/kernels/test_info_nce_blocks.py",
         "tests/kernels/test_info_nce_operator.py",
         "tests/kernels/test_info_nce_paths.py",
         "tests/kernels/test_info_nce_queue.py",
@@ -33,7 +34,7 @@ TESTS_OF = {
         "tests/kernels/test_blur.py",
     ),
     "residual_norm": ("tests/kernels/test_residual_norm*.py",),
-    "soft_cross_entropy": ("tests/kernels/test_soft_cross_entropy.py",),
+    "soft_cross_entropy": ("tests/kernels/test_soft_cross_entropy*.py",),
     "fused_block": (
         "tests/kernels/test_fused_block.py",
         "tests/kernels/test_gelu_bias.py",
@@ -42,7 +43,16 @@ TESTS_OF = {
     ),
     "cut_views": ("tests/kernels/test_cut_views.py",),
     "tuning": ("tests/kernels/test_tuning.py",),
-    "step": ("tests/fastmoco/*/*_gpu.py",),
+    "step": (
+        "tests/fastmoco/*/*_gpu.py",
+        "tests/fastmoco/checkpoint/test_saver.py",
+        "tests/fastmoco/evaluation/test_nearest.py",
+        "tests/fastmoco/telemetry/test_histograms.py",
+    ),
+    "float8": (
+        "tests/fastmoco/models/test_float8.py",
+        "tests/fastmoco/models/test_float8_momentum.py",
+    ),
 }
 """The tests of each op, as patterns: rows of an op are timed if these passed,
 independently of others."""

@@ -65,6 +65,33 @@ def test_every_gate_has_tests_and_every_goal_a_row():
         assert {goal.row, goal.over_row or goal.row} <= named
 
 
+def test_every_test_that_needs_a_gpu_gates_an_op():
+    """Or it never runs on one. Those of pipelines need DALI's GPU part and take minutes; those of
+    benchmarks are of the instrument."""
+    gating = {file for patterns in TESTS_OF.values() for file in kernel_tests.test_files(patterns)}
+    needing = {
+        str(path.relative_to(kernel_tests.ROOT))
+        for folder, sign in (("fastmoco", "mark.gpu"), ("kernels", '"cuda" if torch.cuda.is_ava'))
+        for path in (kernel_tests.ROOT / "tests" / folder).rglob("test_*.py")
+        if sign in path.read_text() or "mark.gpu" in path.read_text()
+    }
+    assert len(needing) > 20
+    assert needing <= gating
+
+
+def test_files_with_tests_for_each_device_run_those_of_the_gpu(tmp_path, monkeypatch):
+    """A file of `tests/fastmoco` runs its marked tests alone, one of the kernels all."""
+    text = "import pytest\n\n@pytest.mark.gpu\ndef test_a(): ...\n\ndef test_b(): ...\n"
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    for folder, passed in (("fastmoco", 1), ("kernels", 2)):
+        file = tmp_path / "tests" / folder / "test_it.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        code, last = kernel_tests.run_file(str(file.relative_to(tmp_path)), time.monotonic() + 60)
+        assert code == 0
+        assert f"{passed} passed" in last
+
+
 def test_goals_follow_the_card():
     times = {"milliseconds": {"triton": 1.5}, "speedup": {"naive": {"median": 8.0}}}
     on_h200, naive = goals.outcomes("loss 16384", times, "NVIDIA H200", CEILINGS)
@@ -257,6 +284,29 @@ GOOD, BAD, LEFT_OUT = ({"name": word, "status": word} for word in ("ok", "failed
 def test_a_stage_is_called_what_it_was(tmp_path, monkeypatch, code, line, outcome):
     run = _run_with(monkeypatch, tmp_path, code, line)
     assert run._stage(LOOK) == outcome
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome"), [(LEFT_OUT, "skipped"), (GOOD, "ok"), (BAD, "failed")]
+)
+def test_so_is_a_stage_of_rows(tmp_path, monkeypatch, line, outcome):
+    run = _run_with(monkeypatch, tmp_path, 0, {**line, "row": 0})
+    row = Row(name="ema", case="ema", op="ema")
+    assert run._stage(Stage(name="look", run="a", limit=60, rows=(row,))) == outcome
+
+
+def test_a_stage_that_dies_is_among_the_faults_with_its_error(tmp_path, monkeypatch):
+    run = _run_with(monkeypatch, tmp_path, 1, GOOD)
+    text = (
+        "Traceback:\n  File a.py, line 3\n    import yaml\n    ^^^^^^\nModuleNotFoundError: yaml\n"
+    )
+    run._log(LOOK).write_text(text)
+    assert run.all([LOOK]) == 1
+    died = run.lines[-1]
+    assert (died["name"], died["status"]) == ("look", "failed")
+    assert died["reason"].startswith("exit 1: ModuleNotFoundError: yaml | before it: Traceback:")
+    faults = summary(run.lines, [("look", "failed", 1.0)], {}, "")
+    assert any(line.startswith("failed: look: exit 1: ModuleNotFoundError") for line in faults)
 
 
 def test_what_later_stages_need_is_measured_first_and_kept_for_its_commit(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ named cases in one process group.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -59,7 +58,6 @@ def run_cases(cases: Mapping[str, Callable[[World], object]]) -> None:
     results go to OUT/rank<r>.pt.
     """
     be_exact()
-    gc.enable()  # off while a rank starts
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(cases)
     world = start_world("cpu", timeout_s=60)
     results: dict[str, object] = {name: cases[name](world) for name in names}

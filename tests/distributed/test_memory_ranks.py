@@ -21,7 +21,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for habit in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
             environment.setenv(habit, "65536")
         return launch(
-            RANKS, tmp_path_factory.mktemp("memory"), module="tests.distributed.run_memory"
+            RANKS,
+            tmp_path_factory.mktemp("memory"),
+            module="tests.distributed.run_memory",
+            fork=False,
         )
 
 

@@ -19,6 +19,7 @@ from fastmoco.distributed.mesh import World
 from fastmoco.errors import RunError
 from fastmoco.faults import first_cause
 from fastmoco_pipelines.sampling.order import epoch_order
+from tests.distributed.launching import forked_ranks
 from tests.pipelines.damage import damage
 
 pytestmark = pytest.mark.faults
@@ -69,6 +70,15 @@ def run(config, out: Path, before: str = "") -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stdout
+
+
+def run_without_launcher(config, out: Path, before: str) -> tuple[list[int], str]:
+    """`run` in forked ranks: each one's exit code, and all that was printed."""
+    program = Path(f"{out}.py")
+    program.write_text(PROGRAM.format(before=before))
+    words = ["tests.distributed.run_file", str(program), json.dumps(to_json(config)), str(out)]
+    done = forked_ranks(words, 2, {})
+    return [rank.returncode for rank in done], "".join(rank.stderr.decode() for rank in done)
 
 
 def errors(text: str) -> list[str]:
@@ -220,8 +230,9 @@ def test_a_rank_that_cannot_embed_ends_one_that_embeds_longer_than_a_collective_
 ):
     config, _ = digits_copy
     config = replace(config, knn=replace(config.knn, every_epochs=1, test_shards=digits[1]))
-    code, text = run(config, tmp_path / "run", FAILING_KNN.format(rank_0="time.sleep(60)"))
-    assert code != 0
+    before = FAILING_KNN.format(rank_0="time.sleep(60)")
+    codes, text = run_without_launcher(config, tmp_path / "run", before)
+    assert all(codes), text
     cause = "rank 1: train-000000.tar: the tar ends inside it"
     assert any(f"ended by the failure of {cause}" in line for line in errors(text)), text
     assert "Timed out" not in text

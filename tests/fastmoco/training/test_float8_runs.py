@@ -32,6 +32,7 @@ from fastmoco.training import state as training_state
 from fastmoco.training.load_run import load_run
 from fastmoco.training.trainer import Trainer
 from tests.command_line import main
+from tests.float8_products import require_scales_of_rows
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -68,6 +69,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Config]:
 def test_a_run_saves_what_a_native_model_reads(
     anywhere: Callable[[], Config], tmp_path: Path
 ) -> None:
+    require_scales_of_rows()
     config = anywhere()
     trainer = Trainer.build(config, tmp_path / "run", World())
     try:

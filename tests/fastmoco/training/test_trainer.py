@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +34,8 @@ from fastmoco.telemetry.metrics import Throughput
 from fastmoco.training import resume
 from fastmoco.training.trainer import Trainer
 from tests import killed_runs
-from tests.fault_runs import environment, start_command
+from tests.distributed.launching import forked_ranks
+from tests.fault_runs import start_command
 from tests.held_steps import WORDS
 
 WORLD = World()
@@ -192,18 +192,10 @@ def on_two(brief_run, digits, tmp_path_factory) -> dict[str, tuple[Config, Path]
         for precision, lr in (("fp32", 4e-6), ("fp64", 6e-3))
     }
     words = json.dumps([_words(config, out) for config, out in runs.values()])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--no-python", sys.executable, "-c", TRAIN_ALL, words]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    program = folder / "program.py"
+    program.write_text(TRAIN_ALL)
+    ranks = forked_ranks(["tests.distributed.run_file", str(program), words], 2, {})
+    assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
     return runs
 
 
