@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ WAIT_S = 3600.0
 """For `start_world`: how much later than the first process the last one may have its share."""
 _LOCK, _USERS = "lock", "users"
 """Files of a cache: the first is locked by the command that computes, the second by all that read."""
-_OWN_NAME = re.compile(r"(?:classifiers-)?[0-9a-f]{16}")
+_OWN_NAME = re.compile(r"(?:classifiers-)?[0-9a-f]{16}(?:\.[0-9a-f]{8}\.removed)?")
+"""Of what `make_room` may remove; with the end, of what it was removing when it was killed."""
 _HASH_BYTES = hashlib.sha256().digest_size
 
 
@@ -355,6 +357,9 @@ def _removed(path: Path, used: float) -> bool:
                 locks.append(lock)
         if _use(path)[0] != used:
             return False
+        # Another command may begin it anew meanwhile.
+        if path.suffix != ".removed":
+            path = path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.removed"))
         shutil.rmtree(path)
     finally:
         for lock in locks:

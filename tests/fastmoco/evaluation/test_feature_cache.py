@@ -268,3 +268,31 @@ def test_no_more_is_removed_where_the_system_counts_free_bytes_late(
     assert make_room(tmp_path) == (1, 100)
     assert not states[1].exists()
     assert set(tmp_path.iterdir()) == {other.parent, states[0], *states[2:]}
+
+
+def test_a_cache_is_begun_anew_while_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To remove a large one takes minutes. What a kill left of it goes the next time."""
+    cache, again = cache_in(tmp_path), cache_in(tmp_path)
+    cache.acquire()
+    embed_missing(cache, encode, Loader())
+    cache.close()
+    remove = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        again.acquire()
+        embed_missing(again, encode, Loader())
+        (path / "lock").unlink()
+        raise OSError
+
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    monkeypatch.setattr("shutil.rmtree", killed)
+    assert make_room(tmp_path) == (0, 0)
+    monkeypatch.setattr("shutil.rmtree", remove)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert make_room(tmp_path)[0] == 1
+    assert list(tmp_path.iterdir()) == [again.path]
+    assert again.finished() == list(range(5))
+    again.close()
