@@ -12,7 +12,7 @@ import pytest
 def test_a_short_soak_differs_in_nothing():
     options = (
         "--minutes",
-        "0.25",
+        "0.15",
         "--images",
         "400",
         "--batch",

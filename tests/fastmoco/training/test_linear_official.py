@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastmoco.checkpoint import CheckpointError, find_checkpoint
-from fastmoco.cli import linear
 from fastmoco.config import Config
 from fastmoco.distributed import World
 from fastmoco.evaluation import feature_cache
@@ -233,6 +232,7 @@ def homeless() -> Path:
 
 def test_features_make_room_when_the_result_is_out(run, digits, tmp_path, capfd, monkeypatch):
     """To remove them takes long, and the command may be ended meanwhile."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     shown = []
 
     def ended(folder: Path) -> tuple[int, int]:
@@ -241,7 +241,7 @@ def test_features_make_room_when_the_result_is_out(run, digits, tmp_path, capfd,
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(feature_cache, "make_room", ended)
-    monkeypatch.setattr(linear, "_fast", lambda *_, **__: {"top1": 0.5})
+    monkeypatch.setattr("fastmoco.cli.linear._fast", lambda *_, **__: {"top1": 0.5})
     main(words(run, digits, "--fast", "--json"))
     main(words(run, digits, "--fast", "--json", "--cache", str(tmp_path / "named")))
     assert shown == [(tmp_path / "fastmoco" / "features", '{"top1": 0.5}\n')]
@@ -254,10 +254,11 @@ def test_features_make_room_at_a_full_disk(
     def fails(*_: object, **__: object) -> None:
         raise OSError(reason, os.strerror(reason), "part-000000.features")
 
+    pytest.importorskip("tyro", reason="tyro is not installed")
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(feature_cache, "make_room", lambda folder: (made.append(folder) or 2, 3e9))
-    monkeypatch.setattr(linear, "_fast", fails)
+    monkeypatch.setattr("fastmoco.cli.linear._fast", fails)
     assert main(words(run, digits, "--fast")) == 2
     assert main(words(run, digits, "--fast", "--cache", str(tmp_path / "named"))) == 2
     assert made == [tmp_path / "fastmoco" / "features"] * rooms
