@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -93,15 +91,6 @@ class HangsAtWrite(Sink):
         with open(f"{self._folder}/called", "w") as file:
             file.write(str(os.getpid()))
         time.sleep(3600)
-
-
-class LeavesSession(HangsAtWrite):
-    """Has started a process in another session, whose parent has ended."""
-
-    def start(self, run: TrackedRun) -> Started:
-        daemon = f"sleep 3600 & echo $! > {shlex.quote(run.folder)}/daemon"
-        subprocess.run(["/bin/sh", "-c", daemon], start_new_session=True, check=True)
-        return super().start(run)
 
 
 class Notes(Sink):

@@ -38,11 +38,12 @@ from fastmoco.errors import (
     RunError,
     say,
 )
+from fastmoco.faults.parent import adopt_orphans
 from fastmoco.faults.signals import INTERRUPT_PATIENCE_SECONDS, PATIENCE_SECONDS, to_handle
 from fastmoco.faults.start_up import ended_early
 from fastmoco.run.folder import MARKS, RunFolder
 from fastmoco_pipelines.files.whole import write_file
-from fastmoco_pipelines.processes import adopt_orphans, child_environment, children, python_command
+from fastmoco_pipelines.processes import child_environment, children, python_command
 
 MAX_RESTARTS = 3
 SAVE_SECONDS = 600

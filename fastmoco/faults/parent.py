@@ -19,6 +19,7 @@ from fastmoco_pipelines.processes import (
     ancestors,
     end_by_signal,
     follow_parent,
+    prctl,
 )
 
 ORPHAN_SECONDS = 5.0
@@ -28,6 +29,7 @@ END_SECONDS = 7.0
 """Time without its launcher after which a process is ended that still runs, unless it saves."""
 CLOSE_SECONDS = 2.0
 """Time that it has after its last save to mark the run and to close its files."""
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Stopping(Protocol):
@@ -100,3 +102,8 @@ def _runs_torch(process: int) -> bool:
             return b"python" in (about / "cmdline").read_bytes()
         except OSError:
             return False
+
+
+def adopt_orphans(adopt: bool) -> None:
+    """Become the parent of all descendants whose parents end, or stop being it."""
+    prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))

@@ -30,11 +30,6 @@ POLL_SECONDS = 0.5
 """Time between two looks for the end of the parent."""
 _OWN = ("fastmoco", "fastmoco_pipelines", "fastmoco_kernels")
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_END_SECONDS = 1.0
-"""Time for processes to be gone after SIGKILL; one in a hanging file system takes longer."""
-_LOOK_SECONDS = 0.01
-"""Between two looks whether they have gone: each reads all of /proc."""
 _followed: _Followed | None = None
 
 
@@ -207,46 +202,6 @@ def children() -> list[int]:
     own = str(os.getpid())
     numbers = (int(path.name) for path in _processes())
     return [number for number in numbers if (stat := _stat(number)) and stat[1] == own]
-
-
-def adopt_orphans(adopt: bool) -> None:
-    """Become the parent of all descendants whose parents end, or stop being it."""
-    prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))
-
-
-def descendants(process: int) -> list[int]:
-    """The living processes below one, whatever their session: its children, theirs, and so on. None
-    where the system has no /proc, or /proc counts otherwise than this process: its numbers are those
-    of other processes then, as in a container with the /proc of its host."""
-    if not _counts_alike():
-        return []
-    below: dict[int, list[int]] = {}
-    for path in _processes():
-        if (stat := _stat(int(path.name))) and stat[0] not in "ZX":
-            below.setdefault(int(stat[1]), []).append(int(path.name))
-    found = [*below.get(process, ())]
-    for number in found:  # grows meanwhile
-        found += below.get(number, ())
-    return found
-
-
-def _counts_alike() -> bool:
-    """Whether /proc has the numbers by which this process knows others."""
-    try:
-        return os.readlink("/proc/self") == str(os.getpid())
-    except OSError:
-        return False
-
-
-def kill_descendants(process: int) -> None:
-    """End all processes below one by SIGKILL, also those that they start meanwhile. Where the process
-    adopts orphans, these are also the ones that have left its session."""
-    until = time.monotonic() + _END_SECONDS
-    while (found := descendants(process)) and time.monotonic() < until:
-        for number in found:
-            with contextlib.suppress(OSError):
-                os.kill(number, signal.SIGKILL)
-        time.sleep(_LOOK_SECONDS)
 
 
 def started(process: int) -> str | None:

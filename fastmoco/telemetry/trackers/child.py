@@ -2,7 +2,7 @@
 
 A run that is killed leaves its sink the time to send what it has. Signals that ask a run to stop do
 not reach the sink: SLURM sends them to every process of a job, and the run needs its trackers until
-it has ended. What a sink has started ends with it, also in a session of its own.
+it has ended. What a sink has started may outlive it: W&B writes its last records so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from fastmoco.telemetry.trackers.interface import Started
 from fastmoco.telemetry.trackers.messages import packed, unpacked
 from fastmoco.telemetry.trackers.outlet import without_values, worded
-from fastmoco_pipelines.processes import adopt_orphans, follow_parent, kill_descendants
+from fastmoco_pipelines.processes import follow_parent
 
 LONGEST = 2000
 """Characters of an error that reach the run."""
@@ -66,13 +66,6 @@ def _ignored(*_: object) -> None:
     """A handler, because the programs that a sink starts would inherit `SIG_IGN`."""
 
 
-def _end(code: int) -> None:
-    """End at once, with all that the sink has started. What a tracker does at the end of a process
-    could take for ever."""
-    kill_descendants(os.getpid())
-    os._exit(code)
-
-
 def main(name: str, descriptor: int) -> None:
     """Make the calls until the run is closed or has ended."""
     for number in REQUESTS:
@@ -80,11 +73,10 @@ def main(name: str, descriptor: int) -> None:
     with contextlib.suppress(OSError):
         os.nice(10)
     os.umask(0o077)
-    adopt_orphans(True)
     connection = socket.socket(fileno=descriptor)
 
     def run_has_ended() -> None:
-        limit = threading.Timer(LAST_S, _end, [1])
+        limit = threading.Timer(LAST_S, os._exit, [1])
         limit.daemon = True
         limit.start()
         connection.shutdown(socket.SHUT_RD)
@@ -114,4 +106,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], int(sys.argv[2]))
     finally:
-        _end(0)
+        os._exit(0)  # what a tracker does at the end of a process could take for ever

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastmoco.run.events import Event
 from fastmoco.telemetry.trackers.interface import Histogram, Sink, Started, TrackedRun
 from fastmoco.telemetry.trackers.messages import packed, unpacked
-from fastmoco_pipelines.processes import child_environment, kill_descendants, python_command
+from fastmoco_pipelines.processes import child_environment, python_command
 
 START_S = 60.0
 """For the import of a tracker, and its first words with its server."""
@@ -102,14 +102,10 @@ class Isolated(Sink):
             self.kill()
 
     def kill(self) -> None:
-        """End the process at once, from any thread, with all that it has started; a call that waits
-        for it raises."""
+        """End the process at once, from any thread; a call that waits for it raises."""
         self._killed = True
         child = self._child
         if child is not None and child.returncode is None:  # else its number may be another's
-            with contextlib.suppress(OSError):
-                os.kill(child.pid, signal.SIGSTOP)  # it adopts, and starts nothing more
-            kill_descendants(child.pid)
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in its file system

@@ -308,22 +308,6 @@ def test_no_complete_metrics_are_promised_where_a_sink_in_its_process_has_a_full
     assert warning.endswith("The run goes on")
 
 
-@pytest.mark.parametrize("killed", ["run", "sink"])
-def test_what_a_sink_has_started_in_another_session_ends_with_it(
-    tmp_path: Path, killed: str
-) -> None:
-    if killed == "run":
-        killed_in_a_call(tmp_path, "LeavesSession")
-    else:
-        sink = Isolated("tests.faulty_sinks:LeavesSession", write_s=0.5)
-        sink.start(tracked(tmp_path, 0))
-        with pytest.raises(TrackerError, match=r"write took more than 0\.5 s"):
-            sink.write(1, {"loss": 1.0})
-        assert started(int((tmp_path / "daemon").read_text()))
-        sink.kill()
-    eventually(lambda: started(int((tmp_path / "daemon").read_text())) is None)
-
-
 def test_signals_that_ask_a_run_to_stop_do_not_reach_its_sink(tmp_path: Path) -> None:
     """SLURM sends them to every process of a job; the run still has its last steps to log."""
     assert REQUESTS == SIGNALS
