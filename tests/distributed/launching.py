@@ -78,6 +78,8 @@ def forked_ranks(words: Sequence[str], ranks: int, variables: Mapping[str, str])
     """
     with held_port() as port, tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(ranks)]
+        for log in logs:
+            log.touch()  # a rank may end before it can print
         processes = [
             forks.CONTEXT.Process(target=be_rank, args=(list(words), environment, log, ROOT))
             for environment, log in zip(
